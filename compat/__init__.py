@@ -1,0 +1,7 @@
+"""Where versions of transformers differ. Installed as `sink_patch.compat`; no other package of ours names a version."""
+
+from __future__ import annotations
+
+from sink_patch.compat.table import choose_shim
+
+__all__ = ["choose_shim"]

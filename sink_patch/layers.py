@@ -1,0 +1,144 @@
+"""One layer of a `SinkCache`: rings for its keys and values."""
+
+from __future__ import annotations
+
+import torch
+
+from sink_patch.layout import LayerKind
+from sink_patch.rotation import CosSin, Rotation
+from sink_patch.step import Step
+
+
+class Ring:
+    """A buffer for one cached tensor, with pristine sinks where the tensor turns with position.
+
+    `buffer` is [rows, heads, slots, dim]; it grows by doubling until it has `kind.capacity` slots and stays in place
+    from then on. `pristine` is [rows, heads, num_sink_tokens, dim]: the sinks as the model made them.
+    """
+
+    def __init__(self, kind: LayerKind, rotation: Rotation | None):
+        self.kind = kind
+        self.rotation = rotation
+        self.buffer: torch.Tensor | None = None
+        self.pristine: torch.Tensor | None = None
+        self._shown_turns: tuple[int, ...] | None = None  # how far the sinks in the buffer are turned, row by row
+
+    def update(self, states: torch.Tensor, step: Step) -> torch.Tensor:
+        """Store new states [rows, heads, columns, dim]; return what this forward sees, [rows, heads, visible, dim]."""
+        layout = step.layouts[self.kind]
+        stored = states.detach()
+        buffer = self._reserve(stored, layout.reach)
+        self._show_sinks(buffer, step)
+        seen = None if layout.in_place else layout.read(buffer, states)
+        layout.write(buffer, stored)
+        if self.pristine is not None:
+            layout.write_sinks(self.pristine, stored)
+        return buffer[:, :, : layout.length] if seen is None else seen
+
+    def turn(self, cos_sin: CosSin) -> None:
+        """Turn all keys of the ring (not the sinks, which are shown anew in each forward)."""
+        if self.rotation is not None and self.buffer is not None:
+            ring = self.buffer[:, :, self.kind.num_sink_tokens :]  # [rows, heads, ring, dim]
+            ring.copy_(self.rotation.apply(ring, cos_sin))
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Keep the rows `rows`, in that order (beams, batch operations)."""
+        if self.buffer is not None:
+            self.buffer = self.buffer.index_select(0, rows.to(self.buffer.device))
+        if self.pristine is not None:
+            self.pristine = self.pristine.index_select(0, rows.to(self.pristine.device))
+        self._shown_turns = (
+            None if self._shown_turns is None else tuple(self._shown_turns[row] for row in rows.tolist())
+        )
+
+    def reset(self) -> None:
+        self.buffer = self.pristine = self._shown_turns = None
+
+    def _show_sinks(self, buffer: torch.Tensor, step: Step) -> None:
+        if self.pristine is None or self.rotation is None or step.sink_turns == self._shown_turns:
+            return
+        if self._shown_turns is not None or any(step.sink_turns):
+            cos_sin = step.sink_turn(self.rotation, buffer.device)
+            buffer[:, :, : self.kind.num_sink_tokens] = self.rotation.apply(self.pristine, cos_sin)
+            self._shown_turns = step.sink_turns
+
+    @torch.inference_mode(False)  # else a cache begun in inference mode could not be written to outside it
+    def _reserve(self, states: torch.Tensor, slots: int) -> torch.Tensor:
+        """The buffer, with at least `slots` slots."""
+        held = 0 if self.buffer is None else self.buffer.shape[2]
+        # the sinks' slots are there from the start, as the sinks are written as one block
+        slots = max(slots, self.kind.num_sink_tokens)
+        if self.buffer is None or held < slots:
+            slots = min(self.kind.capacity, max(slots, 2 * held))
+            grown = states.new_zeros(states.shape[0], states.shape[1], slots, states.shape[3])
+            if self.buffer is not None:
+                grown[:, :, :held] = self.buffer
+            self.buffer = grown
+        if self.pristine is None and self.rotation is not None and self.kind.num_sink_tokens > 0:
+            self.pristine = torch.zeros_like(self.buffer[:, :, : self.kind.num_sink_tokens])
+        return self.buffer
+
+
+class SinkLayer:
+    """Keys and values of one layer, as transformers' caches have them in `layers`.
+
+    Args:
+        kind: how many tokens it holds, and how many of them are sinks.
+        key_rotation, value_rotation: how the cached tensors turn with position; None: they do not.
+        sliding: whether the model gives this layer the mask of a sliding window.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(
+        self,
+        kind: LayerKind,
+        key_rotation: Rotation | None,
+        value_rotation: Rotation | None = None,
+        sliding: bool = False,
+    ):
+        self.kind = kind
+        self.is_sliding = sliding
+        self.rings = (Ring(kind, key_rotation), Ring(kind, value_rotation))
+
+    def __repr__(self) -> str:
+        local = ", local" if self.kind.local else ""
+        return f"SinkLayer(capacity={self.kind.capacity}, num_sink_tokens={self.kind.num_sink_tokens}{local})"
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """The key buffer, [rows, heads, slots, head_dim], in ring order."""
+        return self.rings[0].buffer
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """The value buffer, [rows, heads, slots, head_dim], in ring order."""
+        return self.rings[1].buffer
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.keys is not None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store [rows, heads, columns, head_dim] and return the keys and values that this forward attends to."""
+        step.touched = True
+        keys, values = self.rings
+        return keys.update(key_states, step), values.update(value_states, step)
+
+    def turn(self, turns: torch.Tensor) -> None:
+        """Turn what is cached by `turns` positions, an int64 tensor of shape [rows]."""
+        for ring in self.rings:
+            if ring.rotation is not None and ring.buffer is not None:
+                ring.turn(ring.rotation.cos_sin(turns, ring.buffer.device))
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        for ring in self.rings:
+            ring.select_rows(rows)
+
+    def reset(self) -> None:
+        for ring in self.rings:
+            ring.reset()

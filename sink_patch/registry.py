@@ -1,0 +1,115 @@
+"""The table of families: built-in ones, those that users register, and those that other distributions bring."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
+from typing import Any
+
+from sink_patch.adapters import AdapterFactory
+from sink_patch.errors import FamilyClashError, SinkArgumentError, SinkPatchWarning
+from sink_patch.families import BUILT_IN
+from sink_patch.family import Family
+
+ENTRY_POINT_GROUP = "sink_patch.families"
+
+
+class Registry:
+    """Families by `model_type`. Plugins are loaded at the first look-up, each on its own: one that fails is named."""
+
+    def __init__(
+        self, families: Iterable[Family] = BUILT_IN, plugins: Callable[[], Iterable[EntryPoint]] | None = None
+    ):
+        self._families: dict[str, Family] = {}
+        self._lock = threading.RLock()
+        self._plugins = plugins
+        for family in families:
+            self.add(family)
+
+    def add(self, family: Family) -> None:
+        """Register a family. The same one twice is nothing; another one for a `model_type` already taken is a clash.
+
+        Raises:
+            FamilyClashError: another family claims one of the model types. Nothing is registered then.
+        """
+        with self._lock:
+            taken = {
+                one: self._families[one] for one in family.model_types if self._families.get(one, family) != family
+            }
+            if taken:
+                clashes = ", ".join(f"{one!r} is taken by the family {by.name!r}" for one, by in sorted(taken.items()))
+                raise FamilyClashError(
+                    f"The family {family.name!r} cannot be registered: {clashes}. Known model types: "
+                    f"{', '.join(sorted(self._families))}."
+                )
+            self._families.update(dict.fromkeys(family.model_types, family))
+
+    def view(self) -> Mapping[str, Family]:
+        """All families by `model_type`, read-only and up to date."""
+        self._load_plugins()
+        return MappingProxyType(self._families)
+
+    def _load_plugins(self) -> None:
+        with self._lock:
+            plugins, self._plugins = self._plugins, None
+            for entry_point in plugins() if plugins is not None else ():
+                self._load(entry_point)
+
+    def _load(self, entry_point: EntryPoint) -> None:
+        try:
+            loaded = entry_point.load()
+            if not isinstance(loaded, Family):
+                raise SinkArgumentError(f"it is a {type(loaded).__name__} and not a sink_patch.Family")
+            self.add(loaded)
+        except Exception as failure:
+            distribution = entry_point.dist.name if entry_point.dist is not None else "an unknown distribution"
+            warnings.warn(
+                f"The family {entry_point.name!r} of {distribution} ({entry_point.value}) is left out: "
+                f"{type(failure).__name__}: {failure}",
+                SinkPatchWarning,
+                stacklevel=2,
+            )
+
+
+registry = Registry(plugins=lambda: entry_points(group=ENTRY_POINT_GROUP))
+
+
+def register_family(
+    name: str, *, model_types: Iterable[str] | None = None, has_table: bool = False
+) -> Callable[[AdapterFactory], Family]:
+    """Decorator: register a function from a model to its adapters as a family.
+
+    The decorated name becomes the `Family`, which may also be the value of an entry point in the group
+    "sink_patch.families".
+
+    Args:
+        name: the family's name, and its `model_type` where `model_types` is not given.
+        model_types: the `model_type`s that it claims.
+        has_table: see `Family`.
+
+    Raises:
+        FamilyClashError: a model type is taken by another family.
+    """
+
+    def decorate(adapters: AdapterFactory) -> Family:
+        types = (name,) if model_types is None else tuple(model_types)
+        family = Family(name=name, model_types=types, adapters=adapters, has_table=has_table)
+        registry.add(family)
+        return family
+
+    return decorate
+
+
+def families() -> Mapping[str, Family]:
+    """All known families by `model_type`: a read-only view."""
+    return registry.view()
+
+
+def find_family(config: Any) -> Family | None:
+    """The family of a model config: by its own `model_type`, else by that of its language model."""
+    known = families()
+    text = config.get_text_config(decoder=True)
+    return known.get(config.model_type) or known.get(text.model_type)

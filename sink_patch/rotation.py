@@ -1,0 +1,92 @@
+"""Rotary position embedding as maths on tensors: what one rotation does to cached states.
+
+Rotating a key that a model placed at position p by `delta` gives the key at position p + delta (RoFormer, arXiv
+2104.09864, section 3.2.2). Angles are computed in float64 and applied in float32; the result is rounded once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+Pairing = Literal["half", "interleaved"]
+CosSin = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """How one cached tensor turns when its tokens move by some positions.
+
+    Args:
+        inv_freq: float64 tensor of shape [rotary_dim / 2] on the CPU, radians a position, one for each pair.
+        pairing: which dims of the rotary part form a pair: "half" is (i, i + rotary_dim / 2), "interleaved" is
+            (2i, 2i + 1).
+        start: index of the first rotary dim in the head (0: front; head_dim - rotary_dim: tail).
+        sign: +1, or -1 for a model that turns the other way.
+
+    `attention_scaling` (yarn, longrope) is already in the cached key and takes no part.
+    """
+
+    inv_freq: torch.Tensor
+    pairing: Pairing = "half"
+    start: int = 0
+    sign: int = 1
+    _per_device: dict[torch.device, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def rotary_dim(self) -> int:
+        return 2 * self.inv_freq.numel()
+
+    def same_as(self, other: Rotation) -> bool:
+        """Whether both turn a tensor alike (tensors have no truth value, so `==` is of no use here)."""
+        same_shape = (self.pairing, self.start, self.sign) == (other.pairing, other.start, other.sign)
+        return same_shape and torch.equal(self.inv_freq, other.inv_freq)
+
+    def cos_sin(self, delta: torch.Tensor, device: torch.device) -> CosSin:
+        """Cosine and sine of a turn by `delta` positions, in float32.
+
+        Args:
+            delta: int64 tensor of shape [rows], on any device; one row stands for all rows of a batch.
+
+        Returns:
+            Two tensors of shape [rows, 1, 1, rotary_dim / 2] on `device`.
+        """
+        inv_freq = self._on(device)
+        angles = delta.to(device=device, dtype=inv_freq.dtype)[:, None] * (self.sign * inv_freq)  # [rows, r/2]
+        angles = angles[:, None, None, :]  # [rows, 1, 1, r/2]
+        return angles.cos().float(), angles.sin().float()
+
+    def apply(self, states: torch.Tensor, cos_sin: CosSin) -> torch.Tensor:
+        """`states` turned, in their own dtype.
+
+        Args:
+            states: shape [rows, heads, tokens, head_dim].
+            cos_sin: what `cos_sin` returned.
+        """
+        cos, sin = cos_sin
+        stop = self.start + self.rotary_dim
+        first, second = self._split(states[..., self.start : stop].float())  # [rows, heads, tokens, r/2] each
+        turned = self._join(first * cos - second * sin, second * cos + first * sin).to(states.dtype)
+        if self.rotary_dim == states.shape[-1]:
+            return turned
+        return torch.cat((states[..., : self.start], turned, states[..., stop:]), dim=-1)
+
+    def _split(self, rotary: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.pairing == "half":
+            first, second = rotary.chunk(2, dim=-1)
+            return first, second
+        return rotary[..., ::2], rotary[..., 1::2]
+
+    def _join(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        if self.pairing == "half":
+            return torch.cat((first, second), dim=-1)
+        return torch.stack((first, second), dim=-1).flatten(-2)
+
+    def _on(self, device: torch.device) -> torch.Tensor:
+        """`inv_freq` on a device; float32 where the device has no float64 (Apple's MPS)."""
+        if device not in self._per_device:
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            self._per_device[device] = self.inv_freq.to(device=device, dtype=dtype)
+        return self._per_device[device]

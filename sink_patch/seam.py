@@ -1,0 +1,92 @@
+"""The one place where absolute coordinates become those of the cache: hooks around the model's forward.
+
+Outside, everything is absolute and means what transformers means by it. The model's forward alone receives RoPE
+positions (absolute - base) and a mask over the columns that it sees. The hooks hold no state; they do nothing unless
+`past_key_values` is a sink cache. Both the model and its decoder get them, because some callers enter at the decoder
+(PEFT calls the wrapped model's `forward`, past its hooks): the first hooked module that a forward reaches does the work.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+_installing = threading.Lock()
+
+
+class Streaming(ABC):
+    """What a cache must offer to be driven by the hooks."""
+
+    @abstractmethod
+    def begin_forward(self, module: nn.Module, inputs: torch.Tensor, attention_mask: Any) -> dict[str, Any] | None:
+        """Prepare for a forward of `module`; returns the arguments to replace, or None if one is under way."""
+
+    @abstractmethod
+    def end_forward(self, module: nn.Module, completed: bool) -> None:
+        """Take what the forward of `module` has stored as seen; does nothing if `module` did not begin it."""
+
+
+def install(model: nn.Module) -> tuple[nn.Module, ...]:
+    """Put the hooks on a model and its decoder, once; returns the hooked modules."""
+    modules = entrances(model)
+    with _installing:
+        for module in modules:
+            if _enter not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(_enter, with_kwargs=True)
+                module.register_forward_hook(_leave, with_kwargs=True, always_call=True)
+    return modules
+
+
+def entrances(model: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules at which a forward over the cache may begin: the model, and its decoder if that is another one."""
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = model if get_decoder is None else get_decoder()
+    return (model,) if decoder is model else (model, decoder)
+
+
+def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
+    cache = _sink_cache(module, args, kwargs)
+    if cache is None:
+        return None
+    named = _named_arguments(module, args, kwargs)
+    inputs = named.get("inputs_embeds") if named.get("input_ids") is None else named["input_ids"]
+    if inputs is None:
+        return None  # the model itself says what it misses
+    replaced = cache.begin_forward(module, inputs, named.get("attention_mask"))
+    if replaced is None:
+        return None
+    accepted = _parameters(type(module).forward)
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+    named.update({name: value for name, value in replaced.items() if takes_any or name in accepted})
+    return (), named
+
+
+def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    cache = _sink_cache(module, args, kwargs)
+    if cache is not None:
+        cache.end_forward(module, completed=output is not None)
+
+
+def _sink_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streaming | None:
+    cache = kwargs.get("past_key_values")
+    if cache is None and args:
+        cache = _named_arguments(module, args, kwargs).get("past_key_values")
+    return cache if isinstance(cache, Streaming) else None
+
+
+def _named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments by name."""
+    names = list(_parameters(type(module).forward))[1:]  # without self
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+@functools.lru_cache(maxsize=256)
+def _parameters(forward: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(forward).parameters)

@@ -1,0 +1,59 @@
+"""The one-layer oracle (DESIGN.md, section 3): what a forward must give, by a fresh forward without a cache.
+
+In a model with one layer a key depends on its own token alone, so the cache may be replaced by the tokens it stands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from transformers import PreTrainedModel
+
+from sink_patch import SinkCache
+
+
+def visible_tokens(
+    stream: torch.Tensor, seen: int, new: int, window_length: int, num_sink_tokens: int
+) -> torch.Tensor:
+    """The tokens [rows, visible] that a forward of `new` tokens after `seen` ones stands for, by the four rules."""
+    total = seen + new
+    if total <= window_length or seen == 0:  # rules 1 and 2
+        return stream[:, :total]
+    if new <= window_length - num_sink_tokens:  # rule 3
+        recent = window_length - num_sink_tokens
+        return torch.cat((stream[:, :num_sink_tokens], stream[:, total - recent : total]), dim=1)
+    return torch.cat((stream[:, : min(seen, num_sink_tokens)], stream[:, seen:total]), dim=1)  # rule 4
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+@torch.no_grad()
+def worst_error(
+    model: PreTrainedModel,
+    stream: torch.Tensor,
+    schedule: Iterable[int],
+    window_length: int,
+    num_sink_tokens: int,
+    *,
+    local_window: int | None = None,
+    cache: SinkCache | None = None,
+) -> float:
+    """Largest relative error of the last logits over a schedule of forwards.
+
+    Args:
+        local_window: the layer's own sliding window where it is shorter than the cache's: then it has no sinks.
+    """
+    cache = SinkCache(window_length, num_sink_tokens, model=model) if cache is None else cache
+    worst, seen = 0.0, 0
+    for new in schedule:
+        found = model(stream[:, seen : seen + new], past_key_values=cache).logits[:, -1]
+        if local_window is not None:
+            standing_for = stream[:, max(0, seen + new - local_window) : seen + new]
+        else:
+            standing_for = visible_tokens(stream, seen, new, window_length, num_sink_tokens)
+        worst = max(worst, relative_error(found, model(standing_for, use_cache=False).logits[:, -1]))
+        seen += new
+    return worst

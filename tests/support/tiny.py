@@ -1,0 +1,110 @@
+"""Tiny random models of every family, seeded; weights large enough that attention is far from uniform."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCAB = 97
+
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 192,
+    "sliding_window": None,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_FULL, _SLIDING = ("full_attention",), ("sliding_attention",)
+_GPTJ = {"n_embd": 64, "n_head": 4, "n_positions": 192, "n_ctx": 192, "rotary_dim": 8}
+
+# model_type -> what differs from _COMMON; "layers": the layer types to try one by one, where there are several
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"layers": (_FULL, _SLIDING), "use_sliding_window": True},
+    "qwen2_moe": {"layers": (_FULL, _SLIDING), "use_sliding_window": True, **_EXPERTS, "shared_expert_intermediate_size": 32},
+    "qwen3": {"layers": (_FULL, _SLIDING), "use_sliding_window": True},
+    "qwen3_moe": _EXPERTS,
+    "mistral": {"sliding": True},
+    "mixtral": _EXPERTS,
+    "gemma": {},
+    "gemma2": {"layers": (_FULL, _SLIDING), "query_pre_attn_scalar": 16},
+    "gemma3_text": {"layers": (_FULL, _SLIDING), "query_pre_attn_scalar": 16},
+    "phi": {"partial_rotary_factor": 0.5},
+    "phi3": {"original_max_position_embeddings": 192},
+    "gpt_neox": {"rotary_pct": 0.25},
+    "gptj": _GPTJ,
+    "codegen": _GPTJ,
+    "falcon": {"drop": ("head_dim",), "new_decoder_architecture": False, "multi_query": False, "alibi": False},
+    "stablelm": {"partial_rotary_factor": 0.25},
+    "starcoder2": {"sliding": True},
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": {"layers": (_FULL, _SLIDING)},
+    "granite": {},
+    "cohere": {},
+    "cohere2": {"layers": (_FULL, _SLIDING)},
+    "glm": {"partial_rotary_factor": 0.5},
+    "glm4": {"partial_rotary_factor": 0.5},
+    "nemotron": {"partial_rotary_factor": 0.5},
+    "smollm3": {"no_rope": (0, 1)},
+    "gpt_oss": {**_EXPERTS, "layers": (_FULL, _SLIDING), "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "persimmon": {"partial_rotary_factor": 0.5},
+    "exaone4": {"layers": (_FULL, _SLIDING)},
+    "ernie4_5": {},
+    "helium": {},
+    "seed_oss": {},
+}
+
+
+def variants(model_type: str) -> list[tuple[str, dict[str, Any]]]:
+    """(name, settings of a one-layer config) for each kind of layer of a family."""
+    spec = FAMILIES[model_type]
+    made = []
+    for types in spec.get("layers", ()):
+        made.append((types[0], {"layer_types": list(types), "sliding_window": 128}))
+        if types == _SLIDING:
+            made.append(("short_sliding_attention", {"layer_types": list(types), "sliding_window": 7}))
+    if spec.get("sliding"):
+        made += [("sliding_attention", {"sliding_window": 128}), ("short_sliding_attention", {"sliding_window": 7})]
+    for has_rope in spec.get("no_rope", ()):
+        made.append((f"no_rope_layers={has_rope}", {"no_rope_layers": [has_rope]}))
+    return made if made and not spec.get("sliding") else [("full_attention", {}), *made]
+
+
+@functools.lru_cache(maxsize=None)
+def _model(model_type: str, settings: str, seed: int) -> PreTrainedModel:
+    spec = FAMILIES.get(model_type, {})
+    given = {**_COMMON, **spec, **eval(settings)}  # a repr of ours
+    left_out = ("layers", "sliding", "no_rope", "drop", *spec.get("drop", ()))
+    config = AutoConfig.for_model(model_type, **{key: value for key, value in given.items() if key not in left_out})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim < 2:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        else:
+            parameter.data.normal_(0, 1.3 / parameter.shape[-1] ** 0.5)
+    model.get_input_embeddings().weight.data.normal_(0, 1)
+    return model
+
+
+def tiny(model_type: str, *, layers: int = 1, attention: str = "eager", seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """A tiny model, made once and shared: tests must not change it."""
+    model = _model(model_type, repr({"num_hidden_layers": layers, "attn_implementation": attention, **settings}), seed)
+    return model
+
+
+def tokens(count: int, rows: int = 1, seed: int = 0) -> torch.Tensor:
+    """Random token ids [rows, count]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCAB, (rows, count), generator=generator)
