@@ -1,4 +1,4 @@
-"""transformers 5.23: `GenerationMixin` in generation/utils.py, `GenerationConfig` in generation/configuration_utils.py."""
+"""transformers 5.23: what is wrapped in generation/utils.py and generation/configuration_utils.py."""
 
 from __future__ import annotations
 

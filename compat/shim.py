@@ -45,4 +45,4 @@ class Shim:
     @property
     def modules(self) -> tuple[str, ...]:
         """The modules whose import is waited for."""
-        return tuple(dict.fromkeys(place.module for place in (*self.constants, *self.methods)))
+        return tuple(dict.fromkeys([*(one.module for one in self.constants), *(one.module for one in self.methods)]))

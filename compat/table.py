@@ -7,8 +7,8 @@ import warnings
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
-
 from sink_patch.compat.shim import Shim
+
 from sink_patch.errors import SinkPatchWarning, UnsupportedTransformersError
 
 TABLE = ((SpecifierSet(">=5.23,<5.24"), "sink_patch.compat.newest"),)
@@ -31,7 +31,7 @@ def choose_shim(found: str) -> Shim:
             f'pip install --upgrade "transformers>={OLDEST}".'
         )
     warnings.warn(
-        f"sink_patch was tested with transformers {OLDEST} to {NEWEST}, and found {found}. It goes on as with {NEWEST}.",
+        f"sink_patch was tested with transformers {OLDEST} to {NEWEST}, and found {found}. It works as with {NEWEST}.",
         SinkPatchWarning,
         stacklevel=2,
     )

@@ -57,7 +57,7 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = [  # noqa: F822 - the names are made by __getattr__, so that importing this package imports nothing heavy
+__all__ = [
     "Adapter",
     "AdapterMismatchError",
     "CacheStateError",

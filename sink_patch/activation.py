@@ -135,6 +135,6 @@ def _moved(what: str) -> str:
     import transformers
 
     return (
-        f"transformers {transformers.__version__} has no {what}, which sink_patch builds on. transformers is left as it "
-        "was. Use a transformers that is in the table of sink_patch's README, or a newer sink_patch."
+        f"transformers {transformers.__version__} has no {what}, which sink_patch builds on. It is left as it was. Use "
+        "a transformers that is in the table of sink_patch's README, or a newer sink_patch."
     )

@@ -58,6 +58,7 @@ class ModelFacts:
         )
 
 
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 _proven: weakref.WeakKeyDictionary[nn.Module, ModelFacts] = weakref.WeakKeyDictionary()
 _proving = threading.Lock()
 
@@ -70,7 +71,7 @@ def examine(model: nn.Module) -> ModelFacts:
         AdapterMismatchError: its cache does not turn as its family says.
     """
     family = _claimed(model)
-    context = read_context(text_config(model), family is not None and family.has_table)
+    context = read_context(text_config(model), family)
     windows = _sliding_windows(model)
     with _proving:
         known = _proven.get(model)
@@ -163,13 +164,14 @@ def _sliding_windows(model: nn.Module) -> list[int | None]:
     """The sliding window of each entry of the model's own cache; None: full attention."""
     from transformers.cache_utils import DynamicCache
 
-    windows: list[int | None] = []
-    for layer_idx, layer in enumerate(DynamicCache(config=text_config(model)).layers):
+    config = text_config(model)
+    layers = DynamicCache(config=config).layers
+    for layer_idx, (layer, layer_type) in enumerate(zip(layers, layer_types(config), strict=True)):
         name = type(layer).__name__
-        if name not in ("DynamicLayer", "DynamicSlidingWindowLayer"):
+        known = name in ("DynamicLayer", "DynamicSlidingWindowLayer") and layer_type in (None, *_LAYER_TYPES)
+        if not known:
             raise UnsupportedModelError(
                 f"{type(model).__name__} cannot stream with attention sinks yet: layer {layer_idx} of its cache is a "
-                f"{name}, which is neither full nor sliding-window attention."
+                f"{name} ({layer_type}), which is neither full nor sliding-window attention."
             )
-        windows.append(getattr(layer, "sliding_window", None))
-    return windows
+    return [getattr(layer, "sliding_window", None) for layer in layers]

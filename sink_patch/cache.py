@@ -17,11 +17,10 @@ from transformers.cache_utils import Cache
 from sink_patch import seam
 from sink_patch.arguments import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, check_window
 from sink_patch.binding import ModelFacts, examine, horizon
-from sink_patch.clock import Row, plan_row
 from sink_patch.errors import CacheStateError, UnboundCacheError
 from sink_patch.layers import SinkLayer
-from sink_patch.padding import new_tokens
 from sink_patch.step import Step
+from sink_patch.streams import Streams
 
 
 class SinkCache(Cache, seam.Streaming):
@@ -41,6 +40,8 @@ class SinkCache(Cache, seam.Streaming):
         UnsupportedModelError: the model cannot stream.
     """
 
+    layers: list[Any]  # of `SinkLayer`, one for each layer of the model; empty while unbound
+
     def __init__(
         self,
         window_length: int = DEFAULT_WINDOW_LENGTH,
@@ -51,13 +52,9 @@ class SinkCache(Cache, seam.Streaming):
         self.window_length, self.num_sink_tokens = check_window(window_length, num_sink_tokens)
         super().__init__(layers=[])
         self._facts: ModelFacts | None = None
+        self._streams: Streams | None = None
         self._entrances: tuple[weakref.ref[nn.Module], ...] = ()
-        self._horizon = 0
-        self._rows: list[Row] | None = None  # None: nothing fed yet
-        self._columns = 0
-        self._step: Step | None = None
-        self._step_module: weakref.ref[nn.Module] | None = None
-        self._broken: str | None = None
+        self._entered: weakref.ref[nn.Module] | None = None  # the module that began the forward under way
         if model is not None:
             self.bind(model)
 
@@ -79,35 +76,36 @@ class SinkCache(Cache, seam.Streaming):
         model = _unwrapped(model)
         if self.is_bound_to(model):
             return
-        if self._rows is not None:
+        if self.is_initialized:
             raise CacheStateError(
                 f"{self!r} holds the tokens of another model than this {type(model).__name__}. Use a new SinkCache, or "
                 "reset() this one first."
             )
         facts = examine(model)
-        self._horizon = horizon(facts, self.window_length, self.num_sink_tokens)
+        self._streams = self._new_streams(facts)
+        self.layers = list(self._streams.layers)
         self._facts = facts
         self._entrances = tuple(weakref.ref(module) for module in seam.install(model))
-        self.layers = [
-            SinkLayer(
-                layer.kind(self.window_length, self.num_sink_tokens),
-                layer.adapter.keys,
-                layer.adapter.values,
-                sliding=layer.sliding_window is not None,
-            )
-            for layer in facts.layers
-        ]
 
     def is_bound_to(self, model: nn.Module) -> bool:
         """Whether the cache belongs to this model (or to the model that this decoder is a part of)."""
         return any(entrance() is model for entrance in self._entrances)
 
     def fits_in_one_forward(self, columns: int) -> bool:
-        """Whether so many new tokens stay within the context that the model was trained on, if fed at once."""
-        if self._facts is None or columns <= self.window_length - self.num_sink_tokens:
+        """Whether so many new tokens, fed at once, stay within the context that the model was trained on."""
+        if self._streams is None or columns <= self.window_length - self.num_sink_tokens:
             return True
-        sinks = 0 if self._rows is None else min(self.num_sink_tokens, max(row.seen for row in self._rows))
-        return sinks + columns <= self._facts.context.length
+        return self._streams.positions_needed(columns) <= self._streams.context.length
+
+    def _new_streams(self, facts: ModelFacts) -> Streams:
+        sizes = (self.window_length, self.num_sink_tokens)
+        layers = [
+            SinkLayer(
+                layer.kind(*sizes), layer.adapter.keys, layer.adapter.values, sliding=layer.sliding_window is not None
+            )
+            for layer in facts.layers
+        ]
+        return Streams(*sizes, facts.context, horizon(facts, *sizes), layers)
 
     # --- one forward, driven by the hooks of seam.py -------------------------------------------------------------
 
@@ -123,101 +121,64 @@ class SinkCache(Cache, seam.Streaming):
         Returns:
             `position_ids` and `attention_mask` for the model, or None where an outer module has begun this forward.
         """
-        if not self.is_bound_to(module):
+        if self._streams is None or not self.is_bound_to(module):
             raise self._not_bound_to(type(module).__name__)
-        if self._step is not None and self._step_module is not None and self._step_module() is not module:
+        if self._is_under_way(module, columns=inputs.shape[1]):
             return None
-        self._abandon_step()  # of a forward that ended in an interrupt, past all hooks
-        if self._broken is not None:
-            raise CacheStateError(f"{self._broken} Call reset() and feed the text again, or use a new SinkCache.")
-        rows, columns = inputs.shape[:2]
-        step = self._plan(rows, columns, attention_mask, inputs.device)
-        self._set_clock(step)
-        self._step, self._step_module = step, weakref.ref(module)
+        step = self._streams.begin(inputs, attention_mask)
+        self._entered = weakref.ref(module)
         return {"position_ids": step.position_ids(), "attention_mask": step.attention_mask()}
 
-    def end_forward(self, module: nn.Module, completed: bool) -> None:
-        if self._step is None or self._step_module is None or self._step_module() is not module:
+    def _is_under_way(self, module: nn.Module, columns: int) -> bool:
+        """Whether `module` is a part of the one that has begun this forward (and not of one that was interrupted)."""
+        step = None if self._streams is None else self._streams.step
+        outer = None if self._entered is None else self._entered()
+        return step is not None and not step.touched and step.columns == columns and outer not in (None, module)
+
+    def end_forward(self, module: nn.Module, *, completed: bool) -> None:
+        if self._streams is None or self._entered is None or self._entered() is not module:
             return
-        if not completed:
-            self._abandon_step()
-            return
-        self._rows = [plan.after() for plan in self._step.plans]
-        self._columns += self._step.columns
-        self._step = self._step_module = None
-
-    def _plan(self, rows: int, columns: int, attention_mask: Any, device: torch.device) -> Step:
-        held = self._rows if self._rows is not None else [Row()] * rows
-        if len(held) != rows:
-            raise CacheStateError(
-                f"{self!r} holds {len(held)} rows, but {rows} were fed. Use a new SinkCache for another batch size."
-            )
-        new = new_tokens(attention_mask, [row.seen for row in held], self._columns, columns)
-        sizes = (self.window_length, self.num_sink_tokens, self._horizon)
-        made = {key: plan_row(*key, *sizes) for key in set(zip(held, new, strict=True))}
-        plans = [made[key] for key in zip(held, new, strict=True)]
-        self._check_positions(max(plan.first_position + plan.new for plan in plans))
-        return Step(plans, columns, self._kinds(), device)
-
-    def _check_positions(self, needed: int) -> None:
-        """Only a forward longer than the context can need more positions than the horizon leaves."""
-        context = None if self._facts is None else self._facts.context
-        if context is not None and context.limit is not None and needed > context.limit:
-            raise CacheStateError(
-                f"This forward needs {needed} positions, but {context.why_limited}, and {context.limit} are all it may "
-                f"use. Feed the text in pieces of {self.window_length - self.num_sink_tokens} tokens or fewer "
-                "(prefill_chunk_size in generate)."
-            )
-
-    def _set_clock(self, step: Step) -> None:
-        """Turn all rings back where the newest position would reach the horizon."""
-        if not any(plan.turn for plan in step.plans):
-            return
-        turns = -torch.tensor([plan.turn for plan in step.plans], dtype=torch.long)  # [rows]
-        self._broken = "The clock of this cache could not be set back to the end."
-        for layer in self.layers:
-            layer.turn(turns)
-        self._rows = [Row(seen=plan.seen, base=plan.base) for plan in step.plans]
-        self._broken = None
-
-    def _abandon_step(self) -> None:
-        """Forget a forward that did not end; tokens that it overwrote are lost."""
-        step, self._step, self._step_module = self._step, None, None
-        if step is None or not step.touched:
-            return
-        if any(kind.evicts(plan) for kind in self._kinds() for plan in step.plans):
-            self._broken = "A forward with this cache failed half-way, after it had overwritten old tokens."
-
-    def _kinds(self) -> list[Any]:
-        return list(dict.fromkeys(layer.kind for layer in self.layers))
+        self._entered = None
+        if completed:
+            self._streams.commit()
+        else:
+            self._streams.abandon()
 
     # --- what models and masks ask for ----------------------------------------------------------------------------
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new states [rows, heads, columns, head_dim] of a layer; return what it attends to in this forward."""
-        return self.layers[layer_idx].update(key_states, value_states, self._current_step())
+        step = self._current_step()
+        if key_states.shape[2] != step.columns:
+            raise CacheStateError(f"Layer {layer_idx} has {key_states.shape[2]} tokens in a forward of {step.columns}.")
+        layer: SinkLayer = self.layers[layer_idx]
+        return layer.update(key_states, value_states, step)
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - as in transformers
         """Columns ever fed, padding counted in; it is never reset by evictions."""
-        return self._columns
+        return 0 if self._streams is None else self._streams.columns
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Mask coordinate of the first new token."""
-        return self._current_step().query_offset(self.layers[layer_idx].kind)
+        step = self._current_step()
+        return step.query_offset(self.layers[layer_idx].kind)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """(key length, offset of the keys) of the mask of a layer."""
-        return self._current_step().mask_sizes(self.layers[layer_idx].kind)
+        step = self._current_step()
+        if query_length != step.columns:
+            raise CacheStateError(f"A mask for {query_length} tokens was asked for in a forward of {step.columns}.")
+        return step.mask_sizes(self.layers[layer_idx].kind)
 
-    def get_max_length(self, layer_idx: int | None = None) -> int:
+    def get_max_length(self, layer_idx: int | None = None) -> int:  # noqa: ARG002 - as in transformers
         """`window_length`: how many tokens are held at most."""
         return self.window_length
 
     @property
     def batch_size(self) -> int:
-        return -1 if self._rows is None else len(self._rows)
+        return -1 if self._streams is None or self._streams.rows is None else len(self._streams.rows)
 
     @property
     def is_compileable(self) -> bool:
@@ -229,15 +190,15 @@ class SinkCache(Cache, seam.Streaming):
 
     @property
     def is_initialized(self) -> bool:
-        return self._rows is not None
+        return self._streams is not None and self._streams.rows is not None
 
     # --- whole-cache operations -----------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """Forget all tokens; stay bound to the model."""
-        for layer in self.layers:
-            layer.reset()
-        self._rows, self._columns, self._step, self._step_module, self._broken = None, 0, None, None, None
+        self._entered = None
+        if self._streams is not None:
+            self._streams.reset()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was."""
@@ -245,17 +206,13 @@ class SinkCache(Cache, seam.Streaming):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times."""
-        if self._rows is not None:
-            self.batch_select_indices(torch.arange(len(self._rows)).repeat_interleave(repeats))
+        if self.is_initialized:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices`, in that order; a boolean mask over the rows will do too."""
-        if self._rows is None:
-            return
-        rows = torch.arange(len(self._rows))[indices.cpu()]
-        for layer in self.layers:
-            layer.select_rows(rows)
-        self._rows = [self._rows[row] for row in rows.tolist()]
+        if self._streams is not None:
+            self._streams.select_rows(indices)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` tokens; possible only while nothing has left the window.
@@ -263,24 +220,18 @@ class SinkCache(Cache, seam.Streaming):
         Raises:
             CacheStateError: tokens that would have to come back are gone.
         """
-        count = -tokens_to_remove
-        if count == 0 or self._rows is None:
-            return
-        full = any(row.seen > kind.capacity for kind in self._kinds() for row in self._rows)
-        if count < 0 or full or count > min(row.seen for row in self._rows):
+        if self._streams is not None and not self._streams.crop(-tokens_to_remove):
             raise CacheStateError(
                 f"{self!r} cannot be cropped by {tokens_to_remove}: give minus the number of newest tokens to forget, "
                 "and only while no token has left the window."
             )
-        self._rows = [Row(seen=row.seen - count, base=row.base) for row in self._rows]
-        self._columns -= count
 
     # --- errors ---------------------------------------------------------------------------------------------------
 
     def _current_step(self) -> Step:
-        if self._step is None:
+        if self._streams is None or self._streams.step is None:
             raise self._not_bound_to("model")
-        return self._step
+        return self._streams.step
 
     def _not_bound_to(self, caller: str) -> UnboundCacheError:
         if self._facts is None:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from sink_patch.family import Family
+
 _FREQUENCIES_CHANGE = ("dynamic", "longrope")  # rope types whose frequencies change past the original context
 _DEFAULT_LENGTH = 2048
 
@@ -29,8 +31,8 @@ class Context:
         return self.length - 1
 
 
-def read_context(config: Any, has_table: bool) -> Context:
-    """From the text config; `has_table` is told by the family."""
+def read_context(config: Any, family: Family | None) -> Context:
+    """From the text config and what its family knows of it."""
     length = getattr(config, "max_position_embeddings", None) or _DEFAULT_LENGTH
     rope_types, originals = [], []
     for parameters in _rope_parameters(config):
@@ -38,7 +40,11 @@ def read_context(config: Any, has_table: bool) -> Context:
         originals.append(parameters.get("original_max_position_embeddings"))
     originals.append(getattr(config, "original_max_position_embeddings", None))
     length = min([length, *(original for original in originals if original)])
-    if has_table:
+    if family is None:
+        return Context(
+            length, length, "no family is registered for it and nothing is known of positions past its context"
+        )
+    if family.has_table:
         return Context(length, length, "it looks its angles up in a table")
     changing = sorted(set(rope_types) & set(_FREQUENCIES_CHANGE))
     if changing:

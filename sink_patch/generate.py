@@ -38,6 +38,8 @@ def prepare_generation_config(
     generation_config, model_kwargs = wrapped(*args, **kwargs)
     cache = model_kwargs.get("past_key_values")
     wanted = generation_config.cache_implementation == NAME
+    if wanted or isinstance(cache, SinkCache):
+        _check_rows(model_kwargs.get("attention_mask"))
     if isinstance(cache, SinkCache):
         _check_own_cache(cache, own)
         _check_use_cache(generation_config)
@@ -71,7 +73,7 @@ def prepare_cache(
     if not made and not isinstance(cache, SinkCache):
         return wrapped(*args, **kwargs)
     _check_mode(generation_config, given.get("generation_mode"))
-    _check_rows(model_kwargs.get("attention_mask"))
+    _check_rows(model_kwargs.get("attention_mask"))  # transformers makes one from padding tokens where none was given
     if made:
         cache = model_kwargs["past_key_values"] = SinkCache(**generation_config.cache_config, model=instance)
     else:
@@ -80,7 +82,7 @@ def prepare_cache(
     return None
 
 
-def _config_sources(passed: Any, model: nn.Module) -> list[Mapping[str, Any] | None]:
+def _config_sources(passed: Any, model: Any) -> list[Mapping[str, Any] | None]:
     """Where a config may hold the two arguments, the strongest first: as entries of its own, or in `cache_config`."""
     sources: list[Mapping[str, Any] | None] = []
     for config in (passed, model.generation_config):
@@ -139,7 +141,7 @@ def _check_mode(generation_config: Any, mode: Any) -> None:
         )
     if getattr(generation_config, "is_assistant", None):
         raise UnsupportedGenerationError(
-            "An assistant model was given a sink cache, which cannot take back rejected tokens. Use another cache for it."
+            "An assistant model was given a sink cache, which cannot take back rejected tokens. Give it another one."
         )
 
 

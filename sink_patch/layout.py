@@ -45,7 +45,7 @@ class LayerKind:
         """(slot, length) of the visible past in stream order: sinks, then the newest others."""
         sinks = min(plan.seen, self.num_sink_tokens, self.past(plan))
         recent = self.past(plan) - sinks
-        runs = [(0, sinks)] + self._ring_runs(plan.seen - recent, recent)
+        runs = [(0, sinks), *self._ring_runs(plan.seen - recent, recent)]
         return [run for run in runs if run[1] > 0]
 
     def write_runs(self, plan: RowPlan, columns: int) -> list[Run]:

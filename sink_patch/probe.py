@@ -1,8 +1,8 @@
 """Two forwards of one token tell how position enters what a model caches.
 
 With one token and no past, attention returns that token's value whatever its position. So every hidden state is the
-same at position p and at p + delta, and what every layer caches differs by exactly the rotation by delta. This checks an
-adapter of every layer of any model on its real weights, and finds one for a model that no family claims.
+same at position p and at p + delta, and what every layer caches differs by exactly the rotation by delta. This checks
+the adapter of every layer of any model on its real weights, and finds one for a model that no family claims.
 """
 
 from __future__ import annotations
@@ -54,18 +54,17 @@ def read(model: nn.Module, max_position: int) -> list[Reading | None]:
     delta = min(_LONGEST_DELTA, max_position - _FIRST_POSITION)
     if delta < 1:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has room for {max_position + 1} positions only, too few to learn how its keys turn."
+            f"{type(model).__name__} has room for {max_position + 1} positions only: too few to see how its keys turn."
         )
     token_ids = _tokens(model)
     with torch.no_grad(), _same_dropout(model):
         before = _cached(model, token_ids, _FIRST_POSITION)
     with torch.no_grad(), _same_dropout(model):
         after = _cached(model, token_ids, _FIRST_POSITION + delta)
-    readings: list[Reading | None] = []
-    for first, second in zip(before, after, strict=True):
-        filled = first is not None and second is not None
-        readings.append(Reading((first[0], second[0]), (first[1], second[1]), delta) if filled else None)
-    return readings
+    return [
+        None if first is None or second is None else Reading((first[0], second[0]), (first[1], second[1]), delta)
+        for first, second in zip(before, after, strict=True)
+    ]
 
 
 def verify(readings: Sequence[Reading | None], adapters: Sequence[Adapter], family: str) -> None:

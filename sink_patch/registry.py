@@ -10,8 +10,8 @@ from types import MappingProxyType
 from typing import Any
 
 from sink_patch.adapters import AdapterFactory
+from sink_patch.built_in import BUILT_IN
 from sink_patch.errors import FamilyClashError, SinkArgumentError, SinkPatchWarning
-from sink_patch.families import BUILT_IN
 from sink_patch.family import Family
 
 ENTRY_POINT_GROUP = "sink_patch.families"
@@ -60,10 +60,7 @@ class Registry:
 
     def _load(self, entry_point: EntryPoint) -> None:
         try:
-            loaded = entry_point.load()
-            if not isinstance(loaded, Family):
-                raise SinkArgumentError(f"it is a {type(loaded).__name__} and not a sink_patch.Family")
-            self.add(loaded)
+            self.add(_as_family(entry_point.load()))
         except Exception as failure:
             distribution = entry_point.dist.name if entry_point.dist is not None else "an unknown distribution"
             warnings.warn(
@@ -72,6 +69,12 @@ class Registry:
                 SinkPatchWarning,
                 stacklevel=2,
             )
+
+
+def _as_family(loaded: Any) -> Family:
+    if not isinstance(loaded, Family):
+        raise SinkArgumentError(f"it is a {type(loaded).__name__} and not a sink_patch.Family")
+    return loaded
 
 
 registry = Registry(plugins=lambda: entry_points(group=ENTRY_POINT_GROUP))

@@ -33,7 +33,7 @@ class Rotation:
     pairing: Pairing = "half"
     start: int = 0
     sign: int = 1
-    _per_device: dict[torch.device, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _per_device: dict[torch.device, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def rotary_dim(self) -> int:

@@ -3,7 +3,8 @@
 Outside, everything is absolute and means what transformers means by it. The model's forward alone receives RoPE
 positions (absolute - base) and a mask over the columns that it sees. The hooks hold no state; they do nothing unless
 `past_key_values` is a sink cache. Both the model and its decoder get them, because some callers enter at the decoder
-(PEFT calls the wrapped model's `forward`, past its hooks): the first hooked module that a forward reaches does the work.
+(PEFT calls the wrapped model's `forward`, past its hooks): the first hooked module that a forward reaches does the
+work.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Streaming(ABC):
         """Prepare for a forward of `module`; returns the arguments to replace, or None if one is under way."""
 
     @abstractmethod
-    def end_forward(self, module: nn.Module, completed: bool) -> None:
+    def end_forward(self, module: nn.Module, *, completed: bool) -> None:
         """Take what the forward of `module` has stored as seen; does nothing if `module` did not begin it."""
 
 

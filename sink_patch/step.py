@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from sink_patch.clock import RowPlan
-from sink_patch.layout import Layout, LayerKind, UniformLayout, make_layout
+from sink_patch.layout import LayerKind, Layout, UniformLayout, make_layout
 from sink_patch.rotation import CosSin, Rotation
 
 

@@ -17,7 +17,7 @@ SkipsPositions = Callable[[Any, int], bool]
 """(text config, layer index) -> whether that layer has no positions (NoPE)."""
 
 
-def text_config(model: nn.Module) -> Any:
+def text_config(model: Any) -> Any:
     """The config of the language model, also where it is a part of a larger one."""
     return model.config.get_text_config(decoder=True)
 

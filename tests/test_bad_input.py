@@ -1,0 +1,244 @@
+"""Each bad input has its own clear error, before anything is computed, and leaves everything as it was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, T5Config, T5ForConditionalGeneration
+
+import sink_patch
+from sink_patch import (
+    CacheStateError,
+    SinkArgumentError,
+    SinkCache,
+    SinkPatchError,
+    UnboundCacheError,
+    UnsupportedGenerationError,
+    UnsupportedModelError,
+)
+from tests.support.tiny import tiny, tokens
+
+PROMPT = tokens(6)
+
+
+@pytest.fixture
+def model():
+    return copy.deepcopy(tiny("llama", layers=1))
+
+
+def hooks(model):
+    return [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
+
+
+def refused(model, error, match, **kwargs):
+    """`generate` refuses, no layer of the model has run for it, and config and model are as before."""
+    config, model_hooks, ran = copy.deepcopy(model.generation_config.to_dict()), hooks(model), []
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda *_: ran.append(1))
+    kwargs = {"max_new_tokens": 20, "do_sample": False, **kwargs}
+    with pytest.raises(error, match=match) as caught:
+        model.generate(kwargs.pop("inputs", PROMPT), **kwargs)
+    handle.remove()
+    assert isinstance(caught.value, SinkPatchError)
+    assert not ran
+    assert model.generation_config.to_dict() == config
+    assert hooks(model) == model_hooks
+
+
+SIZES = [
+    ({"window_length": 4, "num_sink_tokens": 4}, "leaves no room.*window_length=5 or more"),
+    ({"window_length": 4}, "window_length=4 leaves no room beside num_sink_tokens=4"),
+    ({"window_length": 0, "num_sink_tokens": 0}, "leaves no room"),
+    ({"window_length": -1}, "window_length=-1 is negative"),
+    ({"num_sink_tokens": -1}, "num_sink_tokens=-1 is negative"),
+    ({"window_length": 12.0}, "window_length=12.0 is a float.*integer"),
+    ({"window_length": "12"}, "window_length='12' is a str"),
+    ({"num_sink_tokens": True}, "num_sink_tokens=True is a bool"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "match"), SIZES, ids=str)
+def test_impossible_sizes(model, wrong, match):
+    refused(model, ValueError, match, cache_implementation="sink", **wrong)
+    refused(model, SinkArgumentError, match, cache_implementation="sink", cache_config=wrong)
+    with pytest.raises(SinkArgumentError, match=match):
+        SinkCache(**wrong)
+    with pytest.raises(SinkArgumentError, match=match):
+        sink_patch.inspect(model, **wrong)
+
+
+def test_unknown_keys_of_cache_config(model):
+    refused(
+        model,
+        SinkArgumentError,
+        "window_size.*does not know",
+        cache_implementation="sink",
+        cache_config={"window_size": 9},
+    )
+
+
+def test_another_cache_beside_it(model):
+    cache = DynamicCache(config=model.config)
+    refused(
+        model, SinkArgumentError, "together with a DynamicCache", cache_implementation="sink", past_key_values=cache
+    )
+    assert cache.get_seq_length() == 0
+
+
+def test_no_cache_beside_it(model):
+    refused(model, SinkArgumentError, "use_cache=False", cache_implementation="sink", use_cache=False)
+    refused(model, SinkArgumentError, "use_cache=False", past_key_values=SinkCache(), use_cache=False)
+
+
+@pytest.mark.parametrize("other", [{}, {"cache_implementation": "static"}])
+def test_sizes_without_the_sink_cache(model, other):
+    refused(
+        model,
+        SinkArgumentError,
+        "window_length and num_sink_tokens belong",
+        window_length=9,
+        num_sink_tokens=2,
+        **other,
+    )
+
+
+def test_sizes_that_are_not_those_of_the_cache(model):
+    cache = SinkCache(12, 3)
+    refused(model, SinkArgumentError, "has window_length=12", past_key_values=cache, window_length=13)
+    assert not cache.is_bound_to(model)
+    model.generate(PROMPT, past_key_values=cache, window_length=12, max_new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [{"prompt_lookup_num_tokens": 3}, {"assistant_model": "itself"}],
+    ids=str,
+)
+def test_modes_that_take_tokens_back(model, mode):
+    if "assistant_model" in mode:
+        mode = {"assistant_model": model}
+    sink_patch.inspect(model)
+    with pytest.raises(UnsupportedGenerationError, match="assisted_generation"):
+        model.generate(PROMPT, cache_implementation="sink", max_new_tokens=9, **mode)
+    with pytest.raises(UnsupportedGenerationError, match="assisted_generation"):
+        model.generate(PROMPT, past_key_values=SinkCache(), max_new_tokens=9, **mode)
+
+
+def learned_positions(model_type, **settings):
+    config = AutoConfig.for_model(
+        model_type, vocab_size=97, num_hidden_layers=1, pad_token_id=0, eos_token_id=None, **settings
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+REFUSED = {
+    "gpt2": lambda: learned_positions("gpt2", n_embd=32, n_head=2, n_layer=1),
+    "opt": lambda: learned_positions("opt", hidden_size=32, ffn_dim=32, num_attention_heads=2, word_embed_proj_dim=32),
+    "bert": lambda: learned_positions(
+        "bert", hidden_size=32, intermediate_size=32, num_attention_heads=2, is_decoder=True
+    ),
+}
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_models_with_learned_positions(model_type):
+    model = REFUSED[model_type]()
+    match = f"{model_type}.*cannot stream.*learned"
+    refused(model, UnsupportedModelError, match, cache_implementation="sink")
+    refused(model, NotImplementedError, match, past_key_values=SinkCache())
+    with pytest.raises(UnsupportedModelError, match=match):
+        SinkCache(model=model)
+
+
+def test_encoder_decoder_models():
+    config = T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).eval()
+    refused(model, UnsupportedModelError, "t5.*encoder-decoder", cache_implementation="sink")
+
+
+def test_what_is_no_model():
+    with pytest.raises(UnsupportedModelError, match="Linear is not a transformers model"):
+        SinkCache(model=torch.nn.Linear(2, 2))
+
+
+@torch.no_grad()
+def test_a_cache_of_another_model(model):
+    other = copy.deepcopy(model)
+    cache = SinkCache(12, 3, model=other)
+    other(tokens(20), past_key_values=cache)
+    refused(model, CacheStateError, "another model", past_key_values=cache)
+    with pytest.raises(UnboundCacheError, match="not bound to"):
+        model(PROMPT, past_key_values=cache)
+    assert cache.get_seq_length() == 20
+    cache.reset()
+    cache.bind(model)
+    model(PROMPT, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_another_batch_size(model):
+    cache = SinkCache(12, 3, model=model)
+    model(tokens(20, rows=2), past_key_values=cache)
+    for rows in (1, 3):
+        with pytest.raises(CacheStateError, match=f"holds 2 rows, but {rows} were fed"):
+            model(tokens(1, rows=rows), past_key_values=cache)
+    model(tokens(1, rows=2), past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_bare_forward_with_an_unbound_cache(model, hooked):
+    if hooked:
+        SinkCache(model=model)
+    with pytest.raises(UnboundCacheError, match=r"SinkCache\(12, 3, model=model\)"):
+        model(PROMPT, past_key_values=SinkCache(12, 3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("mask", "match"),
+    [
+        (torch.ones(1, 1, 6, 26), "two-dimensional.*shape"),
+        ({"full_attention": None}, "two-dimensional.*a dict"),
+        (torch.ones(1, 25), r"shape \[1, 25\].*26 columns"),
+        (torch.ones(2, 26), "1 rows"),
+        (torch.tensor([[1] * 20 + [1, 1, 1, 0, 0, 0]]), "padding to the right"),
+        (torch.tensor([[0] * 3 + [1] * 23]), "other tokens of the past"),
+    ],
+    ids=["4D", "a dict", "too short", "too many rows", "right padding", "another past"],
+)
+def test_masks_that_do_not_fit(model, mask, match):
+    cache = SinkCache(12, 3, model=model)
+    model(tokens(20), past_key_values=cache)
+    with pytest.raises(SinkArgumentError, match=match):
+        model(PROMPT, past_key_values=cache, attention_mask=mask)
+    assert cache.get_seq_length() == 20
+    model(PROMPT, past_key_values=cache, attention_mask=torch.ones(1, 26))
+
+
+def test_a_row_of_padding_only(model):
+    mask = torch.tensor([[1] * 6, [0] * 6])
+    refused(
+        model,
+        SinkArgumentError,
+        "Row 1 of attention_mask is padding only",
+        inputs=tokens(6, rows=2),
+        attention_mask=mask,
+        cache_implementation="sink",
+    )
+
+
+DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "max_position_embeddings": 48}
+
+
+@torch.no_grad()
+def test_windows_and_forwards_that_do_not_fit_the_positions():
+    model = tiny("llama", **DYNAMIC)
+    with pytest.raises(SinkArgumentError, match="window_length=40 does not fit.*'dynamic'.*window_length=33 or less"):
+        SinkCache(40, 3, model=model)
+    cache = SinkCache(33, 3, model=model)
+    with pytest.raises(CacheStateError, match="needs 60 positions.*48.*pieces of 30"):
+        model(tokens(60), past_key_values=cache)
+    assert cache.get_seq_length() == 0
+    assert model.generate(tokens(60), past_key_values=cache, max_new_tokens=3).shape[1] == 63
