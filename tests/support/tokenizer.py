@@ -1,0 +1,28 @@
+"""A tokenizer of a few words, made here, with a chat template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL = ("<unk>", "<s>", "</s>")
+WORDS = tuple(f"word{number}" for number in range(60))
+CHAT_TEMPLATE = "{% for message in messages %}word1 {{ message['content'] }} word2 {% endfor %}"
+
+
+def tiny_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
+    """Words of WORDS, and <unk> for all others."""
+    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *WORDS])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    model_inputs = ["input_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=CHAT_TEMPLATE,
+        model_input_names=model_inputs,
+        **{**special, **options},
+    )
