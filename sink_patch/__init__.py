@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         UnsupportedTransformersError,
     )
-    from sink_patch.family import Family
+    from sink_patch.family import Family, PositionLimit
     from sink_patch.registry import families, register_family
     from sink_patch.report import Report, inspect
     from sink_patch.rotation import Rotation
@@ -50,7 +50,7 @@ _HOMES = {
         "UnsupportedModelError",
         "UnsupportedTransformersError",
     ),
-    "family": ("Family",),
+    "family": ("Family", "PositionLimit"),
     "registry": ("families", "register_family"),
     "report": ("Report", "inspect"),
     "rotation": ("Rotation",),
@@ -63,6 +63,7 @@ __all__ = [
     "CacheStateError",
     "Family",
     "FamilyClashError",
+    "PositionLimit",
     "Report",
     "Rotation",
     "SinkArgumentError",

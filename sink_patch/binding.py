@@ -12,27 +12,29 @@ from torch import nn
 
 from sink_patch import probe
 from sink_patch.adapters import Adapter
-from sink_patch.adapters.rope import frequency_buffers, layer_types, text_config
+from sink_patch.adapters.rope import frequency_buffers
 from sink_patch.context import Context, read_context
+from sink_patch.entries import Entry, read_entries, text_config
 from sink_patch.errors import SinkArgumentError, UnsupportedModelError
-from sink_patch.family import Family
+from sink_patch.family import Family, PositionSource
 from sink_patch.layout import LayerKind
 from sink_patch.registry import find_family
 
 
 @dataclass(frozen=True, eq=False)
 class LayerFacts:
-    """One entry of the model's cache, whatever the window: its adapter, and its own sliding window if it has one."""
+    """One entry of the model's cache, whatever the window: what it holds, and how that turns."""
 
+    entry: Entry
     adapter: Adapter
-    layer_type: str | None
-    sliding_window: int | None
+    ordered: bool = False
 
     def kind(self, window_length: int, num_sink_tokens: int) -> LayerKind:
         """A sliding window that is shorter than the cache's goes on as the model was trained, without sinks."""
-        if self.sliding_window is not None and self.sliding_window < window_length:
-            return LayerKind(self.sliding_window, 0, local=True)
-        return LayerKind(window_length, num_sink_tokens)
+        window = self.entry.sliding_window
+        if window is not None and window < window_length:
+            return LayerKind(window, 0, local=True, ordered=self.ordered)
+        return LayerKind(window_length, num_sink_tokens, ordered=self.ordered)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +46,7 @@ class ModelFacts:
     family: str | None  # None: no family claims it, the probe chose the adapters
     layers: tuple[LayerFacts, ...]
     context: Context
+    position_source: PositionSource = "position_ids"
 
     def same_as(self, other: ModelFacts) -> bool:
         """Whether what was proven for `other` holds for this too."""
@@ -52,13 +55,12 @@ class ModelFacts:
             same
             and len(self.layers) == len(other.layers)
             and all(
-                one.sliding_window == two.sliding_window and one.adapter.same_as(two.adapter)
+                one.entry == two.entry and one.ordered == two.ordered and one.adapter.same_as(two.adapter)
                 for one, two in zip(self.layers, other.layers, strict=True)
             )
         )
 
 
-_LAYER_TYPES = ("full_attention", "sliding_attention")
 _proven: weakref.WeakKeyDictionary[nn.Module, ModelFacts] = weakref.WeakKeyDictionary()
 _proving = threading.Lock()
 
@@ -72,22 +74,35 @@ def examine(model: nn.Module) -> ModelFacts:
     """
     family = _claimed(model)
     context = read_context(text_config(model), family)
-    windows = _sliding_windows(model)
+    entries = read_entries(model)
     with _proving:
         known = _proven.get(model)
-        if family is None:
-            if known is not None and known.family is None and _still_has(model, known):
-                return known
-            adapters = _chosen(model, context)
-        else:
-            adapters = _adapters(family, model, len(windows))
-        layers = tuple(map(LayerFacts, adapters, layer_types(text_config(model)), windows))
-        model_type = text_config(model).model_type
-        facts = ModelFacts(type(model).__name__, model_type, family.name if family else None, layers, context)
-        if family is not None and (known is None or not facts.same_as(known)):
-            probe.verify(probe.read(model, context.largest_probe_position), adapters, family.name)
+        if family is None and known is not None and known.family is None and _still_has(model, known):
+            return known
+        adapters = _chosen(model, entries, context) if family is None else _adapters(family, model, len(entries))
+        facts = _facts(model, family, context, entries, adapters)
+        proven = known is not None and facts.same_as(known)
+        if family is not None and not proven and any(entry.attention for entry in entries):
+            probe.verify(probe.read(model, context.largest_probe_position), entries, adapters, family.name)
         _proven[model] = facts
     return facts
+
+
+def _facts(
+    model: nn.Module, family: Family | None, context: Context, entries: Sequence[Entry], adapters: Sequence[Adapter]
+) -> ModelFacts:
+    source: PositionSource = "position_ids" if family is None else family.position_source
+    layers = tuple(
+        LayerFacts(entry, adapter, source == "columns") for entry, adapter in zip(entries, adapters, strict=True)
+    )
+    return ModelFacts(
+        model_class=type(model).__name__,
+        model_type=text_config(model).model_type,
+        family=None if family is None else family.name,
+        layers=layers,
+        context=context,
+        position_source=source,
+    )
 
 
 def horizon(facts: ModelFacts, window_length: int, num_sink_tokens: int) -> int:
@@ -103,12 +118,17 @@ def horizon(facts: ModelFacts, window_length: int, num_sink_tokens: int) -> int:
     length, limit = facts.context.length, facts.context.limit
     if limit is None:
         return length if 2 * window_length <= length else 2 * window_length
+    if not any(layer.adapter.turns for layer in facts.layers):
+        return _fitting(facts, window_length, limit, limit)  # nothing is ever rounded
     # each time the clock is set back, a key is rounded once more: leave room for at most two times in its life
-    largest = max(1, (2 * limit + num_sink_tokens) // 3)
+    return _fitting(facts, window_length, max(1, (2 * limit + num_sink_tokens) // 3), limit)
+
+
+def _fitting(facts: ModelFacts, window_length: int, largest: int, limit: int) -> int:
     if window_length > largest:
         raise SinkArgumentError(
-            f"window_length={window_length} does not fit {facts.model_class}: {facts.context.why_limited}, so its "
-            f"positions end at {limit}. Use window_length={largest} or less."
+            f"window_length={window_length} does not fit {facts.model_class}: it may use {limit} positions, as "
+            f"{facts.context.why_limited}. Use window_length={largest} or less."
         )
     return limit
 
@@ -146,9 +166,9 @@ def _adapters(family: Family, model: nn.Module, num_layers: int) -> Sequence[Ada
     return adapters
 
 
-def _chosen(model: nn.Module, context: Context) -> Sequence[Adapter]:
+def _chosen(model: nn.Module, entries: Sequence[Entry], context: Context) -> Sequence[Adapter]:
     readings = probe.read(model, context.largest_probe_position)
-    adapters = probe.choose(model, readings)
+    adapters = probe.choose(model, entries, readings)
     probe.check_distance_only(model, context.largest_probe_position)
     return adapters
 
@@ -158,20 +178,3 @@ def _still_has(model: nn.Module, facts: ModelFacts) -> bool:
     held = [buffer.double().cpu().tolist() for buffer in frequency_buffers(model).values()]
     used = [layer.adapter.keys.inv_freq.tolist() for layer in facts.layers if layer.adapter.keys is not None]
     return all(inv_freq in held for inv_freq in used)
-
-
-def _sliding_windows(model: nn.Module) -> list[int | None]:
-    """The sliding window of each entry of the model's own cache; None: full attention."""
-    from transformers.cache_utils import DynamicCache
-
-    config = text_config(model)
-    layers = DynamicCache(config=config).layers
-    for layer_idx, (layer, layer_type) in enumerate(zip(layers, layer_types(config), strict=True)):
-        name = type(layer).__name__
-        known = name in ("DynamicLayer", "DynamicSlidingWindowLayer") and layer_type in (None, *_LAYER_TYPES)
-        if not known:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} cannot stream with attention sinks yet: layer {layer_idx} of its cache is a "
-                f"{name} ({layer_type}), which is neither full nor sliding-window attention."
-            )
-    return [getattr(layer, "sliding_window", None) for layer in layers]

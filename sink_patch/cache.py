@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,12 @@ from transformers.cache_utils import Cache
 
 from sink_patch import seam
 from sink_patch.arguments import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, check_window
-from sink_patch.binding import ModelFacts, examine, horizon
+from sink_patch.binding import LayerFacts, ModelFacts, examine, horizon
+from sink_patch.entries import own_layers, text_config
 from sink_patch.errors import CacheStateError, UnboundCacheError
+from sink_patch.hybrid import StatefulSinkLayer
 from sink_patch.layers import SinkLayer
+from sink_patch.layout import LayerKind
 from sink_patch.step import Step
 from sink_patch.streams import Streams
 
@@ -82,7 +86,7 @@ class SinkCache(Cache, seam.Streaming):
                 "reset() this one first."
             )
         facts = examine(model)
-        self._streams = self._new_streams(facts)
+        self._streams = self._new_streams(facts, text_config(model))
         self.layers = list(self._streams.layers)
         self._facts = facts
         self._entrances = tuple(weakref.ref(module) for module in seam.install(model))
@@ -97,15 +101,20 @@ class SinkCache(Cache, seam.Streaming):
             return True
         return self._streams.positions_needed(columns) <= self._streams.context.length
 
-    def _new_streams(self, facts: ModelFacts) -> Streams:
+    def _new_streams(self, facts: ModelFacts, config: Any) -> Streams:
         sizes = (self.window_length, self.num_sink_tokens)
-        layers = [
-            SinkLayer(
-                layer.kind(*sizes), layer.adapter.keys, layer.adapter.values, sliding=layer.sliding_window is not None
-            )
-            for layer in facts.layers
-        ]
-        return Streams(*sizes, facts.context, horizon(facts, *sizes), layers)
+        layers = [self._new_layer(layer, own) for layer, own in zip(facts.layers, own_layers(config), strict=True)]
+        stateful = any(layer.entry.state for layer in facts.layers)
+        return Streams(*sizes, facts.context, horizon(facts, *sizes), layers, stateful=stateful)
+
+    def _new_layer(self, layer: LayerFacts, own: Any) -> Any:
+        """Ours where there is attention, transformers' `own` where there is none."""
+        entry = layer.entry
+        if not entry.attention:
+            return own
+        make = partial(StatefulSinkLayer, number_of_states=entry.number_of_states) if entry.state else SinkLayer
+        kind = layer.kind(self.window_length, self.num_sink_tokens)
+        return make(kind, layer.adapter.keys, layer.adapter.values, sliding=entry.sliding_window is not None)
 
     # --- one forward, driven by the hooks of seam.py -------------------------------------------------------------
 
@@ -127,7 +136,10 @@ class SinkCache(Cache, seam.Streaming):
             return None
         step = self._streams.begin(inputs, attention_mask)
         self._entered = weakref.ref(module)
-        return {"position_ids": step.position_ids(), "attention_mask": step.attention_mask()}
+        if not step.layouts:  # states alone: nothing is turned or masked
+            return {}
+        counts_columns = self._facts is not None and self._facts.position_source == "columns"
+        return {"position_ids": step.position_ids(), "attention_mask": step.attention_mask(explicit=counts_columns)}
 
     def _is_under_way(self, module: nn.Module, columns: int) -> bool:
         """Whether `module` is a part of the one that has begun this forward (and not of one that was interrupted)."""
@@ -156,21 +168,43 @@ class SinkCache(Cache, seam.Streaming):
         layer: SinkLayer = self.layers[layer_idx]
         return layer.update(key_states, value_states, step)
 
+    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """Keys of a learned index, [rows, visible columns, dim]; any will do.
+
+        Within the positions that such a model may use, its index chooses all keys that are visible.
+        """
+        rows, _, dim = indexer_key_states.shape
+        length, _ = self._current_step().mask_sizes(self._kind(layer_idx))
+        return indexer_key_states.new_zeros(rows, length, dim)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - as in transformers
-        """Columns ever fed, padding counted in; it is never reset by evictions."""
-        return 0 if self._streams is None else self._streams.columns
+        """Columns ever fed, padding counted in; it is never reset by evictions.
+
+        During a forward of a model that takes positions from it (ALiBi, or an index), it is what that model must see.
+        """
+        if self._streams is None or self._facts is None:
+            return 0
+        if self._streams.step is not None and self._facts.position_source != "position_ids":
+            step = self._streams.step
+            return step.past_columns() if self._facts.position_source == "columns" else step.first_position()
+        return self._streams.columns
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Mask coordinate of the first new token."""
         step = self._current_step()
-        return step.query_offset(self.layers[layer_idx].kind)
+        return step.query_offset(self._kind(layer_idx))
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """(key length, offset of the keys) of the mask of a layer."""
         step = self._current_step()
         if query_length != step.columns:
             raise CacheStateError(f"A mask for {query_length} tokens was asked for in a forward of {step.columns}.")
-        return step.mask_sizes(self.layers[layer_idx].kind)
+        return step.mask_sizes(self._kind(layer_idx))
+
+    def _kind(self, layer_idx: int) -> LayerKind:
+        """The kind of a layer; masks are asked for by layer 0 where a model has no full or sliding attention there."""
+        kinds = [layer.kind for layer in self.layers[layer_idx:] + self.layers if isinstance(layer, SinkLayer)]
+        return kinds[0]
 
     def get_max_length(self, layer_idx: int | None = None) -> int:  # noqa: ARG002 - as in transformers
         """`window_length`: how many tokens are held at most."""

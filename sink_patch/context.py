@@ -44,8 +44,9 @@ def read_context(config: Any, family: Family | None) -> Context:
         return Context(
             length, length, "no family is registered for it and nothing is known of positions past its context"
         )
-    if family.has_table:
-        return Context(length, length, "it looks its angles up in a table")
+    if family.position_limit is not None:
+        limit = min(length, family.position_limit.of(config))
+        return Context(limit, limit, family.position_limit.why)
     changing = sorted(set(rope_types) & set(_FREQUENCIES_CHANGE))
     if changing:
         return Context(

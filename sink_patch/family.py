@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from sink_patch.adapters import AdapterFactory
 from sink_patch.errors import SinkArgumentError
+
+PositionSource = Literal["position_ids", "columns", "index"]
+
+
+@dataclass(frozen=True)
+class PositionLimit:
+    """Positions past which attention depends on more than distance, or there are none.
+
+    Args:
+        of: from the text config to their number.
+        why: for people, as in "its positions end at 2048: it looks its angles up in a table".
+    """
+
+    of: Callable[[Any], int]
+    why: str
 
 
 @dataclass(frozen=True)
@@ -15,17 +32,19 @@ class Family:
     Args:
         name: for people and error messages.
         model_types: the `model_type`s of the configs that it claims.
-        adapters: from a model to one adapter for each of its attention layers, in order.
+        adapters: from a model to one adapter for each entry of its cache, in order.
         refusal: why these models cannot stream; instead of `adapters`.
-        has_table: whether the model looks angles up in a table of `max_position_embeddings` rows, beyond which there
-            are no positions at all.
+        position_limit: how many positions may be used at all, and why; None: as many as one likes.
+        position_source: where the model's forward takes positions from: "position_ids"; "columns", the order of the
+            keys (ALiBi); or "index", the length of the cache.
     """
 
     name: str
     model_types: tuple[str, ...]
     adapters: AdapterFactory | None = None
     refusal: str | None = None
-    has_table: bool = False
+    position_limit: PositionLimit | None = None
+    position_source: PositionSource = "position_ids"
 
     def __post_init__(self) -> None:
         types = self.model_types

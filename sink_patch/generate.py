@@ -15,6 +15,7 @@ from torch import nn
 from sink_patch.arguments import ARGUMENTS
 from sink_patch.cache import SinkCache
 from sink_patch.errors import SinkArgumentError, UnsupportedGenerationError
+from sink_patch.seam import CACHE_NAMES
 
 logger = logging.getLogger("sink_patch")
 
@@ -36,7 +37,7 @@ def prepare_generation_config(
     own = {name: value for name, value in own.items() if value is not None}
     kwargs = {name: value for name, value in kwargs.items() if name not in ARGUMENTS}
     generation_config, model_kwargs = wrapped(*args, **kwargs)
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(_cache_name(instance))
     wanted = generation_config.cache_implementation == NAME
     if wanted or isinstance(cache, SinkCache):
         _check_rows(model_kwargs.get("attention_mask"))
@@ -68,18 +69,25 @@ def prepare_cache(
     """Around `_prepare_cache_for_generation`: make the `SinkCache`, unless the user brought one."""
     given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     generation_config, model_kwargs = given["generation_config"], given["model_kwargs"]
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(_cache_name(instance))
     made = generation_config.cache_implementation == NAME
     if not made and not isinstance(cache, SinkCache):
         return wrapped(*args, **kwargs)
     _check_mode(generation_config, given.get("generation_mode"))
     _check_rows(model_kwargs.get("attention_mask"))  # transformers makes one from padding tokens where none was given
     if made:
-        cache = model_kwargs["past_key_values"] = SinkCache(**generation_config.cache_config, model=instance)
+        cache = SinkCache(**generation_config.cache_config, model=instance)
+        model_kwargs[_cache_name(instance)] = cache
     else:
         wrapped(*args, **kwargs)
     _plan_chunks(generation_config, model_kwargs, cache)
     return None
+
+
+def _cache_name(model: nn.Module) -> str:
+    """What the model's forward calls its cache."""
+    names = inspect.signature(model.forward).parameters
+    return next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[0])
 
 
 def _config_sources(passed: Any, model: Any) -> list[Mapping[str, Any] | None]:

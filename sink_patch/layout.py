@@ -22,12 +22,14 @@ Run = tuple[int, int, int]  # (first slot, first column of the forward, length)
 class LayerKind:
     """What a layer holds: `capacity` tokens, the first `num_sink_tokens` of them for good.
 
-    A `local` kind is a sliding window shorter than the cache's: it sees its own window, as the model was trained.
+    A `local` kind is a sliding window shorter than the cache's: it sees its own window, as the model was trained. An
+    `ordered` kind is always read in stream order, because the model takes distances from the order of the keys (ALiBi).
     """
 
     capacity: int
     num_sink_tokens: int
     local: bool = False
+    ordered: bool = False
 
     @property
     def ring(self) -> int:
@@ -76,7 +78,7 @@ class UniformLayout:
 
     def __init__(self, kind: LayerKind, plan: RowPlan, columns: int):
         self.length = kind.past(plan) + columns
-        self.in_place = columns == 1 or plan.total <= kind.capacity
+        self.in_place = plan.total <= kind.capacity or (columns == 1 and not kind.ordered)
         self._writes = kind.write_runs(plan, columns)
         self._reads = kind.past_runs(plan)
         self._num_sink_tokens = kind.num_sink_tokens
@@ -103,7 +105,7 @@ class RaggedLayout:
     """Rows that have seen different numbers of tokens, or bring padding. Built on the CPU, moved once per device."""
 
     def __init__(self, kind: LayerKind, plans: Sequence[RowPlan], columns: int):
-        self.in_place = columns == 1 and all(plan.new == 1 for plan in plans)
+        self.in_place = columns == 1 and not kind.ordered and all(plan.new == 1 for plan in plans)
         self.length = max(kind.past(plan) + plan.new for plan in plans)
         if not self.in_place:
             self.length = max(self.length, columns)

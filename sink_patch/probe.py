@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from sink_patch.adapters import Adapter, no_positions
-from sink_patch.adapters.rope import frequency_buffers, text_config
+from sink_patch.adapters.rope import frequency_buffers
+from sink_patch.entries import Entry, decoder_of, text_config
 from sink_patch.errors import AdapterMismatchError, UnsupportedModelError
 from sink_patch.rotation import Rotation
 
@@ -67,9 +68,13 @@ def read(model: nn.Module, max_position: int) -> list[Reading | None]:
     ]
 
 
-def verify(readings: Sequence[Reading | None], adapters: Sequence[Adapter], family: str) -> None:
+def verify(
+    readings: Sequence[Reading | None], entries: Sequence[Entry], adapters: Sequence[Adapter], family: str
+) -> None:
     """Raise `AdapterMismatchError`, naming the layer, unless every adapter is what the model does."""
-    for layer_idx, (reading, adapter) in enumerate(zip(readings, adapters, strict=True)):
+    for layer_idx, (reading, entry, adapter) in enumerate(zip(readings, entries, adapters, strict=True)):
+        if not entry.attention:
+            continue
         found = "it caches nothing" if reading is None else reading.mismatch(adapter)
         if found is not None:
             raise AdapterMismatchError(
@@ -79,7 +84,7 @@ def verify(readings: Sequence[Reading | None], adapters: Sequence[Adapter], fami
             )
 
 
-def choose(model: nn.Module, readings: Sequence[Reading | None]) -> list[Adapter]:
+def choose(model: nn.Module, entries: Sequence[Entry], readings: Sequence[Reading | None]) -> list[Adapter]:
     """An adapter for each layer of a model that no family claims, among the known conventions.
 
     Raises:
@@ -87,7 +92,10 @@ def choose(model: nn.Module, readings: Sequence[Reading | None]) -> list[Adapter
     """
     candidates = _candidates(model, readings)
     chosen = []
-    for layer_idx, reading in enumerate(readings):
+    for layer_idx, (entry, reading) in enumerate(zip(entries, readings, strict=True)):
+        if not entry.attention:
+            chosen.append(no_positions())
+            continue
         fitting = [] if reading is None else [adapter for adapter in candidates if reading.mismatch(adapter) is None]
         if not fitting:
             raise UnsupportedModelError(
@@ -95,7 +103,7 @@ def choose(model: nn.Module, readings: Sequence[Reading | None]) -> list[Adapter
                 "turns in none of the known ways. Register a family with an adapter: sink_patch.register_family."
             )
         chosen.append(fitting[0])
-    if all(adapter.keys is None for adapter in chosen):
+    if not any(adapter.turns for adapter in chosen):
         raise UnsupportedModelError(
             f"No family is registered for {text_config(model).model_type!r}, and none of its keys turns with position, "
             "so position enters in a way that the cache does not show (ALiBi, learned or relative positions)."
@@ -139,13 +147,15 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def _candidates(model: nn.Module, readings: Sequence[Reading | None]) -> list[Adapter]:
-    head_dims = {reading.keys[0].shape[-1] for reading in readings if reading is not None}
+    filled = [reading for reading in readings if reading is not None]
+    head_dims = {pair[0].shape[-1] for reading in filled for pair in (reading.keys, reading.values)}
     candidates = [no_positions()]
     for buffer in frequency_buffers(model).values():
         inv_freq = buffer.detach().to(device="cpu", dtype=torch.float64)
         starts = {0} | {dim - 2 * inv_freq.numel() for dim in head_dims if dim > 2 * inv_freq.numel()}
         candidates += [
-            Adapter(keys=Rotation(inv_freq, pairing, start, sign))
+            Adapter(**{cached_in: Rotation(inv_freq, pairing, start, sign)})
+            for cached_in in ("keys", "values")
             for pairing in ("half", "interleaved")
             for start in sorted(starts)
             for sign in (1, -1)
@@ -159,8 +169,7 @@ def _cached(model: nn.Module, token_ids: torch.Tensor, position: int) -> list[tu
 
     cache = DynamicCache(config=text_config(model))
     position_ids = torch.full_like(token_ids[:1], position)  # [1, 1]
-    decoder: Any = model.get_decoder()  # type: ignore[operator]
-    decoder(input_ids=token_ids, position_ids=position_ids, past_key_values=cache, use_cache=True)
+    decoder_of(model)(input_ids=token_ids, position_ids=position_ids, past_key_values=cache, use_cache=True)
     pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
     return [None if keys is None or values is None or not keys.numel() else (keys, values) for keys, values in pairs]
 
@@ -168,9 +177,8 @@ def _cached(model: nn.Module, token_ids: torch.Tensor, position: int) -> list[tu
 def _hidden(model: nn.Module, token_ids: torch.Tensor, start: int) -> torch.Tensor:
     """Last hidden states of tokens [1, tokens] from a position on, without a cache."""
     position_ids = torch.arange(start, start + token_ids.shape[1], device=token_ids.device)[None, :]
-    decoder: Any = model.get_decoder()  # type: ignore[operator]
     with torch.no_grad(), _same_dropout(model):
-        return decoder(input_ids=token_ids, position_ids=position_ids, use_cache=False)[0]  # type: ignore[no-any-return]
+        return decoder_of(model)(input_ids=token_ids, position_ids=position_ids, use_cache=False)[0]
 
 
 def _tokens(model: nn.Module) -> torch.Tensor:

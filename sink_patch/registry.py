@@ -12,7 +12,7 @@ from typing import Any
 from sink_patch.adapters import AdapterFactory
 from sink_patch.built_in import BUILT_IN
 from sink_patch.errors import FamilyClashError, SinkArgumentError, SinkPatchWarning
-from sink_patch.family import Family
+from sink_patch.family import Family, PositionLimit
 
 ENTRY_POINT_GROUP = "sink_patch.families"
 
@@ -81,7 +81,7 @@ registry = Registry(plugins=lambda: entry_points(group=ENTRY_POINT_GROUP))
 
 
 def register_family(
-    name: str, *, model_types: Iterable[str] | None = None, has_table: bool = False
+    name: str, *, model_types: Iterable[str] | None = None, position_limit: PositionLimit | None = None
 ) -> Callable[[AdapterFactory], Family]:
     """Decorator: register a function from a model to its adapters as a family.
 
@@ -91,7 +91,7 @@ def register_family(
     Args:
         name: the family's name, and its `model_type` where `model_types` is not given.
         model_types: the `model_type`s that it claims.
-        has_table: see `Family`.
+        position_limit: see `Family`.
 
     Raises:
         FamilyClashError: a model type is taken by another family.
@@ -99,7 +99,7 @@ def register_family(
 
     def decorate(adapters: AdapterFactory) -> Family:
         types = (name,) if model_types is None else tuple(model_types)
-        family = Family(name=name, model_types=types, adapters=adapters, has_table=has_table)
+        family = Family(name=name, model_types=types, adapters=adapters, position_limit=position_limit)
         registry.add(family)
         return family
 

@@ -82,8 +82,13 @@ def inspect(
 
 
 def _layer(layer: LayerFacts, window_length: int, num_sink_tokens: int) -> LayerReport:
-    kind = layer.kind(window_length, num_sink_tokens)
+    entry, kind = layer.entry, layer.kind(window_length, num_sink_tokens)
+    if not entry.attention:
+        return LayerReport(
+            entry.layer_type or "other", "no keys", "its recurrent state, untouched" if entry.state else "nothing"
+        )
     holds = f"window of {kind.capacity} with {kind.num_sink_tokens} sinks"
     if kind.local:
         holds = f"its own sliding window of {kind.capacity}, no sinks"
-    return LayerReport(layer.layer_type or "full_attention", layer.adapter.describe(), holds)
+    holds += "; its recurrent state, untouched" if entry.state else ""
+    return LayerReport(entry.layer_type or "full_attention", layer.adapter.describe(), holds)

@@ -19,6 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from sink_patch.entries import decoder_of
+
+CACHE_NAMES = ("past_key_values", "cache_params")  # the second in models of states alone (Mamba)
 _installing = threading.Lock()
 
 
@@ -47,8 +50,7 @@ def install(model: nn.Module) -> tuple[nn.Module, ...]:
 
 def entrances(model: nn.Module) -> tuple[nn.Module, ...]:
     """The modules at which a forward over the cache may begin: the model, and its decoder if that is another one."""
-    get_decoder = getattr(model, "get_decoder", None)
-    decoder = model if get_decoder is None else get_decoder()
+    decoder = decoder_of(model)
     return (model,) if decoder is model else (model, decoder)
 
 
@@ -76,10 +78,9 @@ def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
 
 
 def _sink_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streaming | None:
-    cache = kwargs.get("past_key_values")
-    if cache is None and args:
-        cache = _named_arguments(module, args, kwargs).get("past_key_values")
-    return cache if isinstance(cache, Streaming) else None
+    named = _named_arguments(module, args, kwargs) if args else kwargs
+    caches = [named.get(name) for name in CACHE_NAMES]
+    return next((cache for cache in caches if isinstance(cache, Streaming)), None)
 
 
 def _named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -41,12 +41,27 @@ class Step:
         position_ids = torch.tensor(first, device=self.device)[:, None] + columns[None, :]  # [rows, columns]
         return position_ids.masked_fill(columns[None, :] < padding[:, None], 0)
 
-    def attention_mask(self) -> torch.Tensor | None:
-        """2D mask over the columns that the kinds of layers see, one region after the other; None: all visible."""
+    def attention_mask(self, *, explicit: bool = False) -> torch.Tensor | None:
+        """2D mask over the columns that the kinds of layers see, one region after the other; None: all visible.
+
+        Args:
+            explicit: give a mask of ones instead of None, for models that count its columns.
+        """
         regions = [layout.valid for layout in self.layouts.values() if layout.valid is not None]
         if not regions or all(bool(region.all()) for region in regions):
-            return None
+            if not explicit:
+                return None
+            length = max(layout.length for layout in self.layouts.values())
+            return torch.ones(len(self.plans), length, dtype=torch.long, device=self.device)
         return torch.cat(regions, dim=1).to(device=self.device, dtype=torch.long)  # [rows, sum of lengths]
+
+    def first_position(self) -> int:
+        """RoPE position of the first new token, in the row that is furthest."""
+        return max(plan.first_position for plan in self.plans)
+
+    def past_columns(self) -> int:
+        """Visible columns before the new tokens, in the kind of layer that sees most."""
+        return max((layout.length for layout in self.layouts.values()), default=self.columns) - self.columns
 
     def mask_sizes(self, kind: LayerKind) -> tuple[int, int]:
         """(number of visible columns, where they start in the 2D mask) for a layer of this kind."""

@@ -23,16 +23,27 @@ class Streams:
         window_length, num_sink_tokens: of the cache.
         context: how far the model's positions reach.
         horizon: RoPE position at which a row's clock is set back.
-        layers: those of the cache, whose rings are turned when that happens.
+        layers: those of the cache; the rings of ours are turned when that happens.
+        stateful: whether some hold a recurrent state, which cannot be taken back.
     """
 
     def __init__(
-        self, window_length: int, num_sink_tokens: int, context: Context, horizon: int, layers: Sequence[SinkLayer]
+        self,
+        window_length: int,
+        num_sink_tokens: int,
+        context: Context,
+        horizon: int,
+        layers: Sequence[Any],
+        *,
+        stateful: bool = False,
     ):
         self.sizes = (window_length, num_sink_tokens, horizon)
         self.context = context
         self.layers = layers
-        self.kinds: list[LayerKind] = list(dict.fromkeys(layer.kind for layer in layers))
+        self.stateful = stateful
+        self._sink_layers = [layer for layer in layers if isinstance(layer, SinkLayer)]
+        self._other_layers = [layer for layer in layers if not isinstance(layer, SinkLayer)]
+        self.kinds: list[LayerKind] = list(dict.fromkeys(layer.kind for layer in self._sink_layers))
         self.rows: list[Row] | None = None  # None: nothing fed yet
         self.columns = 0  # fed so far, padding counted in
         self.step: Step | None = None
@@ -63,7 +74,10 @@ class Streams:
     def abandon(self) -> None:
         """Forget a forward that did not end. Tokens that it overwrote are lost."""
         step, self.step = self.step, None
-        if step is not None and step.touched and any(kind.evicts(row) for kind in self.kinds for row in step.plans):
+        if step is None:
+            return
+        overwritten = step.touched and any(kind.evicts(row) for kind in self.kinds for row in step.plans)
+        if overwritten or self.stateful:
             self.broken = "A forward with this cache failed half-way, after it had overwritten old tokens."
 
     def reset(self) -> None:
@@ -77,15 +91,17 @@ class Streams:
         if self.rows is None:
             return
         chosen = torch.arange(len(self.rows))[indices.cpu()]
-        for layer in self.layers:
+        for layer in self._sink_layers:
             layer.select_rows(chosen)
+        for layer in self._other_layers:
+            layer.reorder_cache(chosen)
         self.rows = [self.rows[row] for row in chosen.tolist()]
 
     def crop(self, count: int) -> bool:
         """Forget the newest `count` tokens of each row; False if tokens that would have to come back are gone."""
         if count == 0 or self.rows is None:
             return True
-        full = any(row.seen > kind.capacity for kind in self.kinds for row in self.rows)
+        full = self.stateful or any(row.seen > kind.capacity for kind in self.kinds for row in self.rows)
         if count < 0 or full or count > min(row.seen for row in self.rows):
             return False
         self.rows = [Row(seen=row.seen - count, base=row.base) for row in self.rows]
@@ -106,6 +122,11 @@ class Streams:
                 f"The cache holds {len(held)} rows, but {rows} were fed. Use a new SinkCache for another batch size."
             )
         new = new_tokens(attention_mask, [row.seen for row in held], self.columns, columns)
+        if self.stateful and any(row.seen and count != columns for row, count in zip(held, new, strict=True)):
+            raise CacheStateError(
+                "Padding in the middle of a stream would enter the recurrent state of this model. Feed rows of one "
+                "length, or the new tokens of each row by themselves."
+            )
         made = {key: plan_row(*key, *self.sizes) for key in set(zip(held, new, strict=True))}
         plans = [made[key] for key in zip(held, new, strict=True)]
         self._check_positions(plan.first_position + plan.new for plan in plans)
@@ -117,7 +138,7 @@ class Streams:
         if limit is not None and (most := max(needed)) > limit:
             window_length, num_sink_tokens, _ = self.sizes
             raise CacheStateError(
-                f"This forward needs {most} positions, but {self.context.why_limited}, and {limit} are all it may use. "
+                f"This forward needs {most} positions, and the model may use {limit}, as {self.context.why_limited}. "
                 f"Feed the text in pieces of {window_length - num_sink_tokens} tokens or fewer (prefill_chunk_size in "
                 "generate)."
             )
@@ -128,7 +149,7 @@ class Streams:
             return
         turns = -torch.tensor([plan.turn for plan in step.plans], dtype=torch.long)  # [rows]
         self.broken = "The clock of this cache could not be set back to the end."
-        for layer in self.layers:
+        for layer in self._sink_layers:
             layer.turn(turns)
         self.rows = [Row(seen=plan.seen, base=plan.base) for plan in step.plans]
         self.broken = None

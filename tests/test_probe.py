@@ -140,7 +140,7 @@ def test_a_report_is_read_by_people_and_programs():
     report = sink_patch.inspect(model, 64, 4)
     assert str(report).splitlines() == [
         "Gemma3ForCausalLM (gemma3_text) can stream with attention sinks.",
-        "  family   gemma3",
+        "  family   gemma3_text",
         "  window   64 tokens, the first 4 of them for good",
         "  clock    positions stay below 192 (trained on 192)",
         "  layers 0 to 1    sliding_attention: keys: half-split rotation of 16 dims; "

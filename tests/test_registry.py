@@ -139,7 +139,7 @@ def test_a_model_whose_attention_knows_more_than_distance_is_refused_by_the_prob
 
 
 def test_an_unknown_model_keeps_to_the_positions_of_its_context():
-    with pytest.raises(SinkArgumentError, match="no family is registered.*end at 192.*window_length=129 or less"):
+    with pytest.raises(SinkArgumentError, match="192 positions.*no family is registered.*window_length=129 or less"):
         SinkCache(130, 4, model=renamed("llama"))
 
 

@@ -15,10 +15,11 @@ ROOT = Path(__file__).parent.parent
 # model at construction and must be bound, by adapters that the registry knows, before its first token.
 FLOORS = [
     ["errors"],
-    ["rotation", "arguments", "clock"],
+    ["rotation", "arguments", "clock", "entries"],
     ["adapters", "layout", "padding", "seam"],
     ["family", "probe", "step"],
     ["built_in", "layers", "context"],
+    ["hybrid"],
     ["registry"],
     ["binding"],
     ["streams"],

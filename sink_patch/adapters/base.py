@@ -22,6 +22,10 @@ class Adapter:
     keys: Rotation | None = None
     values: Rotation | None = None
 
+    @property
+    def turns(self) -> bool:
+        return self.keys is not None or self.values is not None
+
     def same_as(self, other: Adapter) -> bool:
         pairs = ((self.keys, other.keys), (self.values, other.values))
         return all(a is b or (a is not None and b is not None and a.same_as(b)) for a, b in pairs)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from sink_patch.adapters.base import Adapter, AdapterFactory
+from sink_patch.entries import decoder_of, read_entries, text_config
 from sink_patch.errors import UnsupportedModelError
 from sink_patch.rotation import Pairing, Rotation
 
@@ -17,53 +19,94 @@ SkipsPositions = Callable[[Any, int], bool]
 """(text config, layer index) -> whether that layer has no positions (NoPE)."""
 
 
-def text_config(model: Any) -> Any:
-    """The config of the language model, also where it is a part of a larger one."""
-    return model.config.get_text_config(decoder=True)
-
-
-def rope(
-    pairing: Pairing = "half", *, sign: int = 1, start: int = 0, skips: SkipsPositions | None = None
-) -> AdapterFactory:
+@dataclass(frozen=True)
+class Rope:
     """Adapters of a family whose model holds its inverse frequencies in `inv_freq` buffers.
 
     Args:
         pairing, sign, start: see `Rotation`.
         skips: which layers have no positions; None: all have.
+        cached_in: the tensor that turns: "keys", or "values" (MLA with a latent cache).
     """
 
-    def adapters(model: nn.Module) -> Sequence[Adapter]:
-        config = text_config(model)
-        buffers = frequency_buffers(model)
+    pairing: Pairing = "half"
+    sign: int = 1
+    start: int = 0
+    skips: SkipsPositions | None = None
+    cached_in: Literal["keys", "values"] = "keys"
+
+    def __call__(self, model: nn.Module) -> Sequence[Adapter]:
+        config, buffers = text_config(model), frequency_buffers(model)
         made: dict[str, Adapter] = {}  # layers that share a buffer share an adapter, and so its cosines
         result = []
-        for layer_idx, layer_type in enumerate(layer_types(config)):
-            if skips is not None and skips(config, layer_idx):
+        for layer_idx, entry in enumerate(read_entries(model)):
+            if not entry.attention or (self.skips is not None and self.skips(config, layer_idx)):
                 result.append(no_positions())
                 continue
-            name = _buffer_of(layer_idx, layer_type, buffers)
+            name = _buffer_of(layer_idx, entry.layer_type, buffers)
             if name not in made:
-                made[name] = Adapter(keys=Rotation(_pristine(buffers[name]), pairing, start, sign))
+                rotation = Rotation(_pristine(buffers[name]), self.pairing, self.start, self.sign)
+                made[name] = Adapter(**{self.cached_in: rotation})
             result.append(made[name])
         return result
 
-    return adapters
+    def __str__(self) -> str:
+        pairing = "half-split" if self.pairing == "half" else "interleaved"
+        parts = [f"{pairing} rotation", "reversed" if self.sign < 0 else "", "of the latent cache's values"]
+        kept = [part for part in parts[: 3 if self.cached_in == "values" else 2] if part]
+        return " ".join(kept) + (", some layers without positions" if self.skips is not None else "")
 
 
-def sinusoidal_table(dim: Callable[[Any], int], pairing: Pairing = "interleaved") -> AdapterFactory:
+def rope(
+    pairing: Pairing = "half", *, sign: int = 1, start: int = 0, skips: SkipsPositions | None = None
+) -> AdapterFactory:
+    """See `Rope`."""
+    return Rope(pairing, sign, start, skips)
+
+
+@dataclass(frozen=True)
+class SinusoidalTable:
     """Adapters of a family that looks its angles up in a table of base 10000 (GPT-J and its kin).
 
     Args:
         dim: text config -> rotary dim.
+        pairing: see `Rotation`.
     """
 
-    def adapters(model: nn.Module) -> Sequence[Adapter]:
+    dim: Callable[[Any], int]
+    pairing: Pairing = "interleaved"
+
+    def __call__(self, model: nn.Module) -> Sequence[Adapter]:
         config = text_config(model)
-        exponents = torch.arange(0, dim(config), 2, dtype=torch.int64) / dim(config)  # float32, as in modeling_gptj
-        adapter = Adapter(keys=Rotation(_pristine(1.0 / (10000**exponents)), pairing))
+        dim = self.dim(config)
+        exponents = torch.arange(0, dim, 2, dtype=torch.int64) / dim  # float32, as in modeling_gptj
+        adapter = Adapter(keys=Rotation(_pristine(1.0 / (10000**exponents)), self.pairing))
         return [adapter] * config.num_hidden_layers
 
-    return adapters
+    def __str__(self) -> str:
+        return "interleaved rotation from a table"
+
+
+def sinusoidal_table(dim: Callable[[Any], int], pairing: Pairing = "interleaved") -> AdapterFactory:
+    """See `SinusoidalTable`."""
+    return SinusoidalTable(dim, pairing)
+
+
+@dataclass(frozen=True)
+class Unrotated:
+    """Adapters of a family whose cached tensors do not depend on position at all.
+
+    Args:
+        how: how position enters instead, for people.
+    """
+
+    how: str
+
+    def __call__(self, model: nn.Module) -> Sequence[Adapter]:
+        return [no_positions() for _ in read_entries(model)]
+
+    def __str__(self) -> str:
+        return self.how
 
 
 def no_positions() -> Adapter:
@@ -71,16 +114,9 @@ def no_positions() -> Adapter:
     return Adapter()
 
 
-def layer_types(config: Any) -> list[str | None]:
-    """The config's `layer_types`, or one None a layer."""
-    return list(getattr(config, "layer_types", None) or [None] * config.num_hidden_layers)
-
-
 def frequency_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     """The decoder's `inv_freq` buffers by name; where the rope type changes them as it goes, the original ones."""
-    get_decoder = getattr(model, "get_decoder", None)
-    decoder = model if get_decoder is None else get_decoder()
-    found = {name: buffer for name, buffer in decoder.named_buffers() if name.endswith("inv_freq")}
+    found = {name: buffer for name, buffer in decoder_of(model).named_buffers() if name.endswith("inv_freq")}
     return {
         name: found.get(re.sub(r"inv_freq$", "original_inv_freq", name), buffer)
         for name, buffer in found.items()

@@ -1,0 +1,34 @@
+"""A layer with attention and a recurrent or convolution state side by side: ours, and transformers' own."""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import LinearAttentionLayer
+
+from sink_patch.layers import SinkLayer
+from sink_patch.layout import LayerKind
+from sink_patch.rotation import Rotation
+
+
+class StatefulSinkLayer(SinkLayer, LinearAttentionLayer):  # type: ignore[misc]
+    """Keys and values in rings, the state as in transformers (which finds state layers by their class)."""
+
+    def __init__(
+        self,
+        kind: LayerKind,
+        key_rotation: Rotation | None,
+        value_rotation: Rotation | None = None,
+        *,
+        sliding: bool = False,
+        number_of_states: int = 1,
+    ):
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+        SinkLayer.__init__(self, kind, key_rotation, value_rotation, sliding=sliding)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        SinkLayer.select_rows(self, rows)
+        LinearAttentionLayer.reorder_cache(self, rows)
+
+    def reset(self) -> None:
+        SinkLayer.reset(self)
+        LinearAttentionLayer.reset(self)

@@ -1,0 +1,121 @@
+"""A naive sink cache for any model: keeps every token of every layer, and lays out what each forward sees afresh.
+
+It shares the adapters with the product (the probe has checked them against the model), and nothing else: no ring, no
+walking sinks, no clock. Each forward selects by the rules of DESIGN.md, section 3, turns each key from the position at
+which the model made it to the one at which it is seen, in float64, and numbers positions from 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from sink_patch.binding import examine
+from sink_patch.entries import text_config
+
+
+class ReplayCache(Cache):
+    """One row, no padding."""
+
+    def __init__(self, model: nn.Module, window_length: int, num_sink_tokens: int):
+        super().__init__(layers=DynamicCache(config=text_config(model)).layers)
+        facts = examine(model)
+        self.facts, self.window, self.sinks = facts.layers, window_length, num_sink_tokens
+        self.counts_columns = facts.position_source == "columns"
+        self.kept: dict[int, list[tuple[torch.Tensor, torch.Tensor, int]]] = {}  # layer -> (key, value, position made)
+        self.index_keys: dict[int, list[torch.Tensor]] = {}
+        self.seen = self.new = 0
+
+    def start(self, new: int) -> dict[str, Any]:
+        """What the model is to get for a forward of `new` tokens."""
+        self.new = new
+        start = len(self.full_past())
+        mask = {"attention_mask": torch.ones(1, start + new, dtype=torch.long)} if self.counts_columns else {}
+        return {"position_ids": torch.arange(start, start + new)[None], **mask}
+
+    def full_past(self) -> list[int]:
+        """Absolute indices that a layer with sinks sees, by the four rules."""
+        seen, new = self.seen, self.new
+        if seen + new <= self.window:
+            return list(range(seen))
+        sinks = min(seen, self.sinks)
+        recent = max(0, self.window - sinks - new) if new <= self.window - self.sinks else 0
+        return [*range(sinks), *range(seen - recent, seen)] if seen else []
+
+    def past(self, layer_idx: int) -> list[int]:
+        own = self.facts[layer_idx].entry.sliding_window
+        if own is not None and own < self.window:
+            return list(range(max(0, self.seen - own + 1), self.seen))
+        return self.full_past()
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        kept, past = self.kept.setdefault(layer_idx, []), self.past(layer_idx)
+        start = len(self.full_past())  # position of the first new token
+        keys, values = [], []
+        for place, index in enumerate(past):
+            key, value, made = kept[index]
+            position = start - len(past) + place
+            keys.append(self._turned(key, self.facts[layer_idx].adapter.keys, position - made))
+            values.append(self._turned(value, self.facts[layer_idx].adapter.values, position - made))
+        for column in range(key_states.shape[2]):
+            part = slice(column, column + 1)
+            kept.append((key_states[:, :, part], value_states[:, :, part], start + column))
+        return torch.cat([*keys, key_states], dim=2), torch.cat([*values, value_states], dim=2)
+
+    def update_indexer(self, indexer_key_states, layer_idx):
+        """Real keys of the tokens that are seen, though not turned: all are chosen, so what they say does not matter."""
+        kept = self.index_keys.setdefault(layer_idx, [])
+        past = [kept[index] for index in self.past(layer_idx)]
+        kept += indexer_key_states.split(1, dim=1)
+        return torch.cat([*past, indexer_key_states], dim=1)
+
+    @staticmethod
+    def _turned(states: torch.Tensor, rotation: Any, delta: int) -> torch.Tensor:
+        if rotation is None:
+            return states
+        half = rotation.rotary_dim // 2
+        turned, angles = states.double(), rotation.sign * rotation.inv_freq * delta
+        first = torch.arange(half) + rotation.start if rotation.pairing == "half" else 2 * torch.arange(half) + rotation.start
+        second = first + (half if rotation.pairing == "half" else 1)
+        a, b = turned[..., first].clone(), turned[..., second].clone()
+        turned[..., first] = a * angles.cos() - b * angles.sin()
+        turned[..., second] = b * angles.cos() + a * angles.sin()
+        return turned.to(states.dtype)
+
+    def finish(self) -> None:
+        self.seen += self.new
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return len(self.full_past())
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return len(self.past(self._attention(layer_idx)))
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return len(self.past(self._attention(layer_idx))) + query_length, 0
+
+    def _attention(self, layer_idx: int) -> int:
+        order = [*range(layer_idx, len(self.facts)), *range(layer_idx)]
+        return next(index for index in order if self.facts[index].entry.attention)
+
+
+@torch.no_grad()
+def replayed(model: nn.Module, stream: torch.Tensor, schedule: list[int], window: int, sinks: int) -> list[torch.Tensor]:
+    """The last logits of each forward of the schedule, [1, vocab]."""
+    cache, logits, start = ReplayCache(model, window, sinks), [], 0
+    for new in schedule:
+        extra = cache.start(new)
+        accepted = {name: value for name, value in extra.items() if _takes(model, name)}
+        logits.append(model(stream[:, start : start + new], past_key_values=cache, use_cache=True, **accepted).logits[:, -1])
+        cache.finish()
+        start += new
+    return logits
+
+
+def _takes(model: Any, name: str) -> bool:
+    code = type(model).forward
+    code = getattr(code, "__wrapped__", code).__code__
+    return name in code.co_varnames or bool(code.co_flags & 0x08)
