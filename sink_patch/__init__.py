@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sink_patch.registry import families, register_family
     from sink_patch.report import Report, inspect
     from sink_patch.rotation import Rotation
+    from sink_patch.verdicts import Coverage, Verdict, coverage
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ _HOMES = {
     "activation": ("is_patched", "patch", "unpatch"),
     "adapters": ("Adapter", "no_positions", "rope", "sinusoidal_table"),
     "cache": ("SinkCache",),
+    "verdicts": ("Coverage", "Verdict", "coverage"),
     "errors": (
         "AdapterMismatchError",
         "CacheStateError",
@@ -61,6 +63,7 @@ __all__ = [
     "Adapter",
     "AdapterMismatchError",
     "CacheStateError",
+    "Coverage",
     "Family",
     "FamilyClashError",
     "PositionLimit",
@@ -74,6 +77,8 @@ __all__ = [
     "UnsupportedGenerationError",
     "UnsupportedModelError",
     "UnsupportedTransformersError",
+    "Verdict",
+    "coverage",
     "families",
     "inspect",
     "is_patched",

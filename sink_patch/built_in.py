@@ -24,6 +24,7 @@ _NO_CACHE = "it has no attention whose cache grows: it streams without end by it
 _CROSS = "some of its layers attend to an image, beside the text"
 _INDEX_IN_VALUES = "it takes positions from the index in the sequence, and mixes them into keys and values"
 _CONTEXT_BIAS = "a bias of its attention and its scale go by the length of the cache"
+_DRAFTS = "it drafts for another model, whose keys it is given"
 _OWN_CACHE = "it accepts no cache but one of its own"
 _STATE_ON_MODULE = "it keeps its recurrent state on the model and not in the cache, and starts it anew at position 0"
 _BYTE_PATCHES = "it runs several decoders with caches of their own over patches of bytes"
@@ -166,5 +167,6 @@ BUILT_IN: tuple[Family, ...] = (
     *_refused(_CONTEXT_BIAS, "inkling_text inkling2_text"),
     *_refused(_BYTE_PATCHES, "blt"),
     *_refused(_OWN_CACHE, "minimax"),
+    *_refused(_DRAFTS, "gemma4_assistant gemma4_unified_assistant"),
     *_refused(_STATE_ON_MODULE, "recurrent_gemma"),
 )

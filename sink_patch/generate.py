@@ -43,13 +43,13 @@ def prepare_generation_config(
         _check_rows(model_kwargs.get("attention_mask"))
     if isinstance(cache, SinkCache):
         _check_own_cache(cache, own)
-        _check_use_cache(generation_config)
+        _check_use_cache(generation_config, extra, given.get("generation_config"), instance)
         cache.bind(instance)
         if wanted:  # the user's cache is what the config asks for
             generation_config.cache_implementation = None
     elif wanted:
         _check_no_other_cache(cache)
-        _check_use_cache(generation_config)
+        _check_use_cache(generation_config, extra, given.get("generation_config"), instance)
         _check_cache_config(extra.get("cache_config"))
         sources = (own, extra.get("cache_config"), *_config_sources(given.get("generation_config"), instance))
         window = {name: _first(name, sources, default) for name, default in ARGUMENTS.items()}
@@ -132,12 +132,16 @@ def _check_cache_config(cache_config: Any) -> None:
         )
 
 
-def _check_use_cache(generation_config: Any) -> None:
-    if generation_config.use_cache is False:
+def _check_use_cache(generation_config: Any, extra: Mapping[str, Any], passed: Any, model: Any) -> None:
+    """To ask for this cache is to ask for a cache, even of a model whose config has none by default (MPT)."""
+    own = model.generation_config
+    contradictory = own.use_cache is False and own.cache_implementation == NAME
+    if extra.get("use_cache") is False or getattr(passed, "use_cache", None) is False or contradictory:
         raise SinkArgumentError(
             "A sink cache was asked for together with use_cache=False. Leave out use_cache, or pass "
             "cache_implementation=None and no past_key_values."
         )
+    generation_config.use_cache = True
 
 
 def _check_mode(generation_config: Any, mode: Any) -> None:

@@ -20,8 +20,13 @@ import torch
 from torch import nn
 
 from sink_patch.entries import decoder_of
+from sink_patch.errors import UnsupportedGenerationError
 
 CACHE_NAMES = ("past_key_values", "cache_params")  # the second in models of states alone (Mamba)
+_OTHER_INPUTS = (
+    *("pixel_values", "pixel_values_videos", "pixel_values_images", "input_features", "input_values"),
+    *("audio_values", "mm_encoder_outputs"),
+)
 _installing = threading.Lock()
 
 
@@ -62,6 +67,7 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     inputs = named.get("inputs_embeds") if named.get("input_ids") is None else named["input_ids"]
     if inputs is None:
         return None  # the model itself says what it misses
+    _check_text_only(module, named)
     replaced = cache.begin_forward(module, inputs, named.get("attention_mask"))
     if replaced is None:
         return None
@@ -69,6 +75,21 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
     named.update({name: value for name, value in replaced.items() if takes_any or name in accepted})
     return (), named
+
+
+def _check_text_only(module: nn.Module, named: dict[str, Any]) -> None:
+    """Images and sounds have positions of their own (M-RoPE), or see each other in both directions."""
+    others = [name for name in _OTHER_INPUTS if _is_given(named.get(name))]
+    if others:
+        raise UnsupportedGenerationError(
+            f"{type(module).__name__} was given {', '.join(others)} with a SinkCache, which streams text alone. Leave "
+            "them out, or use another cache."
+        )
+
+
+def _is_given(value: Any) -> bool:
+    """`generate` passes a dict of None for encoders that had nothing to do."""
+    return any(map(_is_given, value.values())) if isinstance(value, dict) else value is not None
 
 
 def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

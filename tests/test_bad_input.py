@@ -235,7 +235,9 @@ DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "facto
 @torch.no_grad()
 def test_windows_and_forwards_that_do_not_fit_the_positions():
     model = tiny("llama", **DYNAMIC)
-    with pytest.raises(SinkArgumentError, match="window_length=40 does not fit.*48 positions.*'dynamic'.*window_length=33 or less"):
+    with pytest.raises(
+        SinkArgumentError, match="window_length=40 does not fit.*48 positions.*'dynamic'.*window_length=33 or less"
+    ):
         SinkCache(40, 3, model=model)
     cache = SinkCache(33, 3, model=model)
     with pytest.raises(CacheStateError, match="needs 60 positions.*may use 48.*pieces of 30"):

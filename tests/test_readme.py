@@ -40,7 +40,7 @@ def test_the_python_snippets_run_one_after_the_other(model, monkeypatch, capsys)
     for snippet in others:
         exec(snippet, names)
     assert "seen=" in capsys.readouterr().out
-    assert names["my_family"].model_types == ("my_model_type",)
+    assert names["wave"].model_types == ("wave",)
 
 
 def test_the_json_snippet_is_a_generation_config(model, tmp_path):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
-import textwrap
 from importlib.metadata import EntryPoint, EntryPoints
 
 import pytest
@@ -155,30 +152,6 @@ def test_a_registered_family_streams():
     sink_patch.register_family("mine")(rope("interleaved"))
     assert worst_error(model, tokens(60), [7, 20, *[1] * 30], 12, 3) < 1e-5
     assert "family   mine" in str(sink_patch.inspect(model, 12, 3))
-
-
-@pytest.mark.slow
-def test_an_installed_distribution_brings_a_family(tmp_path):
-    """A real distribution, installed into a folder of its own."""
-    (tmp_path / "their_module.py").write_text(
-        "import sink_patch\nFAMILY = sink_patch.Family('t', ('t',), sink_patch.rope())\n"
-    )
-    info = tmp_path / "their_package-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[sink_patch.families]\nt = their_module:FAMILY\nbroken = their_module:NOTHING\n"
-    )
-    code = """
-        import sys, warnings
-        sys.path.insert(0, sys.argv[1])
-        import sink_patch
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            assert sink_patch.families()["t"].name == "t"
-        assert ["their-package" in str(one.message) for one in caught] == [True], caught
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(tmp_path)], check=True)
 
 
 def test_every_public_name_can_be_had():

@@ -23,7 +23,7 @@ FLOORS = [
     ["registry"],
     ["binding"],
     ["streams"],
-    ["cache", "report"],
+    ["cache", "report", "verdicts"],
     ["generate"],
     ["compat"],
     ["autoload"],

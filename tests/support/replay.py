@@ -7,6 +7,7 @@ which the model made it to the one at which it is seen, in float64, and numbers 
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class ReplayCache(Cache):
         return torch.cat([*keys, key_states], dim=2), torch.cat([*values, value_states], dim=2)
 
     def update_indexer(self, indexer_key_states, layer_idx):
-        """Real keys of the tokens that are seen, though not turned: all are chosen, so what they say does not matter."""
+        """Real keys of the tokens that are seen, though not turned: all are chosen, whatever they say."""
         kept = self.index_keys.setdefault(layer_idx, [])
         past = [kept[index] for index in self.past(layer_idx)]
         kept += indexer_key_states.split(1, dim=1)
@@ -78,7 +79,11 @@ class ReplayCache(Cache):
             return states
         half = rotation.rotary_dim // 2
         turned, angles = states.double(), rotation.sign * rotation.inv_freq * delta
-        first = torch.arange(half) + rotation.start if rotation.pairing == "half" else 2 * torch.arange(half) + rotation.start
+        first = (
+            torch.arange(half) + rotation.start
+            if rotation.pairing == "half"
+            else 2 * torch.arange(half) + rotation.start
+        )
         second = first + (half if rotation.pairing == "half" else 1)
         a, b = turned[..., first].clone(), turned[..., second].clone()
         turned[..., first] = a * angles.cos() - b * angles.sin()
@@ -103,19 +108,21 @@ class ReplayCache(Cache):
 
 
 @torch.no_grad()
-def replayed(model: nn.Module, stream: torch.Tensor, schedule: list[int], window: int, sinks: int) -> list[torch.Tensor]:
+def replayed(
+    model: nn.Module, stream: torch.Tensor, schedule: list[int], window: int, sinks: int
+) -> list[torch.Tensor]:
     """The last logits of each forward of the schedule, [1, vocab]."""
     cache, logits, start = ReplayCache(model, window, sinks), [], 0
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    name = cache_name(model)
     for new in schedule:
-        extra = cache.start(new)
-        accepted = {name: value for name, value in extra.items() if _takes(model, name)}
-        logits.append(model(stream[:, start : start + new], past_key_values=cache, use_cache=True, **accepted).logits[:, -1])
+        extra = {key: value for key, value in cache.start(new).items() if takes_any or key in parameters}
+        logits.append(model(stream[:, start : start + new], use_cache=True, **{name: cache}, **extra).logits[:, -1])
         cache.finish()
         start += new
     return logits
 
 
-def _takes(model: Any, name: str) -> bool:
-    code = type(model).forward
-    code = getattr(code, "__wrapped__", code).__code__
-    return name in code.co_varnames or bool(code.co_flags & 0x08)
+def cache_name(model: nn.Module) -> str:
+    return "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
