@@ -136,8 +136,8 @@ class SinkCache(Cache, seam.Streaming):
             return None
         step = self._streams.begin(inputs, attention_mask)
         self._entered = weakref.ref(module)
-        if not step.layouts:  # states alone: nothing is turned or masked
-            return {}
+        if not step.layouts:  # states alone: what is padding in this forward is all that matters
+            return {"attention_mask": None if step.columns == 1 else attention_mask}
         counts_columns = self._facts is not None and self._facts.position_source == "columns"
         return {"position_ids": step.position_ids(), "attention_mask": step.attention_mask(explicit=counts_columns)}
 

@@ -59,7 +59,7 @@ def test_what_is_exact_equals_a_naive_cache(model_type):
     cache, start = SinkCache(W, S, model=model), 0
     for wanted, new in zip(replayed(model, stream, STEPS, W, S), STEPS, strict=True):
         with torch.no_grad():
-            found = model(stream[:, start : start + new], use_cache=True, **{cache_name(model): cache}).logits[:, -1]
+            found = forward(model, cache, stream[:, start : start + new])
         assert relative_error(found, wanted) < TOLERANCE, start
         start += new
 
@@ -96,6 +96,28 @@ def test_what_is_exact_generates_past_three_windows(model_type, attention):
     assert isinstance(out.past_key_values, SinkCache)
     assert out.sequences.shape == (2, 5 + 3 * W)
     assert out.past_key_values.get_seq_length() == 5 + 3 * W - 1
+
+
+@pytest.mark.parametrize("model_type", EXACT)
+def test_what_is_exact_serves_padded_rows_as_if_alone(model_type):
+    model = built(model_type)
+    stream, mask = tokens(31, rows=2), torch.ones(2, 31, dtype=torch.long)
+    mask[1, :5] = 0
+    together, *alone = (SinkCache(W, S, model=model) for _ in range(3))
+    start = 0
+    for new in [9, *[1] * 20, 1, 1]:
+        stop = start + new
+        with torch.no_grad():
+            found = forward(model, together, stream[:, start:stop], attention_mask=mask[:, :stop])
+            for row, cache in enumerate(alone):
+                real = stream[row, start:stop][mask[row, start:stop].bool()][None]
+                assert relative_error(found[row], forward(model, cache, real)[0]) < TOLERANCE, (row, start)
+        start = stop
+
+
+def forward(model, cache, ids, **kwargs):
+    """The last logits, [rows, vocab]."""
+    return model(ids, use_cache=True, **{cache_name(model): cache}, **kwargs).logits[:, -1]
 
 
 def test_the_counts_and_the_table_are_those_of_the_readme():
