@@ -211,6 +211,11 @@ class SinkCache(Cache, seam.Streaming):
         return self.window_length
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values (not of recurrent states, which are transformers' own)."""
+        return sum(ring.nbytes for layer in self.layers if isinstance(layer, SinkLayer) for ring in layer.rings)
+
+    @property
     def batch_size(self) -> int:
         return -1 if self._streams is None or self._streams.rows is None else len(self._streams.rows)
 

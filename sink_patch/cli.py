@@ -1,4 +1,4 @@
-"""The command line: `sink-patch demo`, `sink-patch inspect MODEL`, `sink-patch perplexity MODEL --text FILE`."""
+"""The command line: `sink-patch demo`, `inspect MODEL`, `families` and `perplexity MODEL --text FILE`."""
 
 from __future__ import annotations
 
@@ -46,6 +46,12 @@ def _inspect(arguments: argparse.Namespace) -> None:
     print(sink_patch.inspect(model, arguments.window_length, arguments.num_sink_tokens))
 
 
+def _families(_arguments: argparse.Namespace) -> None:
+    import sink_patch
+
+    print(sink_patch.coverage())
+
+
 def _perplexity(arguments: argparse.Namespace) -> None:
     from sink_patch.evaluate import figures, models, perplexity
 
@@ -65,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_inspect(commands)
+    _add_families(commands)
     _add_perplexity(commands)
     return parser
 
@@ -96,6 +103,15 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_window(inspect)
     _add_dtype(inspect)
     inspect.set_defaults(run=_inspect)
+
+
+def _add_families(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    families = commands.add_parser(
+        "families",
+        help="list all models of the installed transformers: exact, and how, or refused, and why",
+        description="Prints a table in Markdown of all causal language models of the installed transformers.",
+    )
+    families.set_defaults(run=_families)
 
 
 def _add_perplexity(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -50,7 +50,7 @@ def text_config(model: Any) -> Any:
 
 def decoder_of(model: Any) -> nn.Module:
     """The part that takes the cache and builds masks: `get_decoder()`, except where that finds an output head."""
-    candidates = [model.get_decoder()] if hasattr(model, "get_decoder") else []
+    candidates: list[nn.Module] = [model.get_decoder()] if hasattr(model, "get_decoder") else []
     candidates += [getattr(model, "base_model", model), model]
     names = ("past_key_values", "cache_params")
     return next((one for one in candidates if set(names) & set(inspect.signature(one.forward).parameters)), model)

@@ -10,7 +10,7 @@ from sink_patch.layout import LayerKind
 from sink_patch.rotation import Rotation
 
 
-class StatefulSinkLayer(SinkLayer, LinearAttentionLayer):  # type: ignore[misc]
+class StatefulSinkLayer(SinkLayer, LinearAttentionLayer):
     """Keys and values in rings, the state as in transformers (which finds state layers by their class)."""
 
     def __init__(
@@ -27,7 +27,7 @@ class StatefulSinkLayer(SinkLayer, LinearAttentionLayer):  # type: ignore[misc]
 
     def select_rows(self, rows: torch.Tensor) -> None:
         SinkLayer.select_rows(self, rows)
-        LinearAttentionLayer.reorder_cache(self, rows)
+        LinearAttentionLayer.reorder_cache(self, rows)  # type: ignore[arg-type] - transformers says LongTensor
 
     def reset(self) -> None:
         SinkLayer.reset(self)

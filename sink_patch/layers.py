@@ -35,6 +35,11 @@ class Ring:
             layout.write_sinks(self.pristine, stored)
         return buffer[:, :, : layout.length] if seen is None else seen
 
+    @property
+    def nbytes(self) -> int:
+        held = [tensor for tensor in (self.buffer, self.pristine) if tensor is not None]
+        return sum(tensor.nbytes for tensor in held)
+
     def turn(self, cos_sin: CosSin) -> None:
         """Turn all keys of the ring (not the sinks, which are shown anew in each forward)."""
         if self.rotation is not None and self.buffer is not None:

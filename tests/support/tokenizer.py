@@ -18,11 +18,9 @@ def tiny_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
     vocabulary = {word: number for number, word in enumerate([*SPECIAL, *WORDS])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
-    model_inputs = ["input_ids", "attention_mask"]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        chat_template=CHAT_TEMPLATE,
-        model_input_names=model_inputs,
-        **{**special, **options},
-    )
+    settings = {
+        "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>",
+        "chat_template": CHAT_TEMPLATE, "model_input_names": ["input_ids", "attention_mask"],
+        **options,
+    }
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)

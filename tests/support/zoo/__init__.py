@@ -1,0 +1,62 @@
+"""A tiny random model of every entry of transformers' table of causal language models, as a decoder of text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tests.support.zoo.configs import decoder_of, default_stack, least_stack, tiny_config
+from tests.support.zoo.families import NOT_BUILT, Stack
+from tests.support.zoo.weights import randomise
+
+__all__ = ["NOT_BUILT", "CannotBuild", "build", "entries", "layer_types_of", "one_layer"]
+
+
+class CannotBuild(Exception):
+    """No model of this type can be made, with the reason."""
+
+
+def entries() -> list[str]:
+    """All model types of the installed transformers that have a causal language model."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def build(model_type: str, *, attn_implementation: str = "eager", seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A model with each kind of layer of its family; `overrides` are settings of its decoder's config."""
+    return _build(model_type, None, attn_implementation, seed, overrides)
+
+
+def layer_types_of(model_type: str) -> Stack:
+    """The kinds of layers that `build` puts into a model, for `one_layer`."""
+    return tuple(dict.fromkeys(default_stack(decoder_of(CONFIG_MAPPING[model_type]))))
+
+
+def one_layer(
+    model_type: str, layer: str, *, attn_implementation: str = "eager", seed: int = 0, **overrides: Any
+) -> PreTrainedModel:
+    """A model with a single layer, of this kind, or with as few layers as its family lets it have."""
+    stack = least_stack(decoder_of(CONFIG_MAPPING[model_type]), layer)
+    return _build(model_type, stack, attn_implementation, seed, overrides)
+
+
+def _build(
+    model_type: str, stack: Stack | None, attn_implementation: str, seed: int, overrides: dict[str, Any]
+) -> PreTrainedModel:
+    if reason := NOT_BUILT.get(model_type):
+        raise CannotBuild(f"{model_type}: {reason}")
+    try:
+        config_class = CONFIG_MAPPING[model_type]
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+        if model_class.config_class is decoder_of(config_class):
+            config_class = model_class.config_class  # a decoder alone, without the towers around it
+        config = tiny_config(config_class, stack, **overrides)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = model_class._from_config(config, attn_implementation=attn_implementation).eval()
+    except Exception as error:
+        raise CannotBuild(f"{model_type}: {type(error).__name__}: {error}") from error
+    randomise(model, seed)
+    return model

@@ -1,0 +1,82 @@
+"""While nothing has left the window, a sink cache gives what transformers' own `DynamicCache` gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from sink_patch import SinkCache
+from tests.support.oracle import relative_error
+from tests.support.tiny import FAMILIES, tiny, tokens
+
+W = 64
+PROMPT, NEW = 10, 31
+FED = PROMPT + NEW - 1  # the last token that is generated is not fed
+SCHEDULES = {
+    "one forward": [W],
+    "in chunks": [10, 1, 23, 7, 1, 22],
+    "token by token": [1] * W,
+    "in a chunk and token by token": [40] + [1] * 24,
+}
+
+
+def two_layers(model_type: str) -> PreTrainedModel:
+    """Two layers, of two kinds where the family has them; sliding windows are shorter than the text."""
+    spec = FAMILIES[model_type]
+    # a model of random weights with tied embeddings says its last token again and again, whatever it attends to
+    settings: dict[str, Any] = {"tie_word_embeddings": False}
+    if "layers" in spec:
+        settings |= {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7}
+    elif spec.get("sliding"):
+        settings |= {"sliding_window": 30}  # of all layers; longer than the short window of the tests below
+    elif "no_rope" in spec:
+        settings |= {"no_rope_layers": [1, 0]}
+    return tiny(model_type, layers=2, **settings)
+
+
+@torch.no_grad()
+def fed(model: PreTrainedModel, cache: Cache, stream: torch.Tensor, schedule: list[int]) -> list[torch.Tensor]:
+    """All logits of each forward of a schedule."""
+    pieces = stream[:, : sum(schedule)].split(schedule, dim=1)
+    return [model(piece, past_key_values=cache).logits for piece in pieces]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_greedy_text_is_that_of_the_default_cache_up_to_a_full_window_and_not_after(model_type):
+    model, prompt = two_layers(model_type), tokens(PROMPT, rows=2)
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW, "attention_mask": torch.ones_like(prompt)}
+    wanted = model.generate(prompt, **settings)
+    assert wanted.shape[1] == PROMPT + NEW
+    for window in (W, FED):  # room to spare; and the last forward fills the window exactly
+        found = model.generate(prompt, cache_implementation="sink", window_length=window, **settings)
+        assert torch.equal(found, wanted), window
+    short = model.generate(prompt, cache_implementation="sink", window_length=PROMPT + 2, **settings)
+    assert not torch.equal(short, wanted)  # else the text would hang on the last few tokens alone, and show nothing
+
+
+# Bit for bit is asked of eager attention alone: its products run over copies of the same numbers in the same order.
+# A fused kernel may choose its blocks by the strides of a buffer that is longer than what it holds.
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_logits_of_llama_equal_those_of_the_default_cache_bit_for_bit_up_to_w_and_differ_after(schedule, rows):
+    model, stream = tiny("llama", layers=2), tokens(W + 1, rows=rows)
+    schedule = [*schedule, 1]  # one token after W
+    found = fed(model, SinkCache(W, 4, model=model), stream, schedule)
+    wanted = fed(model, DynamicCache(config=model.config), stream, schedule)
+    for step, (one, other) in enumerate(zip(found[:-1], wanted[:-1], strict=True)):
+        assert torch.equal(one, other), step
+    assert relative_error(found[-1], wanted[-1]) > 1e-2
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_logits_of_each_family_equal_those_of_the_default_cache_up_to_w(model_type, schedule):
+    model, stream = two_layers(model_type), tokens(W, rows=2)
+    found = fed(model, SinkCache(W, 4, model=model), stream, schedule)
+    wanted = fed(model, DynamicCache(config=model.config), stream, schedule)
+    worst = max(relative_error(one, other) for one, other in zip(found, wanted, strict=True))
+    assert worst <= 1e-5
