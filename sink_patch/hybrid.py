@@ -27,7 +27,7 @@ class StatefulSinkLayer(SinkLayer, LinearAttentionLayer):
 
     def select_rows(self, rows: torch.Tensor) -> None:
         SinkLayer.select_rows(self, rows)
-        LinearAttentionLayer.reorder_cache(self, rows)  # type: ignore[arg-type] - transformers says LongTensor
+        LinearAttentionLayer.reorder_cache(self, rows)  # type: ignore[arg-type]
 
     def reset(self) -> None:
         SinkLayer.reset(self)

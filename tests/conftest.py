@@ -19,6 +19,15 @@ def fresh_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     sink_patch.patch()
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many architectures have a proven verdict, where that was tested."""
+    reports = terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("skipped", [])
+    if any("test_coverage" in report.nodeid for report in reports if hasattr(report, "nodeid")):
+        verdicts = sink_patch.coverage().verdicts
+        exact = sum(verdict.exact is True for verdict in verdicts)
+        terminalreporter.write_line(f"{len(verdicts)} architectures: {exact} exact, {len(verdicts) - exact} refused")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)

@@ -9,56 +9,97 @@ import pytest
 import torch
 
 import sink_patch
-from sink_patch import Adapter, AdapterMismatchError, Rotation, SinkCache, binding, no_positions, probe
+from sink_patch import Adapter, AdapterMismatchError, Rotation, SinkCache, binding, probe
 from sink_patch.adapters import rope
+from tests.support import zoo
 from tests.support.tiny import FAMILIES, tiny, variants
 
 
-def with_rotation(**changes):
-    return lambda adapter: Adapter(keys=dataclasses.replace(adapter.keys, **changes))
+def changed(**changes):
+    return lambda rotation: dataclasses.replace(rotation, **changes)
 
 
-def scaled(factor):
-    def change(adapter):
-        exponents = torch.arange(adapter.keys.inv_freq.numel()) / adapter.keys.inv_freq.numel()
-        return Adapter(keys=dataclasses.replace(adapter.keys, inv_freq=adapter.keys.inv_freq * factor**-exponents))
+def other_pairing(rotation):
+    return dataclasses.replace(rotation, pairing="half" if rotation.pairing == "interleaved" else "interleaved")
+
+
+def other_theta(factor):
+    def change(rotation):
+        exponents = torch.arange(rotation.inv_freq.numel()) / rotation.inv_freq.numel()
+        return dataclasses.replace(rotation, inv_freq=rotation.inv_freq * factor**-exponents)
 
     return change
 
 
-def of_fewer_dims(adapter):
-    return Adapter(keys=dataclasses.replace(adapter.keys, inv_freq=adapter.keys.inv_freq[:-2]))
+def of_fewer_dims(rotation):
+    """Half of the pairs; the last one alone may turn too little to be seen over the context, or to do harm in it."""
+    return dataclasses.replace(rotation, inv_freq=rotation.inv_freq[: rotation.inv_freq.numel() // 2])
 
 
 BREAKS = {
-    "wrong pairing": with_rotation(pairing="interleaved"),
-    "wrong sign": with_rotation(sign=-1),
+    "wrong pairing": other_pairing,
+    "wrong sign": lambda rotation: dataclasses.replace(rotation, sign=-rotation.sign),
     "wrong dim": of_fewer_dims,
-    "wrong start": lambda adapter: with_rotation(start=2)(of_fewer_dims(adapter)),
-    "past the end of the head": with_rotation(start=2),
-    "another theta": scaled(50.0),
-    "a theta that is 10 % off": scaled(1.1),
-    "no rotation": lambda adapter: no_positions(),
-    "values for keys": lambda adapter: Adapter(values=adapter.keys),
-    "values beside keys": lambda adapter: Adapter(keys=adapter.keys, values=adapter.keys),
+    "wrong start": lambda rotation: dataclasses.replace(of_fewer_dims(rotation), start=2),
+    "past the end of the head": changed(start=1000),
+    "another theta": other_theta(50.0),
+    "a theta that is 10 % off": other_theta(1.1),
+    "no rotation": lambda rotation: None,
 }
+# half-split, interleaved, reversed, partial, in the values of a latent cache, and one layer in two without positions
+BROKEN = ["llama", "cohere", "nanochat", "gpt_neox", "deepseek_v3", "smollm3"]
+
+
+def with_two_layers(model_type, dtype):
+    model = copy.deepcopy(zoo.build(model_type)).to(dtype)
+    assert model.config.num_hidden_layers > 1
+    return model
+
+
+def refuses(model, wrong):
+    """The probe finds that the first layer that turns is not `wrong(adapter)`, again and again."""
+    family = sink_patch.families()[model.config.model_type]
+    right = family.adapters(model)
+    broken = next(index for index, adapter in enumerate(right) if adapter.turns)
+    model.config.model_type = "mine"
+    adapters = [wrong(adapter) if index == broken else adapter for index, adapter in enumerate(right)]
+    sink_patch.register_family("mine")(lambda model: adapters)
+    for _ in range(2):  # nothing is taken for proven
+        with pytest.raises(AdapterMismatchError, match=f"family 'mine'.*In layer {broken} its (keys|values) are off"):
+            SinkCache(12, 3, model=model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("broken", BREAKS)
-def test_a_wrong_adapter_in_one_layer_is_found_and_the_layer_named(broken, dtype, monkeypatch):
-    model = copy.deepcopy(tiny("llama", layers=3)).to(dtype)
+@pytest.mark.parametrize("model_type", BROKEN)
+def test_a_wrong_rotation_in_one_layer_is_found_and_the_layer_named(model_type, broken, dtype):
+    def wrong(adapter):
+        keys, values = (BREAKS[broken](one) if one is not None else None for one in (adapter.keys, adapter.values))
+        return Adapter(keys, values)
+
+    refuses(with_two_layers(model_type, dtype), wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model_type", BROKEN)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        pytest.param(lambda adapter: Adapter(keys=adapter.values, values=adapter.keys), id="values for keys"),
+        pytest.param(lambda adapter: Adapter(*[adapter.keys or adapter.values] * 2), id="values beside keys"),
+    ],
+)
+def test_the_wrong_tensor_is_found(model_type, wrong, dtype):
+    refuses(with_two_layers(model_type, dtype), wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_rotation_in_a_layer_without_positions_is_found(dtype):
+    model = with_two_layers("smollm3", dtype)
     model.config.model_type = "mine"
-
-    @sink_patch.register_family("mine")
-    def wrong(model):
-        first, second, third = rope()(model)
-        return [first, BREAKS[broken](second), third]
-
-    with pytest.raises(AdapterMismatchError, match="family 'mine'.*In layer 1 its (keys|values) are off"):
-        SinkCache(model=model)
-    with pytest.raises(AdapterMismatchError):  # and again: nothing was taken for proven
-        sink_patch.inspect(model)
+    sink_patch.register_family("mine")(rope())
+    with pytest.raises(AdapterMismatchError, match="family 'mine'.*In layer 1 its keys are off"):
+        SinkCache(12, 3, model=model)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
