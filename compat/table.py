@@ -21,9 +21,9 @@ def choose_shim(found: str) -> Shim:
     Raises:
         UnsupportedTransformersError: the version is too old.
     """
-    version = Version(found)
+    version = Version(Version(found).base_version)  # a release candidate is like its release
     for specifier, module in TABLE:
-        if specifier.contains(version, prereleases=True):
+        if specifier.contains(version):
             return _load(module)
     if version < Version(OLDEST):
         raise UnsupportedTransformersError(

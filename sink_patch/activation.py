@@ -1,7 +1,8 @@
 """Patching transformers, and undoing it.
 
 What is wrapped stays wrapped: undoing is a flag that every wrapper asks (`enabled`), since taking a wrapper off could
-take another library's along. The public verbs hold the guards; the private ones do the work.
+take another library's along. The public verbs hold the guards; the private ones do the work. All that is to be touched
+is looked at first, so that a transformers of another shape is left as it was.
 """
 
 from __future__ import annotations
@@ -10,19 +11,20 @@ import inspect
 import sys
 import threading
 import warnings
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
 import wrapt
 
-from sink_patch.autoload import is_armed
+from sink_patch.autoload import arm, is_armed
 from sink_patch.compat import choose_shim
 from sink_patch.compat.shim import Constant, Method, Shim
 from sink_patch.errors import SinkPatchWarning, UnsupportedTransformersError
 
 _lock = threading.RLock()
 _enabled = is_armed()
-_added: list[Constant] = []
+_shims: dict[str, Shim] = {}  # by version, so that a version that is not known is complained of once
 
 
 def patch() -> None:
@@ -34,11 +36,13 @@ def patch() -> None:
     global _enabled
     with _lock:
         try:
-            _install_all()
-        except UnsupportedTransformersError:
+            for change in list(_changes(_shim())):  # all are found before the first is made
+                change()
+            _enabled = True
+            arm()
+        except BaseException:
             unpatch()
             raise
-        _enabled = True
 
 
 def unpatch() -> None:
@@ -46,8 +50,9 @@ def unpatch() -> None:
     global _enabled
     with _lock:
         _enabled = False
-        while _added:
-            _remove(_added.pop())
+        for shim in _shims.values():
+            for constant in shim.constants:
+                _remove(constant)
 
 
 def is_patched() -> bool:
@@ -56,47 +61,56 @@ def is_patched() -> bool:
 
 
 def when_imported(module: ModuleType) -> None:
-    """Post-import hook: patch a module of transformers that has just been imported.
+    """Patch a module of transformers that has just been imported, unless `unpatch` was faster.
 
     A failure is a warning here: it must not break the import.
     """
-    if not is_patched():  # unpatch() was faster
+    if not is_patched():
         return
     try:
         patch()
     except Exception as failure:
-        unpatch()
         warnings.warn(f"{module.__name__} is not patched: {failure}", SinkPatchWarning, stacklevel=2)
 
 
-def _install_all() -> None:
+def _shim() -> Shim:
     import transformers
 
-    shim = choose_shim(transformers.__version__)
-    for module in shim.modules:
-        if module in sys.modules:
-            _install(shim, module)
+    found = transformers.__version__
+    if found not in _shims:
+        _shims[found] = choose_shim(found)
+    return _shims[found]
 
 
-def _install(shim: Shim, module: str) -> None:
-    """Patch what a module holds so far; it may be in the middle of its import (torch is first imported from there)."""
+def _changes(shim: Shim) -> Iterator[Callable[[], None]]:
+    """What is to be done to the modules that are imported so far.
+
+    One may be in the middle of its import (torch is first imported from there): then what it lacks will come.
+
+    Raises:
+        UnsupportedTransformersError: something is not where it should be.
+    """
     for constant in shim.constants:
-        if constant.module == module:
-            _add(constant)
+        module = sys.modules.get(constant.module)
+        if module is not None and _has(module, constant.name):
+            yield lambda constant=constant: _add(constant)  # type: ignore[misc]
     for method in shim.methods:
-        if method.module == module and hasattr(sys.modules[module], method.owner):
-            _wrap(method)
+        module = sys.modules.get(method.module)
+        if module is not None and _has(module, method.owner):
+            yield _wrapping(getattr(module, method.owner), method)
+
+
+def _has(module: ModuleType, name: str) -> bool:
+    if not hasattr(module, name) and not getattr(module.__spec__, "_initializing", False):
+        raise UnsupportedTransformersError(_moved(f"{module.__name__}.{name}"))
+    return hasattr(module, name)
 
 
 def _add(constant: Constant) -> None:
     module = sys.modules[constant.module]
-    if hasattr(module, constant.name):
-        names: tuple[str, ...] = getattr(module, constant.name)
-        if constant.entry not in names:
-            setattr(module, constant.name, (*names, constant.entry))
-            _added.append(constant)
-    elif not _is_being_imported(module):
-        raise UnsupportedTransformersError(_moved(f"{constant.module}.{constant.name}"))
+    names: tuple[str, ...] = getattr(module, constant.name)
+    if constant.entry not in names:
+        setattr(module, constant.name, (*names, constant.entry))
 
 
 def _remove(constant: Constant) -> None:
@@ -106,16 +120,19 @@ def _remove(constant: Constant) -> None:
         setattr(module, constant.name, tuple(name for name in names if name != constant.entry))
 
 
-def _wrap(method: Method) -> None:
+def _wrapping(owner: type, method: Method) -> Callable[[], None]:
     from sink_patch import generate
 
-    owner = getattr(sys.modules[method.module], method.owner)
     original = vars(owner).get(method.name)
     if original is None or not set(method.parameters) <= set(inspect.signature(original).parameters):
         raise UnsupportedTransformersError(_moved(f"{method.owner}.{method.name}({', '.join(method.parameters)})"))
     wrapper = getattr(generate, method.role)
-    if not _is_wrapped(original, wrapper):
-        wrapt.wrap_object(owner, method.name, wrapt.FunctionWrapper, (wrapper, is_patched))
+
+    def wrap() -> None:
+        if not _is_wrapped(original, wrapper):
+            wrapt.wrap_object(owner, method.name, wrapt.FunctionWrapper, (wrapper, is_patched))
+
+    return wrap
 
 
 def _is_wrapped(function: Any, wrapper: Any) -> bool:
@@ -125,10 +142,6 @@ def _is_wrapped(function: Any, wrapper: Any) -> bool:
             return True
         function = getattr(function, "__wrapped__", None)
     return False
-
-
-def _is_being_imported(module: ModuleType) -> bool:
-    return bool(getattr(module.__spec__, "_initializing", False))
 
 
 def _moved(what: str) -> str:

@@ -1,13 +1,15 @@
 """Switching on: at `import sink_patch`, and with no import at all through torch's entry point.
 
 torch loads the entry points of the group "torch.backends" at the end of `import torch`, and an exception there would
-break it. So this module imports only the standard library at the top, and catches and reports everything.
+break it. So this module imports only the standard library at the top, and catches and reports everything, once.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
+from types import ModuleType
 
 SWITCH = "SINK_PATCH_AUTOLOAD"
 _MODULES = (
@@ -17,6 +19,7 @@ _MODULES = (
     "transformers.modeling_utils",
 )
 _armed = False
+_broken = False
 
 
 def is_armed() -> bool:
@@ -26,18 +29,41 @@ def is_armed() -> bool:
 
 def activate() -> None:
     """Patch transformers now or, where it is not imported yet, when it is. Set SINK_PATCH_AUTOLOAD=0 for nothing."""
-    global _armed
-    if _armed or os.environ.get(SWITCH, "1") == "0":
+    if os.environ.get(SWITCH, "1") == "0" or _broken:
         return
     try:
-        from wrapt import register_post_import_hook
-
-        _armed = True
-        for module in _MODULES:
-            register_post_import_hook("sink_patch.activation:when_imported", module)
+        arm()
     except Exception as failure:
-        warnings.warn(
-            f"sink_patch could not switch itself on ({type(failure).__name__}: {failure}); transformers works without "
-            'it, and cache_implementation="sink" is unknown.',
-            stacklevel=2,
-        )
+        _complain(failure)
+
+
+def arm() -> None:
+    """Wait for the modules of transformers; those that are imported already are told of at once."""
+    global _armed
+    if _armed:
+        return
+    from wrapt import register_post_import_hook
+
+    _armed = True
+    for module in _MODULES:
+        register_post_import_hook(_when_imported, module)
+
+
+def _when_imported(module: ModuleType) -> None:
+    """Patch a module of transformers that has just been imported; whatever fails must not break the import."""
+    if _broken:
+        return
+    try:
+        importlib.import_module("sink_patch.activation").when_imported(module)
+    except Exception as failure:
+        _complain(failure)
+
+
+def _complain(failure: Exception) -> None:
+    global _broken
+    _broken = True
+    warnings.warn(
+        f"sink_patch could not switch itself on ({type(failure).__name__}: {failure}); transformers works without it, "
+        'and cache_implementation="sink" is unknown.',
+        stacklevel=2,
+    )

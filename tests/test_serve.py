@@ -1,0 +1,105 @@
+"""`transformers serve` imports nothing of ours, and serves a directory that asks for the sink cache with it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from transformers.utils.import_utils import is_serve_available
+
+from tests.support import directory
+from tests.support.fresh import environment
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not is_serve_available(), reason="needs the server: pip install 'transformers[serving]'"),
+]
+SIZES, OTHER_SIZES = ({"window_length": window, "num_sink_tokens": 3} for window in (12, 20))
+MESSAGES, PROMPT = [{"role": "user", "content": "w11 w12"}], "w1 w11 w12 w2 w3"
+NEW = 100
+PATIENCE = 120  # seconds
+
+
+@pytest.fixture(scope="module")
+def ask(tmp_path_factory) -> Iterator[Callable[..., str]]:
+    """Starts a server on loopback; the fixture posts a chat completion to it, and returns the body of the answer."""
+    folder = directory.write(tmp_path_factory.mktemp("model"), cache_implementation="sink", cache_config=SIZES)
+    log = tmp_path_factory.mktemp("server") / "log"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--host", "127.0.0.1"]
+    with log.open("w") as output:
+        command += ["--port", str(port), "--device", "cpu"]
+        server = subprocess.Popen(command, env=environment(), cwd=log.parent, stdout=output, stderr=output)
+
+    def post(**body: Any) -> str:
+        data = json.dumps({"messages": MESSAGES, "max_tokens": NEW, **body}).encode()
+        url = f"http://127.0.0.1:{port}/v1/chat/completions"
+        request = urllib.request.Request(url, data, {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+            return answer.read().decode()
+
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", server)
+        yield post
+    finally:
+        server.terminate()
+        server.wait(PATIENCE)
+        print(log.read_text())  # pytest shows it if a test fails
+
+
+def wait_for(url: str, server: subprocess.Popen) -> None:
+    end = time.monotonic() + PATIENCE
+    while not is_up(url):
+        assert server.poll() is None, f"the server ended with {server.poll()}"
+        assert time.monotonic() < end, "the server did not start"
+        time.sleep(0.2)
+
+
+def is_up(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def answer(**asked: Any) -> str:
+    """What `generate` itself says."""
+    tokenizer = directory.tokenizer()
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    made = directory.model().generate(**inputs, do_sample=False, max_new_tokens=NEW, **asked)
+    return tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def streamed(sizes: dict[str, int]) -> str:
+    text = answer(cache_implementation="sink", **sizes)
+    assert text != answer(), "with its default cache the model must say something else, or nothing is shown"
+    return text
+
+
+def test_a_completion_is_streamed_with_the_sink_cache_of_the_directory(ask):
+    said = json.loads(ask())["choices"][0]
+    assert said["finish_reason"] == "length"
+    assert said["message"]["content"] == streamed(SIZES)
+
+
+def test_events_are_streamed_with_the_sink_cache_of_the_directory(ask):
+    lines = [line.removeprefix("data: ") for line in ask(stream=True).splitlines() if line]
+    deltas = [json.loads(line)["choices"][0]["delta"].get("content", "") for line in lines]
+    assert len([delta for delta in deltas if delta]) > NEW // 2
+    assert "".join(deltas) == streamed(SIZES)
+
+
+def test_a_request_may_ask_for_another_window(ask):
+    asked = {"cache_implementation": "sink", "cache_config": OTHER_SIZES, "do_sample": False}
+    said = json.loads(ask(generation_config=json.dumps(asked)))["choices"][0]["message"]["content"]
+    assert said == streamed(OTHER_SIZES) != streamed(SIZES)

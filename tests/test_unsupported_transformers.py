@@ -1,0 +1,185 @@
+"""A transformers that is too old, too new, or shaped otherwise, and other libraries that wrap the same methods."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import pytest
+import transformers
+import wrapt
+from sink_patch.compat import choose_shim, table
+from transformers.generation import configuration_utils, utils
+from transformers.generation.utils import GenerationMixin
+
+import sink_patch
+from sink_patch import activation, generate
+from sink_patch.errors import SinkPatchWarning, UnsupportedTransformersError
+from tests.support.fresh import fresh
+from tests.support.layers import METHODS, ours, peel
+from tests.support.tiny import tiny, tokens
+
+ASKED = {"cache_implementation": "sink", "window_length": 12, "num_sink_tokens": 3}
+GREEDY = {"do_sample": False, "max_new_tokens": 20, "return_dict_in_generate": True}
+METHOD = "_prepare_cache_for_generation"
+
+
+def stream():
+    return tiny("llama").generate(tokens(5), **ASKED, **GREEDY).past_key_values
+
+
+def state() -> tuple:
+    """What of transformers may be touched; methods by identity, as a wrapper equals what it wraps."""
+    known = getattr(configuration_utils, "ALL_CACHE_IMPLEMENTATIONS", None)
+    return *(id(vars(GenerationMixin).get(name)) for name in METHODS), known
+
+
+def fire_hooks() -> None:
+    for module in (configuration_utils, utils, transformers.modeling_utils):
+        activation.when_imported(module)
+
+
+def no_method(it):
+    it.delattr(GenerationMixin, METHOD)
+    return rf"GenerationMixin\.{METHOD}\("
+
+
+def no_parameter(it):
+    it.setattr(GenerationMixin, METHOD, lambda self, generation_config, model_kwargs, assistant: None)
+    return rf"GenerationMixin\.{METHOD}\(.*generation_mode"
+
+
+def no_class(it):
+    it.delattr(utils, "GenerationMixin")
+    return "GenerationMixin"
+
+
+def no_constant(it):
+    it.delattr(configuration_utils, "ALL_CACHE_IMPLEMENTATIONS")
+    return r"configuration_utils\.ALL_CACHE_IMPLEMENTATIONS"
+
+
+def our_own_fault(it):
+    it.delattr(generate, "prepare_cache")
+    return "prepare_cache"
+
+
+CHANGES = [no_method, no_parameter, no_class, no_constant]
+
+
+@pytest.fixture
+def pristine() -> Iterator[pytest.MonkeyPatch]:
+    """transformers as if sink_patch had never been there; put back before other fixtures patch it again."""
+    with pytest.MonkeyPatch.context() as it:
+        sink_patch.unpatch()
+        peel(it)
+        yield it
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_patch_refuses_a_transformers_of_another_shape(change, pristine):
+    missing = change(pristine)
+    with pytest.raises(UnsupportedTransformersError, match=rf"{transformers.__version__} has no .*{missing}"):
+        sink_patch.patch()
+    assert not sink_patch.is_patched()
+    assert "sink" not in getattr(configuration_utils, "ALL_CACHE_IMPLEMENTATIONS", ())
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_refused_patch_has_touched_nothing(change, pristine):
+    change(pristine)
+    before = state()
+    with pytest.raises(UnsupportedTransformersError):
+        sink_patch.patch()
+    assert state() == before
+
+
+def test_whatever_fails_the_patch_is_off_as_a_whole(pristine):
+    missing = our_own_fault(pristine)
+    with pytest.raises(AttributeError, match=missing):
+        sink_patch.patch()
+    assert not sink_patch.is_patched()
+    assert "sink" not in configuration_utils.ALL_CACHE_IMPLEMENTATIONS
+
+
+@pytest.mark.parametrize("change", [*CHANGES, our_own_fault])
+def test_the_import_hook_only_warns_of_it(change, pristine):
+    sink_patch.patch()
+    assert stream().window_length == 12
+    peel(pristine)
+    missing = change(pristine)
+    with pytest.warns(SinkPatchWarning, match=missing) as told:
+        fire_hooks()
+    assert len(told) == 1
+    assert not sink_patch.is_patched()
+
+
+def test_a_transformers_that_is_too_old_is_refused_with_what_was_found_and_what_is_needed():
+    with pytest.raises(UnsupportedTransformersError) as refusal:
+        choose_shim("4.51.3")
+    assert "4.51.3" in str(refusal.value)
+    assert table.OLDEST in str(refusal.value)
+
+
+@pytest.mark.parametrize("found", ["{}", "{}.9", "{}.0rc1", "{}.0.dev0"])
+def test_every_release_of_the_newest_known_version_is_known(found):
+    assert choose_shim(found.format(table.NEWEST)).methods  # and pytest would raise a warning
+
+
+def test_a_newer_transformers_is_served_like_the_newest_known_one_with_a_warning():
+    with pytest.warns(SinkPatchWarning) as told:
+        assert choose_shim("99.1") is choose_shim(table.NEWEST)
+    assert len(told) == 1
+    for part in (table.OLDEST, table.NEWEST, "99.1"):
+        assert part in str(told[0].message)
+
+
+@pytest.mark.parametrize(("version", "works"), [("4.51.3", False), ("99.1", True)])
+def test_a_version_is_complained_of_once_and_never_breaks_the_import(version, works):
+    done = fresh(
+        f"""
+        import sys, transformers
+        transformers.__version__ = {version!r}
+        import sink_patch, transformers.modeling_utils
+        from transformers import LlamaForCausalLM
+        assert sink_patch.is_patched() is {works} and refused() is not {works}
+        if not {works}:
+            sys.modules["transformers"].__version__ = {version!r}  # transformers has imported itself once more
+            try:
+                sink_patch.patch()
+            except sink_patch.UnsupportedTransformersError as refusal:
+                assert {version!r} in str(refusal)
+            else:
+                raise AssertionError("patch() must say why")
+        """,
+        flags=(),
+    )
+    assert done.err.count("SinkPatchWarning: ") == 1, done.err
+    assert version in done.err
+
+
+@pytest.mark.parametrize("place", ["above", "below"])
+@pytest.mark.parametrize("how", ["wrapt", "functools"])
+def test_another_librarys_wrapper_survives_and_ours_is_not_stacked(place, how, monkeypatch):
+    calls = []
+
+    def spy(wrapped, instance, args, kwargs):
+        calls.append(instance)
+        return wrapped(*args, **kwargs)
+
+    def around(function):
+        if how == "wrapt":
+            return wrapt.FunctionWrapper(function, spy)
+        return functools.wraps(function)(lambda self, *args, **kwargs: spy(function.__get__(self), self, args, kwargs))
+
+    if place == "below":
+        peel(monkeypatch)
+    monkeypatch.setattr(GenerationMixin, METHOD, around(vars(GenerationMixin)[METHOD]))
+    for step in ("patch", "unpatch", "patch", "patch"):
+        getattr(sink_patch, step)()
+        if sink_patch.is_patched():
+            assert stream().window_length == 12
+        calls.clear()
+        tiny("llama").generate(tokens(5), **GREEDY)
+        assert len(calls) == 1, f"after {step}"
+        assert ours(METHOD) == 1, f"after {step}"
