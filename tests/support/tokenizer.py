@@ -19,8 +19,12 @@ def tiny_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     settings = {
-        "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>",
-        "chat_template": CHAT_TEMPLATE, "model_input_names": ["input_ids", "attention_mask"],
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "</s>",
+        "chat_template": CHAT_TEMPLATE,
+        "model_input_names": ["input_ids", "attention_mask"],
         **options,
     }
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
