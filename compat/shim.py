@@ -41,8 +41,3 @@ class Shim:
 
     constants: tuple[Constant, ...]
     methods: tuple[Method, ...]
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """The modules whose import is waited for."""
-        return tuple(dict.fromkeys([*(one.module for one in self.constants), *(one.module for one in self.methods)]))

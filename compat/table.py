@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import warnings
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from sink_patch.compat.shim import Shim
 
-from sink_patch.errors import SinkPatchWarning, UnsupportedTransformersError
+from sink_patch.errors import UnsupportedTransformersError, tell
 
 TABLE = ((SpecifierSet(">=5.23,<5.24"), "sink_patch.compat.newest"),)
 OLDEST, NEWEST = "5.23", "5.23"
@@ -30,11 +29,7 @@ def choose_shim(found: str) -> Shim:
             f"sink_patch needs transformers {OLDEST} or newer, and found {found}. Upgrade it: "
             f'pip install --upgrade "transformers>={OLDEST}".'
         )
-    warnings.warn(
-        f"sink_patch was tested with transformers {OLDEST} to {NEWEST}, and found {found}. It works as with {NEWEST}.",
-        SinkPatchWarning,
-        stacklevel=2,
-    )
+    tell(f"sink_patch was tested with transformers {OLDEST} to {NEWEST}, and found {found}. It works as with {NEWEST}.")
     return _load(TABLE[-1][1])
 
 

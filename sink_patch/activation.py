@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -20,7 +19,7 @@ import wrapt
 from sink_patch.autoload import arm, is_armed
 from sink_patch.compat import choose_shim
 from sink_patch.compat.shim import Constant, Method, Shim
-from sink_patch.errors import SinkPatchWarning, UnsupportedTransformersError
+from sink_patch.errors import UnsupportedTransformersError, tell
 
 _lock = threading.RLock()
 _enabled = is_armed()
@@ -70,7 +69,7 @@ def when_imported(module: ModuleType) -> None:
     try:
         patch()
     except Exception as failure:
-        warnings.warn(f"{module.__name__} is not patched: {failure}", SinkPatchWarning, stacklevel=2)
+        tell(f"{module.__name__} is not patched: {failure}")
 
 
 def _shim() -> Shim:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from sink_patch.errors import SinkArgumentError
@@ -18,7 +19,7 @@ def check_window(window_length: Any, num_sink_tokens: Any) -> tuple[int, int]:
         SinkArgumentError: not integers, negative, or no room beside the sinks.
     """
     for name, value in (("window_length", window_length), ("num_sink_tokens", num_sink_tokens)):
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
             raise SinkArgumentError(
                 f"{name}={value!r} is a {type(value).__name__}. Give a number of tokens: an integer such as "
                 f"{ARGUMENTS[name]}."
@@ -30,4 +31,4 @@ def check_window(window_length: Any, num_sink_tokens: Any) -> tuple[int, int]:
             f"window_length={window_length} leaves no room beside num_sink_tokens={num_sink_tokens}: the window counts "
             f"the sinks. Use window_length={num_sink_tokens + 1} or more."
         )
-    return window_length, num_sink_tokens
+    return operator.index(window_length), operator.index(num_sink_tokens)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import warnings
 from types import ModuleType
 
 SWITCH = "SINK_PATCH_AUTOLOAD"
@@ -62,8 +61,7 @@ def _when_imported(module: ModuleType) -> None:
 def _complain(failure: Exception) -> None:
     global _broken
     _broken = True
-    warnings.warn(
+    importlib.import_module("sink_patch.errors").tell(
         f"sink_patch could not switch itself on ({type(failure).__name__}: {failure}); transformers works without it, "
-        'and cache_implementation="sink" is unknown.',
-        stacklevel=2,
+        'and cache_implementation="sink" is unknown.'
     )

@@ -47,6 +47,7 @@ class ModelFacts:
     layers: tuple[LayerFacts, ...]
     context: Context
     position_source: PositionSource = "position_ids"
+    whole_prompts: bool = False
 
     def same_as(self, other: ModelFacts) -> bool:
         """Whether what was proven for `other` holds for this too."""
@@ -91,7 +92,7 @@ def examine(model: nn.Module) -> ModelFacts:
 def _facts(
     model: nn.Module, family: Family | None, context: Context, entries: Sequence[Entry], adapters: Sequence[Adapter]
 ) -> ModelFacts:
-    source: PositionSource = "position_ids" if family is None else family.position_source
+    source: PositionSource = "position_ids" if family is None else family.position_source_of(text_config(model))
     layers = tuple(
         LayerFacts(entry, adapter, source == "columns") for entry, adapter in zip(entries, adapters, strict=True)
     )
@@ -102,6 +103,7 @@ def _facts(
         layers=layers,
         context=context,
         position_source=source,
+        whole_prompts=family is not None and family.whole_prompts,
     )
 
 
@@ -145,6 +147,10 @@ def _claimed(model: nn.Module) -> Family | None:
     if config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"{name} cannot stream with attention sinks: it is an encoder-decoder model. Decoder-only models can."
+        )
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise UnsupportedModelError(
+            f"{name} caches nothing while it trains with gradient checkpointing. Call model.eval() first."
         )
     family = find_family(config)
     if family is not None and family.refusal is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from sink_patch.adapters import AdapterFactory
 from sink_patch.adapters.rope import Rope, SinusoidalTable, Unrotated
-from sink_patch.family import Family, PositionLimit
+from sink_patch.family import Family, PositionLimit, PositionSource
 
 _LEARNED = (
     "it adds learned (or sinusoidal) positions to the embeddings, so a token's position is mixed into its keys and "
@@ -48,6 +48,14 @@ def _listed_layers_skip(config: Any, layer_idx: int) -> bool:
 def _all_skip_without_rope(config: Any, _layer_idx: int) -> bool:
     """`position_embedding_type` may be "nope" (modeling_granitemoehybrid)."""
     return getattr(config, "position_embedding_type", None) != "rope"
+
+
+def _all_skip_with_alibi(config: Any, _layer_idx: int) -> bool:
+    return bool(config.alibi)  # modeling_falcon
+
+
+def _falcon_position_source(config: Any) -> PositionSource:
+    return "columns" if config.alibi else "position_ids"
 
 
 def _all_skip_without_mem_rope(config: Any, _layer_idx: int) -> bool:
@@ -91,9 +99,7 @@ BUILT_IN: tuple[Family, ...] = (
     *_each(
         HALF, "llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3 gemma3_text phi phi3 gpt_neox"
     ),
-    *_each(
-        HALF, "stablelm starcoder2 olmo olmo2 olmo3 granite nemotron gpt_oss persimmon seed_oss falcon apertus arcee"
-    ),
+    *_each(HALF, "stablelm starcoder2 olmo olmo2 olmo3 granite nemotron gpt_oss persimmon seed_oss apertus arcee"),
     *_each(
         HALF,
         "aria_text bitnet cwm dbrx diffllama doge dots1 emu3 emu3_text_model flex_olmo fuyu got_ocr2 gpt_neox_japanese",
@@ -112,8 +118,10 @@ BUILT_IN: tuple[Family, ...] = (
     # attention beside recurrent or convolution states
     *_each(HALF, "bamba falcon_h1 lfm2 lfm2_moe lfm3 olmo_hybrid qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text"),
     *_each(HALF, "qwen3_next zaya"),
-    *_each(STATE, "mamba mamba2 falcon_mamba"),
-    *_each(NOPE, "jamba kimi_linear nemotron_h zamba"),
+    *_each(STATE, "mamba2"),
+    *_each(STATE, "mamba falcon_mamba", whole_prompts=True),
+    *_each(NOPE, "kimi_linear nemotron_h"),
+    *_each(NOPE, "jamba zamba", whole_prompts=True),
     *_each(Rope(skips=_all_skip_without_rope), "granitemoehybrid"),
     *_each(Rope(skips=_all_skip_without_mem_rope), "zamba2"),
     # some layers without positions
@@ -138,6 +146,7 @@ BUILT_IN: tuple[Family, ...] = (
     ),
     *_each(LATENT, "axk2 deepseek_v32 glm_moe_dsa dots3_note dots3_note_text hy_v4", position_limit=INDEX),
     # positions from the order of the keys
+    *_each(Rope(skips=_all_skip_with_alibi), "falcon", position_source=_falcon_position_source),
     *_each(ALIBI, "bloom", position_source="columns"),
     *_each(ALIBI, "mpt", position_source="columns", position_limit=ALIBI_TABLE),
     *_refused(

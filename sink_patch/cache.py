@@ -7,7 +7,6 @@ the newest `window_length - num_sink_tokens`; positions are positions within the
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,16 +17,17 @@ from transformers.cache_utils import Cache
 from sink_patch import seam
 from sink_patch.arguments import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, check_window
 from sink_patch.binding import LayerFacts, ModelFacts, examine, horizon
-from sink_patch.entries import own_layers, text_config
+from sink_patch.entries import own_layers, text_config, unwrapped
 from sink_patch.errors import CacheStateError, UnboundCacheError
 from sink_patch.hybrid import StatefulSinkLayer
 from sink_patch.layers import SinkLayer
 from sink_patch.layout import LayerKind
+from sink_patch.operations import RowOperations
 from sink_patch.step import Step
 from sink_patch.streams import Streams
 
 
-class SinkCache(Cache, seam.Streaming):
+class SinkCache(RowOperations, Cache, seam.Streaming):
     """A cache of fixed size with which a model generates without end.
 
     Args:
@@ -77,19 +77,25 @@ class SinkCache(Cache, seam.Streaming):
             SinkArgumentError: the window does not fit the model's positions.
             CacheStateError: the cache holds the tokens of another model.
         """
-        model = _unwrapped(model)
+        model = unwrapped(model)
         if self.is_bound_to(model):
             return
-        if self.is_initialized:
-            raise CacheStateError(
-                f"{self!r} holds the tokens of another model than this {type(model).__name__}. Use a new SinkCache, or "
-                "reset() this one first."
-            )
+        self.check(model)
         facts = examine(model)
         self._streams = self._new_streams(facts, text_config(model))
         self.layers = list(self._streams.layers)
         self._facts = facts
         self._entrances = tuple(weakref.ref(module) for module in seam.install(model))
+
+    def check(self, model: nn.Module) -> None:
+        """Raise what `bind` would raise, and change nothing."""
+        model = unwrapped(model)
+        if self.is_initialized and not self.is_bound_to(model):
+            raise CacheStateError(
+                f"{self!r} holds the tokens of another model than this {type(model).__name__}. Use a new SinkCache, or "
+                "reset() this one first."
+            )
+        horizon(examine(model), self.window_length, self.num_sink_tokens)
 
     def is_bound_to(self, model: nn.Module) -> bool:
         """Whether the cache belongs to this model (or to the model that this decoder is a part of)."""
@@ -97,7 +103,9 @@ class SinkCache(Cache, seam.Streaming):
 
     def fits_in_one_forward(self, columns: int) -> bool:
         """Whether so many new tokens, fed at once, stay within the context that the model was trained on."""
-        if self._streams is None or columns <= self.window_length - self.num_sink_tokens:
+        if self._streams is None or not self._streams.kinds or self._streams.whole_prompts:
+            return True
+        if columns <= self.window_length - self.num_sink_tokens:
             return True
         return self._streams.positions_needed(columns) <= self._streams.context.length
 
@@ -105,7 +113,9 @@ class SinkCache(Cache, seam.Streaming):
         sizes = (self.window_length, self.num_sink_tokens)
         layers = [self._new_layer(layer, own) for layer, own in zip(facts.layers, own_layers(config), strict=True)]
         stateful = any(layer.entry.state for layer in facts.layers)
-        return Streams(*sizes, facts.context, horizon(facts, *sizes), layers, stateful=stateful)
+        streams = Streams(*sizes, facts.context, horizon(facts, *sizes), layers)
+        streams.stateful, streams.whole_prompts = stateful, facts.whole_prompts
+        return streams
 
     def _new_layer(self, layer: LayerFacts, own: Any) -> Any:
         """Ours where there is attention, transformers' `own` where there is none."""
@@ -137,7 +147,8 @@ class SinkCache(Cache, seam.Streaming):
         step = self._streams.begin(inputs, attention_mask)
         self._entered = weakref.ref(module)
         if not step.layouts:  # states alone: what is padding in this forward is all that matters
-            return {"attention_mask": None if step.columns == 1 else attention_mask}
+            own = attention_mask is None or step.columns == 1
+            return {"attention_mask": None if own else attention_mask[:, -step.columns :]}
         counts_columns = self._facts is not None and self._facts.position_source == "columns"
         return {"position_ids": step.position_ids(), "attention_mask": step.attention_mask(explicit=counts_columns)}
 
@@ -231,40 +242,6 @@ class SinkCache(Cache, seam.Streaming):
     def is_initialized(self) -> bool:
         return self._streams is not None and self._streams.rows is not None
 
-    # --- whole-cache operations -----------------------------------------------------------------------------------
-
-    def reset(self) -> None:
-        """Forget all tokens; stay bound to the model."""
-        self._entered = None
-        if self._streams is not None:
-            self._streams.reset()
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row i becomes what row `beam_idx[i]` was."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
-        if self.is_initialized:
-            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices`, in that order; a boolean mask over the rows will do too."""
-        if self._streams is not None:
-            self._streams.select_rows(indices)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest `-tokens_to_remove` tokens; possible only while nothing has left the window.
-
-        Raises:
-            CacheStateError: tokens that would have to come back are gone.
-        """
-        if self._streams is not None and not self._streams.crop(-tokens_to_remove):
-            raise CacheStateError(
-                f"{self!r} cannot be cropped by {tokens_to_remove}: give minus the number of newest tokens to forget, "
-                "and only while no token has left the window."
-            )
-
     # --- errors ---------------------------------------------------------------------------------------------------
 
     def _current_step(self) -> Step:
@@ -282,9 +259,3 @@ class SinkCache(Cache, seam.Streaming):
             f"{self!r} was passed to a {caller} that it is not bound to, or that was not called as a whole. Call the "
             "model itself, with a cache made by SinkCache(..., model=model)."
         )
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT or torch.compile wrapper."""
-    inner: Sequence[Any] = (getattr(model, "_orig_mod", None), getattr(model, "get_base_model", lambda: None)())
-    return next((_unwrapped(one) for one in inner if isinstance(one, nn.Module)), model)

@@ -48,6 +48,12 @@ def text_config(model: Any) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT or torch.compile wrapper."""
+    inner: Sequence[Any] = (getattr(model, "_orig_mod", None), getattr(model, "get_base_model", lambda: None)())
+    return next((unwrapped(one) for one in inner if isinstance(one, nn.Module)), model)
+
+
 def decoder_of(model: Any) -> nn.Module:
     """The part that takes the cache and builds masks: `get_decoder()`, except where that finds an output head."""
     candidates: list[nn.Module] = [model.get_decoder()] if hasattr(model, "get_decoder") else []

@@ -6,6 +6,9 @@ Each message says what was asked, what is the matter, and what to do.
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 
 class SinkPatchError(Exception):
     """Base class of all errors of sink_patch."""
@@ -45,3 +48,11 @@ class FamilyClashError(SinkPatchError, ValueError):
 
 class SinkPatchWarning(UserWarning):
     """Something of sink_patch is switched off or broken, and transformers goes on without it."""
+
+
+def tell(message: str) -> None:
+    """Warn, or print where warnings are errors: what is told during an import must not break it."""
+    try:
+        warnings.warn(message, SinkPatchWarning, stacklevel=3)
+    except SinkPatchWarning:
+        print(f"SinkPatchWarning: {message}", file=sys.stderr)

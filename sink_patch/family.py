@@ -36,7 +36,9 @@ class Family:
         refusal: why these models cannot stream; instead of `adapters`.
         position_limit: how many positions may be used at all, and why; None: as many as one likes.
         position_source: where the model's forward takes positions from: "position_ids"; "columns", the order of the
-            keys (ALiBi); or "index", the length of the cache.
+            keys (ALiBi); or "index", the length of the cache. A function of the text config where it depends.
+        whole_prompts: whether its recurrent states start anew with each forward of several tokens (in transformers
+            itself), so that after the first forward a text can go in by single tokens only.
     """
 
     name: str
@@ -44,7 +46,12 @@ class Family:
     adapters: AdapterFactory | None = None
     refusal: str | None = None
     position_limit: PositionLimit | None = None
-    position_source: PositionSource = "position_ids"
+    position_source: PositionSource | Callable[[Any], PositionSource] = "position_ids"
+    whole_prompts: bool = False
+
+    def position_source_of(self, config: Any) -> PositionSource:
+        """For a model with this text config."""
+        return self.position_source(config) if callable(self.position_source) else self.position_source
 
     def __post_init__(self) -> None:
         types = self.model_types

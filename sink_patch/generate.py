@@ -10,16 +10,17 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from sink_patch.arguments import ARGUMENTS
 from sink_patch.cache import SinkCache
 from sink_patch.errors import SinkArgumentError, UnsupportedGenerationError
+from sink_patch.request import NAME, Request
 from sink_patch.seam import CACHE_NAMES
 
 logger = logging.getLogger("sink_patch")
 
-NAME = "sink"
 _MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 _told_about_chunks: set[str] = set()
 
@@ -32,34 +33,29 @@ def prepare_generation_config(
     It is the first thing that `generate` does, so a refusal comes before anything is computed.
     """
     given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-    extra = {**given.get("kwargs", {})}
-    own = {name: extra.pop(name) for name in ARGUMENTS if name in extra}
-    own = {name: value for name, value in own.items() if value is not None}
+    request = Request.read(given.get("kwargs", {}), given.get("generation_config"), instance.generation_config)
     kwargs = {name: value for name, value in kwargs.items() if name not in ARGUMENTS}
     generation_config, model_kwargs = wrapped(*args, **kwargs)
     cache = model_kwargs.get(_cache_name(instance))
-    wanted = generation_config.cache_implementation == NAME
-    if wanted or isinstance(cache, SinkCache):
-        _check_rows(model_kwargs.get("attention_mask"))
-    if isinstance(cache, SinkCache):
-        _check_own_cache(cache, own)
-        _check_use_cache(generation_config, extra, given.get("generation_config"), instance)
-        cache.bind(instance)
-        if wanted:  # the user's cache is what the config asks for
-            generation_config.cache_implementation = None
-    elif wanted:
-        _check_no_other_cache(cache)
-        _check_use_cache(generation_config, extra, given.get("generation_config"), instance)
-        _check_cache_config(extra.get("cache_config"))
-        sources = (own, extra.get("cache_config"), *_config_sources(given.get("generation_config"), instance))
-        window = {name: _first(name, sources, default) for name, default in ARGUMENTS.items()}
-        SinkCache(**window, model=instance)  # refuses here what cannot be
-        generation_config.cache_config = window
-    elif own:
+    asked = generation_config.cache_implementation
+    if asked != NAME and not isinstance(cache, SinkCache):
+        _check_no_sizes(request, given, asked)
+        return generation_config, model_kwargs
+    if request.refuses_cache:
         raise SinkArgumentError(
-            f"{' and '.join(own)} belong to the sink cache, but cache_implementation is "
-            f"{generation_config.cache_implementation!r}. Add cache_implementation={NAME!r}, or leave them out."
+            "A sink cache was asked for together with use_cache=False. Leave out use_cache, or pass "
+            "cache_implementation=None and no past_key_values."
         )
+    _check_rows(model_kwargs.get("attention_mask"))
+    if isinstance(cache, SinkCache):
+        _check_own_cache(cache, request, asked)
+        generation_config.cache_implementation = None  # the user's cache is what the config asks for
+    else:
+        _check_no_other_cache(cache)
+        generation_config.cache_config = request.sizes()
+        cache = SinkCache(**generation_config.cache_config)
+    cache.check(instance)
+    generation_config.use_cache = True  # also of a model whose config has none by default (MPT)
     return generation_config, model_kwargs
 
 
@@ -79,7 +75,9 @@ def prepare_cache(
         cache = SinkCache(**generation_config.cache_config, model=instance)
         model_kwargs[_cache_name(instance)] = cache
     else:
+        cache.bind(instance)
         wrapped(*args, **kwargs)
+        _mask_whole_stream(generation_config, model_kwargs, cache, instance)
     _plan_chunks(generation_config, model_kwargs, cache)
     return None
 
@@ -90,22 +88,25 @@ def _cache_name(model: nn.Module) -> str:
     return next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[0])
 
 
-def _config_sources(passed: Any, model: Any) -> list[Mapping[str, Any] | None]:
-    """Where a config may hold the two arguments, the strongest first: as entries of its own, or in `cache_config`."""
-    sources: list[Mapping[str, Any] | None] = []
-    for config in (passed, model.generation_config):
-        if config is not None:
-            sources += [vars(config), config.cache_config]
-    return sources
+def _check_no_sizes(request: Request, given: Mapping[str, Any], asked: Any) -> None:
+    """Sizes of the sink cache without the sink cache; a config that asks for another one may still hold them."""
+    passed = given.get("generation_config")
+    said = request.said if passed is None or passed.cache_implementation is None else request.said[:2]
+    names = [name for name in ARGUMENTS if any(name in source for source in said)]
+    if names:
+        raise SinkArgumentError(
+            f"{' and '.join(names)} belong to the sink cache, but cache_implementation is {asked!r}. Add "
+            f"cache_implementation={NAME!r}, or leave them out."
+        )
 
 
-def _first(name: str, sources: tuple[Mapping[str, Any] | None, ...], default: int) -> Any:
-    values = (source.get(name) for source in sources if isinstance(source, Mapping))
-    return next((value for value in values if value is not None), default)
-
-
-def _check_own_cache(cache: SinkCache, own: Mapping[str, Any]) -> None:
-    for name, value in own.items():
+def _check_own_cache(cache: SinkCache, request: Request, asked: Any) -> None:
+    if asked not in (None, NAME):
+        raise SinkArgumentError(
+            f"cache_implementation={asked!r} was asked for, together with a SinkCache in past_key_values. Leave one "
+            "of them out."
+        )
+    for name, value in request.sizes_said().items():
         if value != getattr(cache, name):
             raise SinkArgumentError(
                 f"{name}={value!r} was given, but the SinkCache in past_key_values has {name}={getattr(cache, name)}. "
@@ -119,29 +120,6 @@ def _check_no_other_cache(cache: Any) -> None:
             f"cache_implementation={NAME!r} was asked for, together with a {type(cache).__name__} in past_key_values. "
             "Pass a SinkCache, or none, or cache_implementation=None."
         )
-
-
-def _check_cache_config(cache_config: Any) -> None:
-    if cache_config is None:
-        return
-    unknown = sorted(set(cache_config) - set(ARGUMENTS)) if isinstance(cache_config, Mapping) else [repr(cache_config)]
-    if unknown:
-        raise SinkArgumentError(
-            f"cache_config holds {', '.join(unknown)}, which the sink cache does not know. It takes a dict with "
-            f"{' and '.join(ARGUMENTS)}."
-        )
-
-
-def _check_use_cache(generation_config: Any, extra: Mapping[str, Any], passed: Any, model: Any) -> None:
-    """To ask for this cache is to ask for a cache, even of a model whose config has none by default (MPT)."""
-    own = model.generation_config
-    contradictory = own.use_cache is False and own.cache_implementation == NAME
-    if extra.get("use_cache") is False or getattr(passed, "use_cache", None) is False or contradictory:
-        raise SinkArgumentError(
-            "A sink cache was asked for together with use_cache=False. Leave out use_cache, or pass "
-            "cache_implementation=None and no past_key_values."
-        )
-    generation_config.use_cache = True
 
 
 def _check_mode(generation_config: Any, mode: Any) -> None:
@@ -158,7 +136,7 @@ def _check_mode(generation_config: Any, mode: Any) -> None:
 
 
 def _check_rows(attention_mask: Any) -> None:
-    if attention_mask is None:
+    if not isinstance(attention_mask, torch.Tensor):
         return
     empty = (attention_mask != 0).sum(dim=-1) == 0  # [rows]
     if bool(empty.any()):
@@ -167,10 +145,30 @@ def _check_rows(attention_mask: Any) -> None:
         )
 
 
+def _mask_whole_stream(generation_config: Any, model_kwargs: dict[str, Any], cache: SinkCache, model: Any) -> None:
+    """Transformers takes ids that are as long as their mask for the whole history; say that these are new ones.
+
+    Only ids that are no longer than what the cache has seen cannot be the history.
+    """
+    fed, length = cache.get_seq_length(), _stream_length(generation_config, model_kwargs)
+    if fed == 0 or length > fed:
+        return
+    if model_kwargs.get("attention_mask") is not None:
+        raise SinkArgumentError(
+            f"attention_mask covers {length} columns, but the SinkCache has seen {fed}. Pass the mask that was used "
+            "before, extended by the new tokens; or none, if there is no padding."
+        )
+    model_kwargs["attention_mask"] = torch.ones(cache.batch_size, fed + length, dtype=torch.long, device=model.device)
+    model_kwargs["position_ids"] = torch.arange(fed + length, device=model.device)[None, :]
+
+
 def _plan_chunks(generation_config: Any, model_kwargs: Mapping[str, Any], cache: SinkCache) -> None:
     """A prompt that would run past the positions that the model was trained on goes in piece by piece."""
     length = _stream_length(generation_config, model_kwargs)
     fits = cache.fits_in_one_forward(length - cache.get_seq_length())
+    if model_kwargs.get("inputs_embeds") is not None:
+        _check_embeddings(generation_config, fits=fits)
+        return
     if generation_config.prefill_chunk_size is not None or fits:
         return
     generation_config.prefill_chunk_size = cache.window_length - cache.num_sink_tokens
@@ -180,6 +178,16 @@ def _plan_chunks(generation_config: Any, model_kwargs: Mapping[str, Any], cache:
             "A prompt of %d tokens is longer than the model's context: it goes into the sink cache in pieces of %d.",
             length,
             generation_config.prefill_chunk_size,
+        )
+
+
+def _check_embeddings(generation_config: Any, *, fits: bool) -> None:
+    """Transformers splits ids alone into pieces."""
+    if generation_config.prefill_chunk_size is not None or not fits:
+        raise UnsupportedGenerationError(
+            "A prompt of inputs_embeds is longer than the model's context, or prefill_chunk_size was given, and "
+            "`generate` cannot feed embeddings in pieces. Pass input_ids, or feed the pieces by "
+            "model(inputs_embeds=..., past_key_values=cache) and generate from that cache."
         )
 
 

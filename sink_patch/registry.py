@@ -36,9 +36,8 @@ class Registry:
             FamilyClashError: another family claims one of the model types. Nothing is registered then.
         """
         with self._lock:
-            taken = {
-                one: self._families[one] for one in family.model_types if self._families.get(one, family) != family
-            }
+            held = {one: self._families[one] for one in family.model_types if one in self._families}
+            taken = {one: by for one, by in held.items() if by != family and not _redefines(family, by)}
             if taken:
                 clashes = ", ".join(f"{one!r} is taken by the family {by.name!r}" for one, by in sorted(taken.items()))
                 raise FamilyClashError(
@@ -55,20 +54,27 @@ class Registry:
     def _load_plugins(self) -> None:
         with self._lock:
             plugins, self._plugins = self._plugins, None
-            for entry_point in plugins() if plugins is not None else ():
-                self._load(entry_point)
+            complaints = [] if plugins is None else [self._load(entry_point) for entry_point in plugins()]
+        for complaint in filter(None, complaints):  # when all are loaded, as a warning may be an error
+            warnings.warn(complaint, SinkPatchWarning, stacklevel=3)
 
-    def _load(self, entry_point: EntryPoint) -> None:
+    def _load(self, entry_point: EntryPoint) -> str | None:
+        """Register what an entry point holds; returns what is the matter with it, if anything."""
         try:
             self.add(_as_family(entry_point.load()))
         except Exception as failure:
             distribution = entry_point.dist.name if entry_point.dist is not None else "an unknown distribution"
-            warnings.warn(
+            return (
                 f"The family {entry_point.name!r} of {distribution} ({entry_point.value}) is left out: "
-                f"{type(failure).__name__}: {failure}",
-                SinkPatchWarning,
-                stacklevel=2,
+                f"{type(failure).__name__}: {failure}"
             )
+        return None
+
+
+def _redefines(new: Family, old: Family) -> bool:
+    """Whether both come from the same function, run again (a cell of a notebook)."""
+    names = [(getattr(one.adapters, "__module__", ""), getattr(one.adapters, "__qualname__", "")) for one in (new, old)]
+    return new.name == old.name and names[0] == names[1] and bool(names[0][1]) and "<" not in names[0][1]
 
 
 def _as_family(loaded: Any) -> Family:

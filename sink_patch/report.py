@@ -10,6 +10,7 @@ from torch import nn
 
 from sink_patch.arguments import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, check_window
 from sink_patch.binding import LayerFacts, examine, horizon
+from sink_patch.entries import unwrapped
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def inspect(
         UnsupportedModelError: the model cannot stream; the message says why.
     """
     check_window(window_length, num_sink_tokens)
-    facts = examine(model)
+    facts = examine(unwrapped(model))
     return Report(
         model_class=facts.model_class,
         model_type=facts.model_type,

@@ -9,7 +9,7 @@ import torch
 
 from sink_patch.clock import Row, plan_row
 from sink_patch.context import Context
-from sink_patch.errors import CacheStateError
+from sink_patch.errors import CacheStateError, SinkArgumentError
 from sink_patch.layers import SinkLayer
 from sink_patch.layout import LayerKind
 from sink_patch.padding import new_tokens
@@ -24,8 +24,10 @@ class Streams:
         context: how far the model's positions reach.
         horizon: RoPE position at which a row's clock is set back.
         layers: those of the cache; the rings of ours are turned when that happens.
-        stateful: whether some hold a recurrent state, which cannot be taken back.
     """
+
+    stateful = False  # whether some layers hold a recurrent state, which cannot be taken back
+    whole_prompts = False  # whether those states start anew with each forward of several tokens
 
     def __init__(
         self,
@@ -34,13 +36,10 @@ class Streams:
         context: Context,
         horizon: int,
         layers: Sequence[Any],
-        *,
-        stateful: bool = False,
     ):
         self.sizes = (window_length, num_sink_tokens, horizon)
         self.context = context
         self.layers = layers
-        self.stateful = stateful
         self._sink_layers = [layer for layer in layers if isinstance(layer, SinkLayer)]
         self._other_layers = [layer for layer in layers if not isinstance(layer, SinkLayer)]
         self.kinds: list[LayerKind] = list(dict.fromkeys(layer.kind for layer in self._sink_layers))
@@ -65,16 +64,29 @@ class Streams:
         return step
 
     def commit(self) -> None:
-        """What the forward has stored counts as seen."""
-        if self.step is not None:
-            self.rows = [plan.after() for plan in self.step.plans]
-            self.columns += self.step.columns
-            self.step = None
+        """What the forward has stored counts as seen.
+
+        Raises:
+            CacheStateError: it has stored nothing.
+        """
+        step, self.step = self.step, None
+        if step is None:
+            return
+        if self.kinds and not step.touched:
+            raise CacheStateError(
+                "This forward has stored nothing in the cache that it was given (a model that trains with gradient "
+                "checkpointing does not). Call model.eval() first."
+            )
+        self.rows = [plan.after() for plan in step.plans]
+        self.columns += step.columns
 
     def abandon(self) -> None:
         """Forget a forward that did not end. Tokens that it overwrote are lost."""
         step, self.step = self.step, None
         if step is None:
+            return
+        if self.rows is None:  # the first one: nothing of it need stay
+            self.reset()
             return
         overwritten = step.touched and any(kind.evicts(row) for kind in self.kinds for row in step.plans)
         if overwritten or self.stateful:
@@ -122,6 +134,13 @@ class Streams:
                 f"The cache holds {len(held)} rows, but {rows} were fed. Use a new SinkCache for another batch size."
             )
         new = new_tokens(attention_mask, [row.seen for row in held], self.columns, columns)
+        if columns == 0:
+            raise SinkArgumentError("A forward of no tokens was asked for. Pass the new tokens of the stream.")
+        if self.whole_prompts and self.columns and columns > 1:
+            raise CacheStateError(
+                f"The recurrent states of this model start anew with each forward of several tokens, and {columns} "
+                "were fed after others. Feed them one by one, or the whole text to a new cache."
+            )
         if self.stateful and any(row.seen and count != columns for row, count in zip(held, new, strict=True)):
             raise CacheStateError(
                 "Padding in the middle of a stream would enter the recurrent state of this model. Feed rows of one "

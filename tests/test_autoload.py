@@ -121,7 +121,12 @@ def test_a_complaint_breaks_no_import_even_where_warnings_are_errors(first, tmp_
 
 
 def test_a_newer_transformers_breaks_no_import_even_where_warnings_are_errors():
-    fresh("import transformers; transformers.__version__ = '99.1'", "import torch, transformers.modeling_utils", COLD)
+    fresh(
+        "import transformers; transformers.__version__ = '99.1'",
+        "import torch, transformers.modeling_utils",
+        COLD,
+        "assert ours() == [1, 1] and not refused()",
+    )
 
 
 def _still_works_without_us(first: str, broken: Path) -> None:

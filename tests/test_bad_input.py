@@ -6,7 +6,14 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import sink_patch
 from sink_patch import (
@@ -21,6 +28,10 @@ from sink_patch import (
 from tests.support.tiny import tiny, tokens
 
 PROMPT = tokens(6)
+
+
+def _sink_config(**entries):
+    return GenerationConfig(cache_implementation="sink", max_new_tokens=3, **entries)
 
 
 @pytest.fixture
@@ -244,3 +255,87 @@ def test_windows_and_forwards_that_do_not_fit_the_positions():
         model(tokens(60), past_key_values=cache)
     assert cache.get_seq_length() == 0
     assert model.generate(tokens(60), past_key_values=cache, max_new_tokens=3).shape[1] == 63
+
+
+CONFIG_WITH_SIZES = [
+    ({"cache_config": {"window_length": 12}}, "window_length belong"),
+    ({"generation_config": GenerationConfig(window_length=12, max_new_tokens=3)}, "window_length belong"),
+    ({"generation_config": _sink_config(cache_config={"window_size": 12})}, "window_size.*does not know"),
+    ({"past_key_values": "ours", "cache_config": {"window_length": 12}}, "has window_length=50"),
+    ({"past_key_values": "ours", "cache_config": {"window_length": -12}}, "has window_length=50"),
+    ({"past_key_values": "ours", "generation_config": _sink_config(window_length=12)}, "has window_length=50"),
+    (
+        {"past_key_values": "ours", "cache_implementation": "static"},
+        "'static' was asked for, together with a SinkCache",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "match"), CONFIG_WITH_SIZES)
+def test_sizes_in_configs_are_never_passed_over(model, call, match):
+    call = dict(call)
+    if call.get("past_key_values") == "ours":
+        call["past_key_values"] = SinkCache(50)
+    if "generation_config" in call:
+        call = {**call, "max_new_tokens": None, "do_sample": None}
+    refused(model, SinkArgumentError, match, **call)
+
+
+def test_a_stored_typo_is_found(model):
+    model.generation_config = _sink_config(cache_config={"window_size": 12})
+    refused(model, SinkArgumentError, "window_size.*does not know")
+
+
+def test_a_refused_mode_binds_nothing(model):
+    cache, before = SinkCache(), hooks(model)
+    with pytest.raises(UnsupportedGenerationError):
+        model.generate(PROMPT, past_key_values=cache, prompt_lookup_num_tokens=3, max_new_tokens=9)
+    assert not cache.is_bound_to(model)
+    assert hooks(model) == before
+
+
+def test_gradient_checkpointing_stores_nothing(model):
+    bound = SinkCache(12, 3, model=model)
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    model.train()
+    with pytest.raises(UnsupportedModelError, match=r"gradient checkpointing.*model.eval\(\)"):
+        SinkCache(12, 3, model=copy.deepcopy(model))
+    with pytest.raises(CacheStateError, match="stored nothing"):
+        model(PROMPT, past_key_values=bound)
+    assert bound.get_seq_length() == 0
+
+
+@torch.no_grad()
+def test_a_failed_first_forward_leaves_an_empty_cache(model):
+    cache = SinkCache(12, 3, model=model)
+    handle = model.model.norm.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(tokens(6, rows=2), past_key_values=cache)
+    handle.remove()
+    model(tokens(6, rows=3), past_key_values=cache)
+    assert cache.batch_size == 3
+
+
+def test_a_forward_of_no_tokens(model):
+    with pytest.raises(SinkArgumentError, match="no tokens"):
+        model(PROMPT[:, :0], past_key_values=SinkCache(12, 3, model=model))
+
+
+def test_a_turn_whose_mask_forgets_the_history(model):
+    cache = SinkCache(12, 3)
+    model.generate(PROMPT, past_key_values=cache, max_new_tokens=15, do_sample=False)
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1]])
+    refused(
+        model,
+        SinkArgumentError,
+        "covers 6 columns, but the SinkCache has seen 20",
+        past_key_values=cache,
+        attention_mask=mask,
+    )
+
+
+@pytest.mark.parametrize("extra", [{}, {"prefill_chunk_size": 9}])
+def test_embeddings_that_would_have_to_go_in_by_pieces(model, extra):
+    embeds = model.get_input_embeddings()(tokens(40 if extra else 300))
+    with pytest.raises(UnsupportedGenerationError, match="inputs_embeds"):
+        model.generate(inputs_embeds=embeds, cache_implementation="sink", window_length=12, max_new_tokens=3, **extra)

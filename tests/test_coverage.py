@@ -9,7 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 import sink_patch
-from sink_patch import SinkCache, UnsupportedModelError
+from sink_patch import CacheStateError, SinkCache, UnsupportedModelError
+from sink_patch.hybrid import StatefulSinkLayer
+from sink_patch.layers import SinkLayer
 from tests.support import zoo
 from tests.support.oracle import relative_error, worst_error
 from tests.support.replay import cache_name, replayed
@@ -113,6 +115,38 @@ def test_what_is_exact_serves_padded_rows_as_if_alone(model_type):
                 real = stream[row, start:stop][mask[row, start:stop].bool()][None]
                 assert relative_error(found[row], forward(model, cache, real)[0]) < TOLERANCE, (row, start)
         start = stop
+
+
+@pytest.mark.parametrize("model_type", EXACT)
+def test_states_go_on_from_one_forward_to_the_next_or_it_is_refused(model_type):
+    """The naive cache has transformers' own states, so it cannot see that; a fresh forward over the whole text can."""
+    model, stream = built(model_type), tokens(15)
+    cache = SinkCache(20, S, model=model)
+    if all(isinstance(layer, SinkLayer) and not isinstance(layer, StatefulSinkLayer) for layer in cache.layers):
+        pytest.skip("no states")
+    with torch.no_grad():
+        wanted = model(stream, use_cache=False).logits
+        forward(model, cache, stream[:, :5])
+        if sink_patch.families()[model.config.model_type].whole_prompts:
+            with pytest.raises(CacheStateError, match="start anew.*one by one"):
+                forward(model, cache, stream[:, 5:10])
+        else:
+            assert relative_error(forward(model, cache, stream[:, 5:10]), wanted[:, 9]) < 1e-4
+            assert cache.get_seq_length() == 10
+        for token in range(cache.get_seq_length(), 15):
+            assert relative_error(forward(model, cache, stream[:, token : token + 1]), wanted[:, token]) < 1e-4
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "jamba"])
+def test_a_long_prompt_is_not_cut_where_states_would_start_anew(model_type):
+    model, ids = built(model_type), tokens(300)
+    plain, sink = (
+        model.generate(
+            ids, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_logits=True, **extra
+        )
+        for extra in ({}, {"cache_implementation": "sink", "window_length": 299, "num_sink_tokens": S})
+    )
+    assert relative_error(sink.logits[0], plain.logits[0]) < 1e-5
 
 
 def forward(model, cache, ids, **kwargs):

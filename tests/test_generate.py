@@ -124,6 +124,17 @@ def test_a_second_turn_goes_on_where_the_first_ended(model, history):
     assert relative_error(second.logits[0], wanted) < 1e-5
 
 
+def test_a_second_turn_of_new_tokens_needs_no_mask(model):
+    first = run(model, cache_implementation="sink", window_length=W, num_sink_tokens=S)
+    cache, turn = first.past_key_values, torch.cat((first.sequences[:, -1:], tokens(5, seed=1)), dim=1)
+    whole = torch.cat((first.sequences, turn[:, 1:]), dim=1)
+    out = run(model, turn, past_key_values=cache, output_logits=True, new=3)
+    with torch.no_grad():
+        wanted = model(visible_tokens(whole, whole.shape[1] - 6, 6, W, S), use_cache=False).logits[:, -1]
+    assert relative_error(out.logits[0], wanted) < 1e-5
+    assert out.past_key_values.get_seq_length() == whole.shape[1] + 2
+
+
 @pytest.mark.parametrize("mode", [{"do_sample": True}, {"num_beams": 3}, {"num_beams": 2, "do_sample": True}])
 def test_below_the_window_every_mode_equals_the_default_cache(mode):
     model = tiny("llama", layers=2)

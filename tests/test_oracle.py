@@ -41,6 +41,12 @@ def test_each_family_equals_the_oracle(model_type, name, config, attention):
         assert error <= TOLERANCE, (window, sinks)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_falcon_with_alibi(attention):
+    model = tiny("falcon", attention=attention, alibi=True)
+    assert worst_error(model, tokens(LENGTH), schedule(1, 12, 3), 12, 3) <= TOLERANCE
+
+
 @st.composite
 def streams(draw):
     window = draw(st.integers(2, 64))

@@ -43,6 +43,22 @@ def test_registering_the_same_again_is_nothing_and_another_a_clash():
         sink_patch.register_family("llama")(rope("interleaved"))
 
 
+def test_a_function_run_again_replaces_its_family():
+    code = "import sink_patch\n@sink_patch.register_family('mine')\ndef mine(model):\n    return []\n"
+    for _ in range(2):
+        names = {"__name__": "a_notebook"}
+        exec(code, names)
+        assert sink_patch.families()["mine"] is names["mine"]
+
+
+def test_a_warning_that_is_an_error_loses_no_later_plugin():
+    plugins = EntryPoints([plugin("broken", "no_such_module:FAMILY"), plugin("theirs", f"{__name__}:THEIRS")])
+    registry = Registry(plugins=lambda: plugins)
+    with pytest.raises(SinkPatchWarning):  # warnings are errors in these tests
+        registry.view()
+    assert registry.view()["theirs"] is THEIRS
+
+
 @pytest.mark.parametrize(
     ("wrong", "match"),
     [

@@ -37,7 +37,7 @@ class Adapter:
 
 
 AdapterFactory = Callable[[nn.Module], Sequence[Adapter]]
-"""From a model to one adapter for each of its attention layers, in order."""
+"""From a model to one adapter for each entry of its cache, in order; `no_positions()` for one without attention."""
 
 
 def _describe(what: str, rotation: Rotation | None) -> str:

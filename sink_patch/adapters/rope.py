@@ -81,10 +81,10 @@ class SinusoidalTable:
         dim = self.dim(config)
         exponents = torch.arange(0, dim, 2, dtype=torch.int64) / dim  # float32, as in modeling_gptj
         adapter = Adapter(keys=Rotation(_pristine(1.0 / (10000**exponents)), self.pairing))
-        return [adapter] * config.num_hidden_layers
+        return [adapter for _ in read_entries(model)]
 
     def __str__(self) -> str:
-        return "interleaved rotation from a table"
+        return f"{'interleaved' if self.pairing == 'interleaved' else 'half-split'} rotation from a table"
 
 
 def sinusoidal_table(dim: Callable[[Any], int], pairing: Pairing = "interleaved") -> AdapterFactory:
