@@ -19,5 +19,11 @@ SHIM = Shim(
             parameters=("generation_config", "model_kwargs", "generation_mode"),
             role="prepare_cache",
         ),
+        Method(
+            "transformers.generation.continuous_batching.continuous_api",
+            *("ContinuousMixin", "init_continuous_batching"),
+            parameters=("generation_config",),
+            role="refuse_continuous_batching",
+        ),
     ),
 )

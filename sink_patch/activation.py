@@ -23,6 +23,7 @@ from sink_patch.errors import UnsupportedTransformersError, tell
 
 _lock = threading.RLock()
 _enabled = is_armed()
+_ours: set[Constant] = set()  # entries that we have put into transformers, at any time
 _shims: dict[str, Shim] = {}  # by version, so that a version that is not known is complained of once
 
 
@@ -110,11 +111,12 @@ def _add(constant: Constant) -> None:
     names: tuple[str, ...] = getattr(module, constant.name)
     if constant.entry not in names:
         setattr(module, constant.name, (*names, constant.entry))
+        _ours.add(constant)
 
 
 def _remove(constant: Constant) -> None:
     module = sys.modules.get(constant.module)
-    if module is not None and hasattr(module, constant.name):
+    if constant in _ours and module is not None and hasattr(module, constant.name):
         names: tuple[str, ...] = getattr(module, constant.name)
         setattr(module, constant.name, tuple(name for name in names if name != constant.entry))
 

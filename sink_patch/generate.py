@@ -82,6 +82,20 @@ def prepare_cache(
     return None
 
 
+def refuse_continuous_batching(
+    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Around `init_continuous_batching`, which has a paged cache of its own and would pass ours over in silence."""
+    config = inspect.signature(wrapped).bind(*args, **kwargs).arguments.get("generation_config")
+    config = instance.generation_config if config is None else config
+    if getattr(config, "cache_implementation", None) == NAME:
+        raise UnsupportedGenerationError(
+            f"Continuous batching was asked for with cache_implementation={NAME!r}, but it has a paged cache of its "
+            "own. Use generate (or serve without --continuous-batching), or cache_implementation=None."
+        )
+    return wrapped(*args, **kwargs)
+
+
 def _cache_name(model: nn.Module) -> str:
     """What the model's forward calls its cache."""
     names = inspect.signature(model.forward).parameters

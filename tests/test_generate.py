@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from sink_patch import SinkCache
+from sink_patch import SinkCache, UnsupportedGenerationError
 from sink_patch import generate as sink_generate
 from tests.support.oracle import relative_error, visible_tokens
 from tests.support.tiny import tiny, tokens
@@ -191,3 +191,9 @@ def test_a_chunk_size_of_the_users_is_honoured(model):
     with torch.no_grad():
         wanted = model(visible_tokens(prompt, 49, 1, W, S), use_cache=False).logits[:, -1]
     assert relative_error(found, wanted) < 1e-5
+
+
+def test_continuous_batching_is_refused_by_name(model):
+    model.generation_config.cache_implementation = "sink"
+    with pytest.raises(UnsupportedGenerationError, match="paged cache of its own"):
+        model.init_continuous_batching()
