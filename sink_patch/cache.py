@@ -251,11 +251,5 @@ class SinkCache(RowOperations, Cache, seam.Streaming):
 
     def _not_bound_to(self, caller: str) -> UnboundCacheError:
         if self._facts is None:
-            return UnboundCacheError(
-                f"This SinkCache is not bound to the {caller} that it was passed to, so nothing is known of how its "
-                f"keys turn. Make it with SinkCache({self.window_length}, {self.num_sink_tokens}, model=model)."
-            )
-        return UnboundCacheError(
-            f"{self!r} was passed to a {caller} that it is not bound to, or that was not called as a whole. Call the "
-            "model itself, with a cache made by SinkCache(..., model=model)."
-        )
+            return UnboundCacheError.never(caller, self.window_length, self.num_sink_tokens)
+        return UnboundCacheError.elsewhere(repr(self), caller)

@@ -41,6 +41,22 @@ class CacheStateError(SinkPatchError, RuntimeError):
 class UnboundCacheError(CacheStateError):
     """A `SinkCache` met a forward of a model that it is not bound to."""
 
+    @classmethod
+    def never(cls, caller: str, window_length: int, num_sink_tokens: int) -> UnboundCacheError:
+        """The cache has no model at all."""
+        return cls(
+            f"This SinkCache is not bound to the {caller} that it was passed to, so nothing is known of how its keys "
+            f"turn. Make it with SinkCache({window_length}, {num_sink_tokens}, model=model)."
+        )
+
+    @classmethod
+    def elsewhere(cls, cache: str, caller: str) -> UnboundCacheError:
+        """The cache has another model, or a part of its own was called."""
+        return cls(
+            f"{cache} was passed to a {caller} that it is not bound to, or that was not called as a whole. Call the "
+            "model itself, with a cache made by SinkCache(..., model=model)."
+        )
+
 
 class FamilyClashError(SinkPatchError, ValueError):
     """Two different families claim one `model_type`."""
