@@ -67,8 +67,6 @@ class SinkCache(RowOperations, Cache, seam.Streaming):
         size = f"window_length={self.window_length}, num_sink_tokens={self.num_sink_tokens}"
         return f"{type(self).__name__}({size}, {bound}, seen={self.get_seq_length()})"
 
-    # --- binding -------------------------------------------------------------------------------------------------
-
     def bind(self, model: nn.Module) -> None:
         """Tie the cache to a model: find and prove its adapters, and let its forward know sink caches.
 
@@ -126,8 +124,6 @@ class SinkCache(RowOperations, Cache, seam.Streaming):
         kind = layer.kind(self.window_length, self.num_sink_tokens)
         return make(kind, layer.adapter.keys, layer.adapter.values, sliding=entry.sliding_window is not None)
 
-    # --- one forward, driven by the hooks of seam.py -------------------------------------------------------------
-
     def begin_forward(
         self, module: nn.Module, inputs: torch.Tensor, attention_mask: Any
     ) -> dict[str, torch.Tensor | None] | None:
@@ -166,8 +162,6 @@ class SinkCache(RowOperations, Cache, seam.Streaming):
             self._streams.commit()
         else:
             self._streams.abandon()
-
-    # --- what models and masks ask for ----------------------------------------------------------------------------
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
@@ -241,8 +235,6 @@ class SinkCache(RowOperations, Cache, seam.Streaming):
     @property
     def is_initialized(self) -> bool:
         return self._streams is not None and self._streams.rows is not None
-
-    # --- errors ---------------------------------------------------------------------------------------------------
 
     def _current_step(self) -> Step:
         if self._streams is None or self._streams.step is None:
