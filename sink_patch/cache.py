@@ -112,7 +112,7 @@ class SinkCache(RowOperations, Cache, seam.Streaming):
         layers = [self._new_layer(layer, own) for layer, own in zip(facts.layers, own_layers(config), strict=True)]
         stateful = any(layer.entry.state for layer in facts.layers)
         streams = Streams(*sizes, facts.context, horizon(facts, *sizes), layers)
-        streams.stateful, streams.whole_prompts = stateful, facts.whole_prompts
+        streams.stateful, streams.whole_prompts = stateful, stateful and facts.whole_prompts
         return streams
 
     def _new_layer(self, layer: LayerFacts, own: Any) -> Any:
