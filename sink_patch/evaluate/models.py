@@ -54,7 +54,7 @@ def load(model: str | None = None, dtype: str = "float32") -> Loaded:
     """
     if model is not None:
         return Loaded(Path(model).name, *_from_pretrained(model, dtype))
-    if find_spec("gguf") is None:
+    if find_spec("gguf") is None or find_spec("accelerate") is None:  # transformers reads such a file with both
         raise SinkPatchError(f'The demo model is a GGUF file: pip install "sink-patch[demo]". {_OTHER_MODEL}.')
     file = demo_file()
     print(f"Loading {DEMO_NAME} ...", file=sys.stderr, flush=True)
