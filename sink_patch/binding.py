@@ -182,5 +182,5 @@ def _chosen(model: nn.Module, entries: Sequence[Entry], context: Context) -> Seq
 def _still_has(model: nn.Module, facts: ModelFacts) -> bool:
     """Whether the frequencies that the probe chose are still the model's (a cast of the model rounds them)."""
     held = [buffer.double().cpu().tolist() for buffer in frequency_buffers(model).values()]
-    used = [layer.adapter.keys.inv_freq.tolist() for layer in facts.layers if layer.adapter.keys is not None]
-    return all(inv_freq in held for inv_freq in used)
+    rotations = [rotation for layer in facts.layers for rotation in (layer.adapter.keys, layer.adapter.values)]
+    return all(rotation.inv_freq.tolist() in held for rotation in rotations if rotation is not None)

@@ -1,6 +1,6 @@
 """The built-in families: data only. How position enters the keys was measured; the probe checks it on each model.
 
-Families with one line each; `_half` and the like take model types that need nothing said but their pairing.
+A line is a scheme and the model types that follow it; each model type is a family of its own.
 """
 
 from __future__ import annotations

@@ -111,9 +111,8 @@ class SinkCache(RowOperations, Cache, seam.Streaming):
         sizes = (self.window_length, self.num_sink_tokens)
         layers = [self._new_layer(layer, own) for layer, own in zip(facts.layers, own_layers(config), strict=True)]
         stateful = any(layer.entry.state for layer in facts.layers)
-        streams = Streams(*sizes, facts.context, horizon(facts, *sizes), layers)
-        streams.stateful, streams.whole_prompts = stateful, stateful and facts.whole_prompts
-        return streams
+        more = {"stateful": stateful, "whole_prompts": stateful and facts.whole_prompts}
+        return Streams(*sizes, facts.context, horizon(facts, *sizes), layers, **more)
 
     def _new_layer(self, layer: LayerFacts, own: Any) -> Any:
         """Ours where there is attention, transformers' `own` where there is none."""

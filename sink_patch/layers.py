@@ -67,18 +67,21 @@ class Ring:
             buffer[:, :, : self.kind.num_sink_tokens] = self.rotation.apply(self.pristine, cos_sin)
             self._shown_turns = step.sink_turns
 
-    @torch.inference_mode(False)  # else a cache begun in inference mode could not be written to outside it
     def _reserve(self, states: torch.Tensor, slots: int) -> torch.Tensor:
-        """The buffer, with at least `slots` slots."""
+        """The buffer, with at least `slots` slots; in most forwards it has them."""
+        if self.buffer is not None and self.buffer.shape[2] >= slots:
+            return self.buffer
+        return self._grown(states, slots)
+
+    @torch.inference_mode(False)  # else a cache begun in inference mode could not be written to outside it
+    def _grown(self, states: torch.Tensor, slots: int) -> torch.Tensor:
         held = 0 if self.buffer is None else self.buffer.shape[2]
         # the sinks' slots are there from the start, as the sinks are written as one block
-        slots = max(slots, self.kind.num_sink_tokens)
-        if self.buffer is None or held < slots:
-            slots = min(self.kind.capacity, max(slots, 2 * held))
-            grown = states.new_zeros(states.shape[0], states.shape[1], slots, states.shape[3])
-            if self.buffer is not None:
-                grown[:, :, :held] = self.buffer
-            self.buffer = grown
+        slots = min(self.kind.capacity, max(slots, 2 * held, self.kind.num_sink_tokens))
+        grown = states.new_zeros(states.shape[0], states.shape[1], slots, states.shape[3])
+        if self.buffer is not None:
+            grown[:, :, :held] = self.buffer
+        self.buffer = grown
         if self.pristine is None and self.rotation is not None and self.kind.num_sink_tokens > 0:
             self.pristine = torch.zeros_like(self.buffer[:, :, : self.kind.num_sink_tokens])
         return self.buffer

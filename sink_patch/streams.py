@@ -24,10 +24,9 @@ class Streams:
         context: how far the model's positions reach.
         horizon: RoPE position at which a row's clock is set back.
         layers: those of the cache; the rings of ours are turned when that happens.
+        stateful: whether some layers hold a recurrent state, which cannot be taken back.
+        whole_prompts: whether those states start anew with each forward of several tokens.
     """
-
-    stateful = False  # whether some layers hold a recurrent state, which cannot be taken back
-    whole_prompts = False  # whether those states start anew with each forward of several tokens
 
     def __init__(
         self,
@@ -36,7 +35,11 @@ class Streams:
         context: Context,
         horizon: int,
         layers: Sequence[Any],
+        *,
+        stateful: bool,
+        whole_prompts: bool,
     ):
+        self.stateful, self.whole_prompts = stateful, whole_prompts
         self.sizes = (window_length, num_sink_tokens, horizon)
         self.context = context
         self.layers = layers

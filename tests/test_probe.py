@@ -153,6 +153,15 @@ def test_a_cast_model_streams_with_the_frequencies_it_now_has():
     assert torch.equal(held, model.model.rotary_emb.inv_freq.double())
 
 
+def test_a_cast_model_that_no_family_claims_is_looked_at_again_also_where_its_values_turn():
+    model = copy.deepcopy(zoo.build("deepseek_v3"))
+    model.config.model_type = "nobody_knows"
+    SinkCache(12, 3, model=model)
+    model.to(torch.bfloat16)
+    held = SinkCache(12, 3, model=model).layers[0].rings[1].rotation.inv_freq
+    assert torch.equal(held, model.model.rotary_emb.inv_freq.double())
+
+
 def test_error_is_blind_to_no_dim():
     """A key with a few huge dims (biases, as in Qwen2) does not hide what the small ones do."""
     rotation = Rotation(torch.tensor([1.0, 0.3, 0.1, 0.01], dtype=torch.float64))
