@@ -1,29 +1,16 @@
-"""transformers 5.23: what is wrapped in generation/utils.py and generation/configuration_utils.py."""
+"""transformers 5.16 and newer: `crop` takes the number of tokens to remove."""
 
 from __future__ import annotations
 
-from sink_patch.compat.shim import Constant, Method, Shim
+from dataclasses import replace
 
-_UTILS = "transformers.generation.utils"
+from sink_patch.compat import v5_8
 
-SHIM = Shim(
-    constants=(Constant("transformers.generation.configuration_utils", "ALL_CACHE_IMPLEMENTATIONS", "sink"),),
-    methods=(
-        Method(
-            *(_UTILS, "GenerationMixin", "_prepare_generation_config"),
-            parameters=("generation_config", "kwargs"),
-            role="prepare_generation_config",
-        ),
-        Method(
-            *(_UTILS, "GenerationMixin", "_prepare_cache_for_generation"),
-            parameters=("generation_config", "model_kwargs", "generation_mode"),
-            role="prepare_cache",
-        ),
-        Method(
-            "transformers.generation.continuous_batching.continuous_api",
-            *("ContinuousMixin", "init_continuous_batching"),
-            parameters=("generation_config",),
-            role="refuse_continuous_batching",
-        ),
-    ),
-)
+
+def _cache_base() -> type:
+    from sink_patch.compat.bases import Newest
+
+    return Newest
+
+
+SHIM = replace(v5_8.SHIM, cache_base=_cache_base)

@@ -1,21 +1,44 @@
-"""The record of what sink_patch touches in one range of versions of transformers."""
+"""The record of how sink_patch meets one range of versions of transformers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from sink_patch.compat.entries import Entry
+
 Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
+Cached = tuple[Any, Any] | None
+"""(keys, values) of one entry of a cache, [rows, heads, tokens, dim] each; None where it holds none."""
 
 
 @dataclass(frozen=True)
 class Constant:
-    """A tuple of names in a module of transformers to which ours is added, and from which it is taken away again."""
+    """A collection in a module of transformers to which an entry of ours is added, and from which it is taken again.
+
+    Args:
+        module, name: where it is.
+        entry: a name in a tuple or list, or a key of a dict.
+        value: what a dict holds under that key, made when it is added.
+    """
 
     module: str
     name: str
     entry: str
+    value: Callable[[], Any] | None = None
+
+    def added_to(self, held: Any) -> Any:
+        """A collection of the same kind, with the entry at its end."""
+        if self.value is not None:
+            return {**held, self.entry: self.value()}
+        return type(held)([*held, self.entry])
+
+    def removed_from(self, held: Any) -> Any:
+        """A collection of the same kind, without the entry."""
+        if self.value is not None:
+            return {name: value for name, value in held.items() if name != self.entry}
+        return type(held)(name for name in held if name != self.entry)
 
 
 @dataclass(frozen=True)
@@ -36,8 +59,48 @@ class Method:
 
 
 @dataclass(frozen=True)
+class Quirk:
+    """What these versions make of some families that later or earlier ones do not.
+
+    Args:
+        model_types: in words.
+        refusal: why they cannot stream here; None: they can.
+        whole_prompts: why several tokens cannot follow others in one forward; None: they can. See `Family`.
+    """
+
+    model_types: str
+    refusal: str | None = None
+    whole_prompts: str | None = None
+
+
+@dataclass(frozen=True)
 class Shim:
-    """All places, for the versions of one row of the table."""
+    """All that differs, for the versions of one row of the table.
+
+    Args:
+        constants, methods: what is added to and wrapped.
+        cache_base: gives the class that `SinkCache` derives from: the `Cache` of these versions, whose calls it maps to
+            ours.
+        read_entries: from a text config to the entries of the model's own cache.
+        own_layers: from a text config to fresh layers of that cache, for the entries that hold no attention.
+        probe_cache: an empty cache of transformers' own for a text config.
+        cached: what is in that cache after a forward, entry by entry.
+        generation_mode: from the arguments of `_prepare_cache_for_generation` by name to the name of the decoding mode.
+        own_cache: why a model cannot be given a cache object at all; None: it can.
+        passes_cache_position: whether models take the mask coordinates of the new tokens as `cache_position`.
+        explicit_masks: whether models must be given a mask even where every column is visible.
+        quirks: families that behave differently here.
+    """
 
     constants: tuple[Constant, ...]
     methods: tuple[Method, ...]
+    cache_base: Callable[[], type]
+    read_entries: Callable[[Any], Sequence[Entry]]
+    own_layers: Callable[[Any], Sequence[Any]]
+    probe_cache: Callable[[Any], Any]
+    cached: Callable[[Any], Sequence[Cached]]
+    generation_mode: Callable[[Mapping[str, Any]], str]
+    own_cache: Callable[[Any], str | None]
+    passes_cache_position: bool
+    explicit_masks: bool
+    quirks: tuple[Quirk, ...] = field(default=())

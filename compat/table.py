@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 
 from packaging.specifiers import SpecifierSet
@@ -10,10 +11,20 @@ from sink_patch.compat.shim import Shim
 
 from sink_patch.errors import UnsupportedTransformersError, tell
 
-TABLE = ((SpecifierSet(">=5.23,<5.24"), "sink_patch.compat.newest"),)
-OLDEST, NEWEST = "5.23", "5.23"
+TABLE = (
+    (SpecifierSet(">=4.52,<4.53"), "sink_patch.compat.v4_52"),
+    (SpecifierSet(">=4.53,<4.54"), "sink_patch.compat.v4_53"),
+    (SpecifierSet(">=4.54,<4.56"), "sink_patch.compat.v4_54"),
+    (SpecifierSet(">=4.56,<4.57"), "sink_patch.compat.v4_56"),
+    (SpecifierSet(">=4.57,<5.4"), "sink_patch.compat.v4_57"),
+    (SpecifierSet(">=5.4,<5.8"), "sink_patch.compat.v5_4"),
+    (SpecifierSet(">=5.8,<5.16"), "sink_patch.compat.v5_8"),
+    (SpecifierSet(">=5.16,<5.25"), "sink_patch.compat.newest"),
+)
+OLDEST, NEWEST = "4.52", "5.24"
 
 
+@functools.cache  # a version that is not known is complained of once
 def choose_shim(found: str) -> Shim:
     """The shim for a version of transformers; the newest one, with a warning, for a version newer than all known.
 
@@ -31,6 +42,17 @@ def choose_shim(found: str) -> Shim:
         )
     tell(f"sink_patch was tested with transformers {OLDEST} to {NEWEST}, and found {found}. It works as with {NEWEST}.")
     return _load(TABLE[-1][1])
+
+
+def installed_shim() -> Shim:
+    """The shim for the transformers that is installed.
+
+    Raises:
+        UnsupportedTransformersError: it is too old.
+    """
+    import transformers
+
+    return choose_shim(transformers.__version__)
 
 
 def _load(module: str) -> Shim:

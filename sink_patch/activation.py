@@ -17,14 +17,13 @@ from typing import Any
 import wrapt
 
 from sink_patch.autoload import arm, is_armed
-from sink_patch.compat import choose_shim
+from sink_patch.compat import installed_shim
 from sink_patch.compat.shim import Constant, Method, Shim
 from sink_patch.errors import UnsupportedTransformersError, tell
 
 _lock = threading.RLock()
 _enabled = is_armed()
 _ours: set[Constant] = set()  # entries that we have put into transformers, at any time
-_shims: dict[str, Shim] = {}  # by version, so that a version that is not known is complained of once
 
 
 def patch() -> None:
@@ -36,7 +35,7 @@ def patch() -> None:
     global _enabled
     with _lock:
         try:
-            for change in list(_changes(_shim())):  # all are found before the first is made
+            for change in list(_changes(installed_shim())):  # all are found before the first is made
                 change()
             _enabled = True
             arm()
@@ -50,9 +49,8 @@ def unpatch() -> None:
     global _enabled
     with _lock:
         _enabled = False
-        for shim in _shims.values():
-            for constant in shim.constants:
-                _remove(constant)
+        for constant in _ours:
+            _remove(constant)
 
 
 def is_patched() -> bool:
@@ -71,15 +69,6 @@ def when_imported(module: ModuleType) -> None:
         patch()
     except Exception as failure:
         tell(f"{module.__name__} is not patched: {failure}")
-
-
-def _shim() -> Shim:
-    import transformers
-
-    found = transformers.__version__
-    if found not in _shims:
-        _shims[found] = choose_shim(found)
-    return _shims[found]
 
 
 def _changes(shim: Shim) -> Iterator[Callable[[], None]]:
@@ -108,17 +97,16 @@ def _has(module: ModuleType, name: str) -> bool:
 
 def _add(constant: Constant) -> None:
     module = sys.modules[constant.module]
-    names: tuple[str, ...] = getattr(module, constant.name)
-    if constant.entry not in names:
-        setattr(module, constant.name, (*names, constant.entry))
+    held: Any = getattr(module, constant.name)
+    if constant.entry not in held:
+        setattr(module, constant.name, constant.added_to(held))
         _ours.add(constant)
 
 
 def _remove(constant: Constant) -> None:
     module = sys.modules.get(constant.module)
-    if constant in _ours and module is not None and hasattr(module, constant.name):
-        names: tuple[str, ...] = getattr(module, constant.name)
-        setattr(module, constant.name, tuple(name for name in names if name != constant.entry))
+    if module is not None and hasattr(module, constant.name):
+        setattr(module, constant.name, constant.removed_from(getattr(module, constant.name)))
 
 
 def _wrapping(owner: type, method: Method) -> Callable[[], None]:

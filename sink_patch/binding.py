@@ -11,12 +11,13 @@ from typing import Any
 from torch import nn
 
 from sink_patch import probe
-from sink_patch.adapters import Adapter
+from sink_patch.adapters import Adapter, AdapterFactory
 from sink_patch.adapters.rope import frequency_buffers
 from sink_patch.context import Context, read_context
-from sink_patch.entries import Entry, read_entries, text_config
+from sink_patch.compat import Entry, installed_shim
+from sink_patch.entries import read_entries, text_config
 from sink_patch.errors import SinkArgumentError, UnsupportedModelError
-from sink_patch.family import Family, PositionSource
+from sink_patch.family import Family, OneByOne, PositionSource
 from sink_patch.layout import LayerKind
 from sink_patch.registry import find_family
 
@@ -47,7 +48,7 @@ class ModelFacts:
     layers: tuple[LayerFacts, ...]
     context: Context
     position_source: PositionSource = "position_ids"
-    whole_prompts: bool = False
+    one_by_one: OneByOne | None = None
 
     def same_as(self, other: ModelFacts) -> bool:
         """Whether what was proven for `other` holds for this too."""
@@ -80,13 +81,32 @@ def examine(model: nn.Module) -> ModelFacts:
         known = _proven.get(model)
         if family is None and known is not None and known.family is None and _still_has(model, known):
             return known
-        adapters = _chosen(model, entries, context) if family is None else _adapters(family, model, len(entries))
-        facts = _facts(model, family, context, entries, adapters)
-        proven = known is not None and facts.same_as(known)
-        if family is not None and not proven and any(entry.attention for entry in entries):
-            probe.verify(probe.read(model, context.largest_probe_position), entries, adapters, family.name)
+        if family is None:
+            facts = _facts(model, None, context, entries, _chosen(model, entries, context))
+        else:
+            facts = _proven_facts(model, family, context, entries, known)
         _proven[model] = facts
     return facts
+
+
+def _proven_facts(
+    model: nn.Module, family: Family, context: Context, entries: Sequence[Entry], known: ModelFacts | None
+) -> ModelFacts:
+    """With the adapters of the family, or with those that it had in earlier versions of transformers."""
+    factories = [factory for factory in (family.adapters, family.formerly) if factory is not None]
+    made = [_adapters(family, factory, model, len(entries)) for factory in factories]
+    candidates = [_facts(model, family, context, entries, adapters) for adapters in made]
+    for facts in candidates:
+        if known is not None and facts.same_as(known):
+            return facts
+    if not any(entry.attention for entry in entries):
+        return candidates[0]
+    readings = probe.read(model, context.largest_probe_position, len(entries))
+    for facts, adapters in zip(candidates[1:], made[1:], strict=True):
+        if probe.fits(readings, entries, adapters):
+            return facts
+    probe.verify(readings, entries, made[0], family.name)
+    return candidates[0]
 
 
 def _facts(
@@ -103,8 +123,15 @@ def _facts(
         layers=layers,
         context=context,
         position_source=source,
-        whole_prompts=family is not None and family.whole_prompts,
+        one_by_one=_one_by_one(family, entries),
     )
+
+
+def _one_by_one(family: Family | None, entries: Sequence[Entry]) -> OneByOne | None:
+    if family is None or family.whole_prompts is None:
+        return None
+    windows = [entry.sliding_window for entry in entries if entry.sliding_window is not None]
+    return OneByOne(family.whole_prompts, min(windows, default=0))
 
 
 def horizon(facts: ModelFacts, window_length: int, num_sink_tokens: int) -> int:
@@ -138,7 +165,7 @@ def _fitting(facts: ModelFacts, window_length: int, largest: int, limit: int) ->
 def _claimed(model: nn.Module) -> Family | None:
     """The model's family, once what the config alone tells is no obstacle."""
     config: Any = getattr(model, "config", None)
-    if config is None or not hasattr(model, "get_decoder"):
+    if config is None or not hasattr(model, "get_input_embeddings"):
         raise UnsupportedModelError(
             f"A {type(model).__name__} is not a transformers model, so there is no telling how its cache turns. Pass "
             "the transformers model itself."
@@ -153,17 +180,17 @@ def _claimed(model: nn.Module) -> Family | None:
             f"{name} caches nothing while it trains with gradient checkpointing. Call model.eval() first."
         )
     family = find_family(config)
-    if family is not None and family.refusal is not None:
+    refusal = None if family is None else family.refusal
+    refusal = refusal or installed_shim().own_cache(model)
+    if refusal is not None:
         raise UnsupportedModelError(
-            f"{name} cannot stream with attention sinks: {family.refusal}. Use another cache_implementation."
+            f"{name} cannot stream with attention sinks: {refusal}. Use another cache_implementation."
         )
     return family
 
 
-def _adapters(family: Family, model: nn.Module, num_layers: int) -> Sequence[Adapter]:
-    if family.adapters is None:  # a refusal, which was raised before
-        raise UnsupportedModelError(f"The family {family.name!r} has no adapters.")
-    adapters = family.adapters(model)
+def _adapters(family: Family, factory: AdapterFactory, model: nn.Module, num_layers: int) -> Sequence[Adapter]:
+    adapters = factory(model)
     if len(adapters) != num_layers:
         raise UnsupportedModelError(
             f"The family {family.name!r} gave {len(adapters)} adapters for {type(model).__name__}, whose cache has "
@@ -173,7 +200,7 @@ def _adapters(family: Family, model: nn.Module, num_layers: int) -> Sequence[Ada
 
 
 def _chosen(model: nn.Module, entries: Sequence[Entry], context: Context) -> Sequence[Adapter]:
-    readings = probe.read(model, context.largest_probe_position)
+    readings = probe.read(model, context.largest_probe_position, len(entries))
     adapters = probe.choose(model, entries, readings)
     probe.check_distance_only(model, context.largest_probe_position)
     return adapters

@@ -27,6 +27,7 @@ _CONTEXT_BIAS = "a bias of its attention and its scale go by the length of the c
 _DRAFTS = "it drafts for another model, whose keys it is given"
 _OWN_CACHE = "it accepts no cache but one of its own"
 _STATE_ON_MODULE = "it keeps its recurrent state on the model and not in the cache, and starts it anew at position 0"
+_STARTS_ANEW = "The recurrent states of this model start anew with each forward of several tokens"
 _BYTE_PATCHES = "it runs several decoders with caches of their own over patches of bytes"
 
 
@@ -119,9 +120,9 @@ BUILT_IN: tuple[Family, ...] = (
     *_each(HALF, "bamba falcon_h1 lfm2 lfm2_moe lfm3 olmo_hybrid qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text"),
     *_each(HALF, "qwen3_next zaya"),
     *_each(STATE, "mamba2"),
-    *_each(STATE, "mamba falcon_mamba", whole_prompts=True),
+    *_each(STATE, "mamba falcon_mamba", whole_prompts=_STARTS_ANEW),
     *_each(NOPE, "kimi_linear nemotron_h"),
-    *_each(NOPE, "jamba zamba", whole_prompts=True),
+    *_each(NOPE, "jamba zamba", whole_prompts=_STARTS_ANEW),
     *_each(Rope(skips=_all_skip_without_rope), "granitemoehybrid"),
     *_each(Rope(skips=_all_skip_without_mem_rope), "zamba2"),
     # some layers without positions
@@ -141,7 +142,6 @@ BUILT_IN: tuple[Family, ...] = (
     *_each(
         Rope("interleaved", skips=_listed_layers_skip),
         "llama4 llama4_text",
-        position_source="index",
         position_limit=CHUNK,
     ),
     *_each(LATENT, "axk2 deepseek_v32 glm_moe_dsa dots3_note dots3_note_text hy_v4", position_limit=INDEX),

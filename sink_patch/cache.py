@@ -8,26 +8,30 @@ from __future__ import annotations
 
 import weakref
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
 
 from sink_patch import seam
 from sink_patch.arguments import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, check_window
 from sink_patch.binding import LayerFacts, ModelFacts, examine, horizon
+from sink_patch.compat import installed_shim
 from sink_patch.entries import own_layers, text_config, unwrapped
 from sink_patch.errors import CacheStateError, UnboundCacheError
-from sink_patch.hybrid import StatefulSinkLayer
 from sink_patch.layers import SinkLayer
 from sink_patch.layout import LayerKind
 from sink_patch.operations import RowOperations
 from sink_patch.step import Step
 from sink_patch.streams import Streams
 
+if TYPE_CHECKING:
+    from sink_patch.compat.bases import Newest as CacheBase
+else:
+    CacheBase = installed_shim().cache_base()
 
-class SinkCache(RowOperations, Cache, seam.Streaming):
+
+class SinkCache(RowOperations, CacheBase, seam.Streaming):
     """A cache of fixed size with which a model generates without end.
 
     Args:
@@ -54,10 +58,11 @@ class SinkCache(RowOperations, Cache, seam.Streaming):
         model: nn.Module | None = None,
     ):
         self.window_length, self.num_sink_tokens = check_window(window_length, num_sink_tokens)
-        super().__init__(layers=[])
+        super().__init__()
         self._facts: ModelFacts | None = None
         self._streams: Streams | None = None
         self._entrances: tuple[weakref.ref[nn.Module], ...] = ()
+        self.fed_ahead = 0  # columns at the start of the next forward that are in the cache already (see prefill.py)
         self._entered: weakref.ref[nn.Module] | None = None  # the module that began the forward under way
         if model is not None:
             self.bind(model)
@@ -101,7 +106,7 @@ class SinkCache(RowOperations, Cache, seam.Streaming):
 
     def fits_in_one_forward(self, columns: int) -> bool:
         """Whether so many new tokens, fed at once, stay within the context that the model was trained on."""
-        if self._streams is None or not self._streams.kinds or self._streams.whole_prompts:
+        if self._streams is None or not self._streams.kinds or self._streams.one_by_one is not None:
             return True
         if columns <= self.window_length - self.num_sink_tokens:
             return True
@@ -109,19 +114,26 @@ class SinkCache(RowOperations, Cache, seam.Streaming):
 
     def _new_streams(self, facts: ModelFacts, config: Any) -> Streams:
         sizes = (self.window_length, self.num_sink_tokens)
-        layers = [self._new_layer(layer, own) for layer, own in zip(facts.layers, own_layers(config), strict=True)]
+        own = own_layers(config) if any(layer.entry.state for layer in facts.layers) else [None] * len(facts.layers)
+        layers = [self._new_layer(layer, theirs) for layer, theirs in zip(facts.layers, own, strict=True)]
         stateful = any(layer.entry.state for layer in facts.layers)
-        more = {"stateful": stateful, "whole_prompts": stateful and facts.whole_prompts}
+        more = {"stateful": stateful, "one_by_one": facts.one_by_one}
         return Streams(*sizes, facts.context, horizon(facts, *sizes), layers, **more)
 
-    def _new_layer(self, layer: LayerFacts, own: Any) -> Any:
-        """Ours where there is attention, transformers' `own` where there is none."""
+    def _new_layer(self, layer: LayerFacts, theirs: Any) -> Any:
+        """Ours where there is attention, transformers' own where there is none."""
         entry = layer.entry
         if not entry.attention:
-            return own
-        make = partial(StatefulSinkLayer, number_of_states=entry.number_of_states) if entry.state else SinkLayer
+            return theirs
+        make = self._with_state(entry.number_of_states) if entry.state else SinkLayer
         kind = layer.kind(self.window_length, self.num_sink_tokens)
         return make(kind, layer.adapter.keys, layer.adapter.values, sliding=entry.sliding_window is not None)
+
+    @staticmethod
+    def _with_state(number_of_states: int) -> Any:
+        from sink_patch.hybrid import StatefulSinkLayer  # what it derives from is not in every transformers
+
+        return partial(StatefulSinkLayer, number_of_states=number_of_states)
 
     def begin_forward(
         self, module: nn.Module, inputs: torch.Tensor, attention_mask: Any
@@ -133,7 +145,8 @@ class SinkCache(RowOperations, Cache, seam.Streaming):
             attention_mask: None, or [rows, columns ever fed + columns], 1 for real tokens.
 
         Returns:
-            `position_ids` and `attention_mask` for the model, or None where an outer module has begun this forward.
+            `position_ids`, `attention_mask` and, where this transformers has it, `cache_position` for the model; or None
+            where an outer module has begun this forward.
         """
         if self._streams is None or not self.is_bound_to(module):
             raise self._not_bound_to(type(module).__name__)
@@ -144,8 +157,11 @@ class SinkCache(RowOperations, Cache, seam.Streaming):
         if not step.layouts:  # states alone: what is padding in this forward is all that matters
             own = attention_mask is None or step.columns == 1
             return {"attention_mask": None if own else attention_mask[:, -step.columns :]}
+        shim = installed_shim()
         counts_columns = self._facts is not None and self._facts.position_source == "columns"
-        return {"position_ids": step.position_ids(), "attention_mask": step.attention_mask(explicit=counts_columns)}
+        mask = step.attention_mask(explicit=counts_columns or shim.explicit_masks)
+        coordinates = {"cache_position": step.mask_coordinates()} if shim.passes_cache_position else {}
+        return {"position_ids": step.position_ids(), "attention_mask": mask, **coordinates}
 
     def _is_under_way(self, module: nn.Module, columns: int) -> bool:
         """Whether `module` is a part of the one that has begun this forward (and not of one that was interrupted)."""
@@ -181,29 +197,37 @@ class SinkCache(RowOperations, Cache, seam.Streaming):
         length, _ = self._current_step().mask_sizes(self._kind(layer_idx))
         return indexer_key_states.new_zeros(rows, length, dim)
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - as in transformers
+    def get_seq_length(self, layer_idx: int = 0, *_args: Any) -> int:  # noqa: ARG002 - as in transformers
         """Columns ever fed, padding counted in; it is never reset by evictions.
 
-        During a forward of a model that takes positions from it (ALiBi, or an index), it is what that model must see.
+        During a forward it is what the model must see: the mask coordinate of the first new token.
         """
-        if self._streams is None or self._facts is None:
+        if self._streams is None:
             return 0
-        if self._streams.step is not None and self._facts.position_source != "position_ids":
-            step = self._streams.step
-            return step.past_columns() if self._facts.position_source == "columns" else step.first_position()
-        return self._streams.columns
+        return self._streams.columns if self._streams.step is None else self._streams.step.past_columns()
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Mask coordinate of the first new token."""
-        step = self._current_step()
-        return step.query_offset(self._kind(layer_idx))
+    def mask_of_past(self) -> torch.Tensor:
+        """An attention mask over all columns fed so far, int64 [rows, columns]: padding counts as the oldest ones."""
+        rows = [] if self._streams is None else self._streams.rows or []
+        seen = torch.tensor([row.seen for row in rows])[:, None]  # [rows, 1]
+        columns = self.get_seq_length()
+        return (torch.arange(columns)[None, :] >= columns - seen).long()
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """(key length, offset of the keys) of the mask of a layer."""
+    def past_columns(self) -> int:
+        """Mask coordinate of the first new token, which is the same for all kinds of layers."""
+        return self._current_step().past_columns()
+
+    def mask_sizes(self, columns: int, layer_idx: int) -> tuple[int, int]:
+        """(visible columns, mask coordinate of the first of them) of a layer."""
         step = self._current_step()
-        if query_length != step.columns:
-            raise CacheStateError(f"A mask for {query_length} tokens was asked for in a forward of {step.columns}.")
+        if columns != step.columns:
+            raise CacheStateError(f"A mask for {columns} tokens was asked for in a forward of {step.columns}.")
         return step.mask_sizes(self._kind(layer_idx))
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """For each layer, whether the model gives it the mask of a sliding window."""
+        return [getattr(layer, "is_sliding", False) for layer in self.layers]
 
     def _kind(self, layer_idx: int) -> LayerKind:
         """The kind of a layer; masks are asked for by layer 0 where a model has no full or sliding attention there."""

@@ -4,43 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from sink_patch.compat import Entry, installed_shim
 from sink_patch.errors import UnsupportedModelError
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One entry of `cache.layers`.
-
-    Args:
-        layer_type: as in the config's `layer_types`; None where the config has none.
-        attention: whether it holds keys and values, which become ours.
-        state: whether it holds a recurrent or convolution state, which stays transformers' own.
-        sliding_window: of the attention; None: full.
-        number_of_states: recurrent or convolution states.
-    """
-
-    layer_type: str | None
-    attention: bool = True
-    state: bool = False
-    sliding_window: int | None = None
-    number_of_states: int = 1
-
-
-# layer classes of transformers (cache_utils.py) by what they hold: (attention, state)
-_HOLDS = {
-    "DynamicLayer": (True, False),
-    "DynamicSlidingWindowLayer": (True, False),
-    "LinearAttentionLayer": (False, True),
-    "LinearAttentionAndFullAttentionLayer": (True, True),
-    "LinearAttentionAndSlidingWindowAttentionLayer": (True, True),
-    "DynamicIndexedLayer": (True, False),
-    "DummyLayer": (False, False),
-}
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""What transformers calls a cache: from 5.24 on, before, and in models of states alone (Mamba) before."""
 
 
 def text_config(model: Any) -> Any:
@@ -58,15 +31,22 @@ def decoder_of(model: Any) -> nn.Module:
     """The part that takes the cache and builds masks: `get_decoder()`, except where that finds an output head."""
     candidates: list[nn.Module] = [model.get_decoder()] if hasattr(model, "get_decoder") else []
     candidates += [getattr(model, "base_model", model), model]
-    names = ("past_key_values", "cache_params")
-    return next((one for one in candidates if set(names) & set(inspect.signature(one.forward).parameters)), model)
+    return next((one for one in candidates if _names_of_cache(one)), model)
 
 
-def own_layers(config: Any) -> list[Any]:
+def cache_argument(module: nn.Module) -> str:
+    """What the forward of a model, or of its decoder, calls its cache."""
+    return next(iter(_names_of_cache(module)), CACHE_NAMES[0])
+
+
+def _names_of_cache(module: nn.Module) -> list[str]:
+    parameters = inspect.signature(module.forward).parameters
+    return [name for name in CACHE_NAMES if name in parameters]
+
+
+def own_layers(config: Any) -> Sequence[Any]:
     """Fresh layers of transformers' own cache for a text config."""
-    from transformers.cache_utils import DynamicCache
-
-    return list(DynamicCache(config=config).layers)
+    return installed_shim().own_layers(config)
 
 
 def read_entries(model: nn.Module) -> Sequence[Entry]:
@@ -75,19 +55,12 @@ def read_entries(model: nn.Module) -> Sequence[Entry]:
     Raises:
         UnsupportedModelError: one of them is of a kind that is not known.
     """
-    config = text_config(model)
-    layers = own_layers(config)
-    types = list(getattr(config, "layer_types", None) or [])
-    types = types if len(types) == len(layers) else [None] * len(layers)
-    entries = []
-    for layer_idx, (layer, layer_type) in enumerate(zip(layers, types, strict=True)):
-        name = type(layer).__name__
-        if name not in _HOLDS:
+    entries = installed_shim().read_entries(text_config(model))
+    for layer_idx, entry in enumerate(entries):
+        if entry.unknown is not None:
             raise UnsupportedModelError(
                 f"{type(model).__name__} cannot stream with attention sinks: layer {layer_idx} of its cache is a "
-                f"{name} ({layer_type}); only full and sliding-window attention and recurrent states are known."
+                f"{entry.unknown} ({entry.layer_type}); only full and sliding-window attention and recurrent states "
+                "are known."
             )
-        attention, state = _HOLDS[name]
-        window, states = getattr(layer, "sliding_window", None), getattr(layer, "number_of_states", 1)
-        entries.append(Entry(layer_type, attention, state, window, states))
     return entries

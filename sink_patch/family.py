@@ -9,7 +9,7 @@ from typing import Any, Literal
 from sink_patch.adapters import AdapterFactory
 from sink_patch.errors import SinkArgumentError
 
-PositionSource = Literal["position_ids", "columns", "index"]
+PositionSource = Literal["position_ids", "columns"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,19 @@ class PositionLimit:
 
 
 @dataclass(frozen=True)
+class OneByOne:
+    """After the first forward a text can go in by single tokens only.
+
+    Args:
+        reason: why, as a sentence without its end.
+        beyond: where no more than so many tokens are visible, several may follow others all the same.
+    """
+
+    reason: str
+    beyond: int = 0
+
+
+@dataclass(frozen=True)
 class Family:
     """Models whose cached tensors turn in the same way, or that cannot stream for the same reason.
 
@@ -35,10 +48,11 @@ class Family:
         adapters: from a model to one adapter for each entry of its cache, in order.
         refusal: why these models cannot stream; instead of `adapters`.
         position_limit: how many positions may be used at all, and why; None: as many as one likes.
-        position_source: where the model's forward takes positions from: "position_ids"; "columns", the order of the
-            keys (ALiBi); or "index", the length of the cache. A function of the text config where it depends.
-        whole_prompts: whether its recurrent states start anew with each forward of several tokens (in transformers
-            itself), so that after the first forward a text can go in by single tokens only.
+        position_source: where the model's forward takes positions from: "position_ids", or "columns", the order of the
+            keys (ALiBi). A function of the text config where it depends.
+        formerly: adapters for the same model in an earlier transformers, which cached other tensors; the probe decides.
+        whole_prompts: why several tokens cannot follow others in one forward (in transformers itself), as a sentence
+            without its end; None: they can. Where the model has sliding windows, it is so beyond them.
     """
 
     name: str
@@ -47,7 +61,8 @@ class Family:
     refusal: str | None = None
     position_limit: PositionLimit | None = None
     position_source: PositionSource | Callable[[Any], PositionSource] = "position_ids"
-    whole_prompts: bool = False
+    formerly: AdapterFactory | None = None
+    whole_prompts: str | None = None
 
     def position_source_of(self, config: Any) -> PositionSource:
         """For a model with this text config."""

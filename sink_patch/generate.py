@@ -15,9 +15,11 @@ from torch import nn
 
 from sink_patch.arguments import ARGUMENTS
 from sink_patch.cache import SinkCache
+from sink_patch.compat import installed_shim
+from sink_patch.entries import cache_argument
 from sink_patch.errors import SinkArgumentError, UnsupportedGenerationError
+from sink_patch.prefill import fed_in_pieces, stream_length
 from sink_patch.request import NAME, Request
-from sink_patch.seam import CACHE_NAMES
 
 logger = logging.getLogger("sink_patch")
 
@@ -36,7 +38,7 @@ def prepare_generation_config(
     request = Request.read(given.get("kwargs", {}), given.get("generation_config"), instance.generation_config)
     kwargs = {name: value for name, value in kwargs.items() if name not in ARGUMENTS}
     generation_config, model_kwargs = wrapped(*args, **kwargs)
-    cache = model_kwargs.get(_cache_name(instance))
+    cache = model_kwargs.get(cache_argument(instance))
     asked = generation_config.cache_implementation
     if asked != NAME and not isinstance(cache, SinkCache):
         _check_no_sizes(request, given, asked)
@@ -65,21 +67,47 @@ def prepare_cache(
     """Around `_prepare_cache_for_generation`: make the `SinkCache`, unless the user brought one."""
     given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     generation_config, model_kwargs = given["generation_config"], given["model_kwargs"]
-    cache = model_kwargs.get(_cache_name(instance))
+    cache = model_kwargs.get(cache_argument(instance))
     made = generation_config.cache_implementation == NAME
     if not made and not isinstance(cache, SinkCache):
         return wrapped(*args, **kwargs)
-    _check_mode(generation_config, given.get("generation_mode"))
+    _check_mode(generation_config, installed_shim().generation_mode(given))
     _check_rows(model_kwargs.get("attention_mask"))  # transformers makes one from padding tokens where none was given
     if made:
         cache = SinkCache(**generation_config.cache_config, model=instance)
-        model_kwargs[_cache_name(instance)] = cache
+        model_kwargs[cache_argument(instance)] = cache
     else:
         cache.bind(instance)
         wrapped(*args, **kwargs)
         _mask_whole_stream(generation_config, model_kwargs, cache, instance)
     _plan_chunks(generation_config, model_kwargs, cache)
     return None
+
+
+def decode(wrapped: Callable[..., Any], instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around `_sample` and `_beam_search`: a prompt that is to go in by pieces does so first."""
+    given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    generation_config, model_kwargs = given["generation_config"], given.get("model_kwargs", {})
+    cache = model_kwargs.get(cache_argument(instance))
+    if not isinstance(cache, SinkCache):
+        return wrapped(*args, **kwargs)
+    with fed_in_pieces(instance, cache, given["input_ids"], generation_config, model_kwargs):
+        return wrapped(*args, **kwargs)
+
+
+def initial_cache_position(
+    wrapped: Callable[..., Any], instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Around `_get_initial_cache_position` (up to 5.3), which takes new tokens alone for a history."""
+    given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    model_kwargs, columns = given["model_kwargs"], given["seq_length"]
+    mask = model_kwargs.get("attention_mask")
+    if not isinstance(model_kwargs.get(cache_argument(instance)), SinkCache) or mask is None or columns == 0:
+        return wrapped(*args, **kwargs)
+    if columns < mask.shape[-1]:
+        model_kwargs["cache_position"] = torch.arange(mask.shape[-1] - columns, mask.shape[-1], device=given["device"])
+        return model_kwargs
+    return wrapped(*args, **kwargs)
 
 
 def refuse_continuous_batching(
@@ -94,12 +122,6 @@ def refuse_continuous_batching(
             "own. Use generate (or serve without --continuous-batching), or cache_implementation=None."
         )
     return wrapped(*args, **kwargs)
-
-
-def _cache_name(model: nn.Module) -> str:
-    """What the model's forward calls its cache."""
-    names = inspect.signature(model.forward).parameters
-    return next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[0])
 
 
 def _check_no_sizes(request: Request, given: Mapping[str, Any], asked: Any) -> None:
@@ -136,11 +158,10 @@ def _check_no_other_cache(cache: Any) -> None:
         )
 
 
-def _check_mode(generation_config: Any, mode: Any) -> None:
-    name = str(getattr(mode, "value", mode))
-    if name not in _MODES:
+def _check_mode(generation_config: Any, mode: str) -> None:
+    if mode not in _MODES:
         raise UnsupportedGenerationError(
-            f"The decoding mode {name!r} was asked for with a sink cache, which cannot take back tokens that it has "
+            f"The decoding mode {mode!r} was asked for with a sink cache, which cannot take back tokens that it has "
             f"already made room for. Use one of {', '.join(_MODES)}, or another cache."
         )
     if getattr(generation_config, "is_assistant", None):
@@ -162,27 +183,21 @@ def _check_rows(attention_mask: Any) -> None:
 def _mask_whole_stream(generation_config: Any, model_kwargs: dict[str, Any], cache: SinkCache, model: Any) -> None:
     """Transformers takes ids that are as long as their mask for the whole history; say that these are new ones.
 
-    Only ids that are no longer than what the cache has seen cannot be the history.
+    Ids that are no longer than what the cache has seen cannot be the history.
     """
-    fed, length = cache.get_seq_length(), _stream_length(generation_config, model_kwargs)
+    fed, length = cache.get_seq_length(), stream_length(generation_config, model_kwargs)
     if fed == 0 or length > fed:
         return
-    if model_kwargs.get("attention_mask") is not None:
-        raise SinkArgumentError(
-            f"attention_mask covers {length} columns, but the SinkCache has seen {fed}. Pass the mask that was used "
-            "before, extended by the new tokens; or none, if there is no padding."
-        )
-    model_kwargs["attention_mask"] = torch.ones(cache.batch_size, fed + length, dtype=torch.long, device=model.device)
+    past, mask = cache.mask_of_past(), model_kwargs.get("attention_mask")  # [rows, fed], [rows, length]
+    new = past.new_ones(past.shape[0], length) if mask is None else mask.to(past)
+    model_kwargs["attention_mask"] = torch.cat((past, new), dim=1).to(model.device)  # [rows, fed + length]
     model_kwargs["position_ids"] = torch.arange(fed + length, device=model.device)[None, :]
 
 
 def _plan_chunks(generation_config: Any, model_kwargs: Mapping[str, Any], cache: SinkCache) -> None:
     """A prompt that would run past the positions that the model was trained on goes in piece by piece."""
-    length = _stream_length(generation_config, model_kwargs)
+    length = stream_length(generation_config, model_kwargs)
     fits = cache.fits_in_one_forward(length - cache.get_seq_length())
-    if model_kwargs.get("inputs_embeds") is not None:
-        _check_embeddings(generation_config, fits=fits)
-        return
     if generation_config.prefill_chunk_size is not None or fits:
         return
     generation_config.prefill_chunk_size = cache.window_length - cache.num_sink_tokens
@@ -193,21 +208,3 @@ def _plan_chunks(generation_config: Any, model_kwargs: Mapping[str, Any], cache:
             length,
             generation_config.prefill_chunk_size,
         )
-
-
-def _check_embeddings(generation_config: Any, *, fits: bool) -> None:
-    """Transformers splits ids alone into pieces."""
-    if generation_config.prefill_chunk_size is not None or not fits:
-        raise UnsupportedGenerationError(
-            "A prompt of inputs_embeds is longer than the model's context, or prefill_chunk_size was given, and "
-            "`generate` cannot feed embeddings in pieces. Pass input_ids, or feed the pieces by "
-            "model(inputs_embeds=..., past_key_values=cache) and generate from that cache."
-        )
-
-
-def _stream_length(generation_config: Any, model_kwargs: Mapping[str, Any]) -> int:
-    """Columns of the stream, the prompt counted in."""
-    for name in ("attention_mask", "position_ids"):
-        if model_kwargs.get(name) is not None:
-            return int(model_kwargs[name].shape[-1])
-    return int(getattr(generation_config, "_mask_length", 0) or 0)

@@ -7,13 +7,14 @@ batch are in step: slices only) and `RaggedLayout` (they are not: index tensors 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from sink_patch.clock import RowPlan
+from sink_patch.errors import CacheStateError
 
 Run = tuple[int, int, int]  # (first slot, first column of the forward, length)
 
@@ -74,7 +75,7 @@ class LayerKind:
 class UniformLayout:
     """All rows of the batch have seen equally much and bring no padding."""
 
-    valid: torch.Tensor | None = None  # every column is visible
+    all_visible = True
 
     def __init__(self, kind: LayerKind, plan: RowPlan, columns: int):
         self.length = kind.past(plan) + columns
@@ -102,13 +103,20 @@ class UniformLayout:
 
 
 class RaggedLayout:
-    """Rows that have seen different numbers of tokens, or bring padding. Built on the CPU, moved once per device."""
+    """Rows that have seen different numbers of tokens, or bring padding. Built on the CPU, moved once per device.
 
-    def __init__(self, kind: LayerKind, plans: Sequence[RowPlan], columns: int):
-        self.in_place = columns == 1 and not kind.ordered and all(plan.new == 1 for plan in plans)
-        self.length = max(kind.past(plan) + plan.new for plan in plans)
-        if not self.in_place:
-            self.length = max(self.length, columns)
+    Args:
+        alone: whether no other kind of layer reads the same mask. In place, a row that is not full has its gap at the end
+            of the buffer, which others could not follow; otherwise it has it at the start.
+    """
+
+    def __init__(self, kind: LayerKind, plans: Sequence[RowPlan], columns: int, *, alone: bool):
+        self.kind = kind
+        self.filled = [kind.past(plan) + plan.new for plan in plans]  # visible columns of each row
+        single_tokens = columns == 1 and not kind.ordered and all(plan.new == 1 for plan in plans)
+        self.in_place = single_tokens and (alone or len(set(self.filled)) == 1)
+        self.length = max(*self.filled, 0 if self.in_place else columns)
+        self.all_visible = min(self.filled) == self.length
         triples = [
             (row, slot + step, column + step)
             for row, plan in enumerate(plans)
@@ -118,7 +126,6 @@ class RaggedLayout:
         self._writes = torch.tensor(triples, dtype=torch.long).reshape(-1, 3)  # [tokens, (row, slot, column)]
         self._num_sink_tokens = kind.num_sink_tokens
         self.reach = max((slot + 1 for _, slot, _ in triples), default=0)
-        self.valid = self._valid(kind, plans)  # [rows, length]
         self._sources = None if self.in_place else self._source_index(kind, plans, columns)  # [rows, length]
         self._devices: dict[torch.device, tuple[torch.Tensor, ...]] = {}
 
@@ -136,11 +143,6 @@ class RaggedLayout:
         sources = self._on(buffer.device)[1][:, None, :, None]  # [rows, 1, length, 1]
         everything = torch.cat((states, buffer), dim=2)  # [rows, heads, columns + slots, dim]
         return torch.take_along_dim(everything, sources, dim=2)
-
-    def _valid(self, kind: LayerKind, plans: Sequence[RowPlan]) -> torch.Tensor:
-        filled = torch.tensor([kind.past(plan) + plan.new for plan in plans])[:, None]  # [rows, 1]
-        column = torch.arange(self.length)[None, :]  # [1, length]
-        return column < filled if self.in_place else column >= self.length - filled
 
     def _source_index(self, kind: LayerKind, plans: Sequence[RowPlan], columns: int) -> torch.Tensor:
         """For each visible column its place in cat(new tokens, buffer); filler, masked, points at the last new one."""
@@ -167,9 +169,33 @@ class RaggedLayout:
 Layout = UniformLayout | RaggedLayout
 
 
-def make_layout(kind: LayerKind, plans: Sequence[RowPlan], columns: int) -> Layout:
-    """The layout of one kind of layer for one forward of `columns` columns."""
+def make_layouts(kinds: Sequence[LayerKind], plans: Sequence[RowPlan], columns: int) -> dict[LayerKind, Layout]:
+    """The layouts of all kinds of layers for one forward of `columns` columns."""
     first = plans[0]
     if first.new == columns and all(plan == first for plan in plans):
-        return UniformLayout(kind, first, columns)
-    return RaggedLayout(kind, plans, columns)
+        return {kind: UniformLayout(kind, first, columns) for kind in kinds}
+    return {kind: RaggedLayout(kind, plans, columns, alone=len(kinds) == 1) for kind in kinds}
+
+
+def visible_columns(layouts: Iterable[Layout], columns: int) -> torch.Tensor:
+    """Which of the last `columns` mask coordinates each row sees, [rows, columns], for all kinds of layers at once.
+
+    Each kind reads as many of them as it has, from the right. A sliding window may be offered more than it holds: the
+    model's own mask of the window hides the rest.
+
+    Raises:
+        CacheStateError: the kinds of layers cannot share one mask.
+    """
+    ragged = [layout for layout in layouts if isinstance(layout, RaggedLayout)]
+    filled = [max(of_row) for of_row in zip(*(layout.filled for layout in ragged), strict=True)]
+    for layout in ragged:
+        offered = [min(count, layout.length) for count in filled]
+        if offered != layout.filled and not layout.kind.local:
+            raise CacheStateError(
+                f"The rows of this forward bring different numbers of new tokens, some more than {layout.kind.ring}, to "
+                "a model with sliding windows: one mask cannot say that. Feed them in pieces of "
+                f"{layout.kind.ring} columns or fewer."
+            )
+    column, count = torch.arange(columns)[None, :], torch.tensor(filled)[:, None]  # [1, columns], [rows, 1]
+    gap_at_the_end = len(ragged) == 1 and ragged[0].in_place
+    return column < count if gap_at_the_end else column >= columns - count

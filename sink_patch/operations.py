@@ -32,14 +32,14 @@ class RowOperations:
         if self._streams is not None:
             self._streams.select_rows(indices)
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest `-tokens_to_remove` tokens; possible only while nothing has left the window.
+    def forget(self, count: int, asked: str) -> None:
+        """Take back the newest `count` tokens; possible only while nothing has left the window.
 
         Raises:
             CacheStateError: tokens that would have to come back are gone.
         """
-        if self._streams is not None and not self._streams.crop(-tokens_to_remove):
+        if self._streams is not None and not self._streams.crop(count):
             raise CacheStateError(
-                f"{self!r} cannot be cropped by {tokens_to_remove}: give minus the number of newest tokens to forget, "
+                f"{self!r} cannot be cropped by {asked}: that takes newest tokens back, at most as many as there are, "
                 "and only while no token has left the window."
             )

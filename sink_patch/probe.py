@@ -17,7 +17,8 @@ from torch import nn
 
 from sink_patch.adapters import Adapter, no_positions
 from sink_patch.adapters.rope import frequency_buffers
-from sink_patch.entries import Entry, decoder_of, text_config
+from sink_patch.compat import Entry, installed_shim
+from sink_patch.entries import cache_argument, decoder_of, text_config
 from sink_patch.errors import AdapterMismatchError, UnsupportedModelError
 from sink_patch.rotation import Rotation
 
@@ -46,11 +47,12 @@ class Reading:
         return None
 
 
-def read(model: nn.Module, max_position: int) -> list[Reading | None]:
+def read(model: nn.Module, max_position: int, num_entries: int) -> list[Reading | None]:
     """Run the two forwards; one reading for each entry of the model's cache, None for one that stays empty.
 
     Args:
         max_position: the largest position that may be given to the model.
+        num_entries: how many entries the model's cache has.
     """
     delta = min(_LONGEST_DELTA, max_position - _FIRST_POSITION)
     if delta < 1:
@@ -62,10 +64,19 @@ def read(model: nn.Module, max_position: int) -> list[Reading | None]:
         before = _cached(model, token_ids, _FIRST_POSITION)
     with torch.no_grad(), _same_dropout(model):
         after = _cached(model, token_ids, _FIRST_POSITION + delta)
-    return [
+    readings: list[Reading | None] = [
         None if first is None or second is None else Reading((first[0], second[0]), (first[1], second[1]), delta)
         for first, second in zip(before, after, strict=True)
     ]
+    return readings + [None] * (num_entries - len(readings))  # a cache may grow only as far as it is used
+
+
+def fits(readings: Sequence[Reading | None], entries: Sequence[Entry], adapters: Sequence[Adapter]) -> bool:
+    """Whether every adapter is what the model does."""
+    return all(
+        not entry.attention or (reading is not None and reading.mismatch(adapter) is None)
+        for reading, entry, adapter in zip(readings, entries, adapters, strict=True)
+    )
 
 
 def verify(
@@ -165,13 +176,12 @@ def _candidates(model: nn.Module, readings: Sequence[Reading | None]) -> list[Ad
 
 def _cached(model: nn.Module, token_ids: torch.Tensor, position: int) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
     """(keys, values) of each layer for tokens [rows, 1] at one position and no past."""
-    from transformers.cache_utils import DynamicCache
-
-    cache = DynamicCache(config=text_config(model))
+    shim = installed_shim()
+    cache = shim.probe_cache(text_config(model))
     position_ids = torch.full_like(token_ids[:1], position)  # [1, 1]
-    decoder_of(model)(input_ids=token_ids, position_ids=position_ids, past_key_values=cache, use_cache=True)
-    pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
-    return [None if keys is None or values is None or not keys.numel() else (keys, values) for keys, values in pairs]
+    decoder = decoder_of(model)
+    decoder(input_ids=token_ids, position_ids=position_ids, use_cache=True, **{cache_argument(decoder): cache})
+    return list(shim.cached(cache))
 
 
 def _hidden(model: nn.Module, token_ids: torch.Tensor, start: int) -> torch.Tensor:

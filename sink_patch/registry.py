@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import Any
 
 from sink_patch.adapters import AdapterFactory
 from sink_patch.built_in import BUILT_IN
+from sink_patch.compat import installed_shim
 from sink_patch.errors import FamilyClashError, SinkArgumentError, SinkPatchWarning
 from sink_patch.family import Family, PositionLimit
 
@@ -21,12 +23,12 @@ class Registry:
     """Families by `model_type`. Plugins are loaded at the first look-up, each on its own: one that fails is named."""
 
     def __init__(
-        self, families: Iterable[Family] = BUILT_IN, plugins: Callable[[], Iterable[EntryPoint]] | None = None
+        self, families: Iterable[Family] | None = None, plugins: Callable[[], Iterable[EntryPoint]] | None = None
     ):
         self._families: dict[str, Family] = {}
         self._lock = threading.RLock()
         self._plugins = plugins
-        for family in families:
+        for family in _of_installed(BUILT_IN) if families is None else families:
             self.add(family)
 
     def add(self, family: Family) -> None:
@@ -69,6 +71,19 @@ class Registry:
                 f"{type(failure).__name__}: {failure}"
             )
         return None
+
+
+def _of_installed(families: Iterable[Family]) -> Iterable[Family]:
+    """The families as the installed transformers has them."""
+    quirks = {name: quirk for quirk in installed_shim().quirks for name in quirk.model_types.split()}
+    for family in families:
+        quirk = quirks.get(family.name)
+        if quirk is None:
+            yield family
+        elif quirk.refusal is not None:
+            yield Family(name=family.name, model_types=family.model_types, refusal=quirk.refusal)
+        else:
+            yield replace(family, whole_prompts=quirk.whole_prompts)
 
 
 def _redefines(new: Family, old: Family) -> bool:

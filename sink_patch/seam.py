@@ -2,7 +2,7 @@
 
 Outside, everything is absolute and means what transformers means by it. The model's forward alone receives RoPE
 positions (absolute - base) and a mask over the columns that it sees. The hooks hold no state; they do nothing unless
-`past_key_values` is a sink cache. Both the model and its decoder get them, because some callers enter at the decoder
+their cache is a sink cache. Both the model and its decoder get them, because some callers enter at the decoder
 (PEFT calls the wrapped model's `forward`, past its hooks): the first hooked module that a forward reaches does the
 work.
 """
@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sink_patch.entries import decoder_of
+from sink_patch.entries import CACHE_NAMES, decoder_of
 from sink_patch.errors import UnsupportedGenerationError
 
-CACHE_NAMES = ("past_key_values", "cache_params")  # the second in models of states alone (Mamba)
 _OTHER_INPUTS = (
     *("pixel_values", "pixel_values_videos", "pixel_values_images", "input_features", "input_values"),
     *("audio_values", "mm_encoder_outputs"),
@@ -32,6 +31,9 @@ _installing = threading.Lock()
 
 class Streaming(ABC):
     """What a cache must offer to be driven by the hooks."""
+
+    fed_ahead: int
+    """Columns at the start of the next forward that the cache holds already, and that are cut off."""
 
     @abstractmethod
     def begin_forward(self, module: nn.Module, inputs: torch.Tensor, attention_mask: Any) -> dict[str, Any] | None:
@@ -64,17 +66,24 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if cache is None:
         return None
     named = _named_arguments(module, args, kwargs)
-    inputs = named.get("inputs_embeds") if named.get("input_ids") is None else named["input_ids"]
-    if inputs is None:
+    name = "inputs_embeds" if named.get("input_ids") is None else "input_ids"
+    if named.get(name) is None:
         return None  # the model itself says what it misses
     _check_text_only(module, named)
-    replaced = cache.begin_forward(module, inputs, named.get("attention_mask"))
+    if cache.fed_ahead:
+        named[name], cache.fed_ahead = named[name][:, cache.fed_ahead :], 0
+    replaced = cache.begin_forward(module, named[name], named.get("attention_mask"))
     if replaced is None:
         return None
     accepted = _parameters(type(module).forward)
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
-    named.update({name: value for name, value in replaced.items() if takes_any or name in accepted})
+    # "cache_position" among the others would reach attention functions that know nothing of it
+    takes_any = {"position_ids", "attention_mask"} if _takes_any(accepted) else set()
+    named.update({name: value for name, value in replaced.items() if name in accepted or name in takes_any})
     return (), named
+
+
+def _takes_any(parameters: dict[str, inspect.Parameter]) -> bool:
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
 def _check_text_only(module: nn.Module, named: dict[str, Any]) -> None:

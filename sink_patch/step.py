@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from sink_patch.clock import RowPlan
-from sink_patch.layout import LayerKind, Layout, UniformLayout, make_layout
+from sink_patch.layout import LayerKind, UniformLayout, make_layouts, visible_columns
 from sink_patch.rotation import CosSin, Rotation
 
 
@@ -26,10 +26,9 @@ class Step:
         self.columns = columns
         self.device = device
         self.touched = False  # whether a layer has stored anything
-        self.layouts: dict[LayerKind, Layout] = {kind: make_layout(kind, self.plans, columns) for kind in kinds}
+        self.layouts = make_layouts(kinds, self.plans, columns)
         self.sink_turns = tuple(plan.sink_turn for plan in self.plans)
         self._turned: dict[tuple[int, torch.device], CosSin] = {}
-        self._offsets = self._mask_offsets()
 
     def position_ids(self) -> torch.Tensor:
         """RoPE positions: [1, columns] where all rows are in step, else [rows, columns] with 0 for padding."""
@@ -42,35 +41,31 @@ class Step:
         return position_ids.masked_fill(columns[None, :] < padding[:, None], 0)
 
     def attention_mask(self, *, explicit: bool = False) -> torch.Tensor | None:
-        """2D mask over the columns that the kinds of layers see, one region after the other; None: all visible.
+        """2D mask [rows, visible columns] that all kinds of layers read from the right; None: all visible.
 
         Args:
             explicit: give a mask of ones instead of None, for models that count its columns.
         """
-        regions = [layout.valid for layout in self.layouts.values() if layout.valid is not None]
-        if not regions or all(bool(region.all()) for region in regions):
+        columns = self.past_columns() + self.columns
+        if all(layout.all_visible for layout in self.layouts.values()):
             if not explicit:
                 return None
-            length = max(layout.length for layout in self.layouts.values())
-            return torch.ones(len(self.plans), length, dtype=torch.long, device=self.device)
-        return torch.cat(regions, dim=1).to(device=self.device, dtype=torch.long)  # [rows, sum of lengths]
-
-    def first_position(self) -> int:
-        """RoPE position of the first new token, in the row that is furthest."""
-        return max(plan.first_position for plan in self.plans)
+            return torch.ones(len(self.plans), columns, dtype=torch.long, device=self.device)
+        visible = visible_columns(self.layouts.values(), columns)
+        return visible.to(device=self.device, dtype=torch.long)  # [rows, visible columns]
 
     def past_columns(self) -> int:
-        """Visible columns before the new tokens, in the kind of layer that sees most."""
+        """Mask coordinate of the first new token: visible columns before it, in the kind of layer that sees most."""
         return max((layout.length for layout in self.layouts.values()), default=self.columns) - self.columns
 
-    def mask_sizes(self, kind: LayerKind) -> tuple[int, int]:
-        """(number of visible columns, where they start in the 2D mask) for a layer of this kind."""
-        return self.layouts[kind].length, self._offsets[kind]
+    def mask_coordinates(self) -> torch.Tensor:
+        """Of the new tokens, [columns]: `cache_position` of transformers up to 5.3."""
+        return torch.arange(self.columns, device=self.device) + self.past_columns()
 
-    def query_offset(self, kind: LayerKind) -> int:
-        """Mask coordinate of the first new token: the new ones are the last `columns` of the visible columns."""
-        length, offset = self.mask_sizes(kind)
-        return offset + length - self.columns
+    def mask_sizes(self, kind: LayerKind) -> tuple[int, int]:
+        """(visible columns, mask coordinate of the first of them) for a layer of this kind: the last ones of all."""
+        length = self.layouts[kind].length
+        return length, self.past_columns() + self.columns - length
 
     def sink_turn(self, rotation: Rotation, device: torch.device) -> CosSin:
         """Cosine and sine that take the pristine sinks to where this forward sees them; computed once a step."""
@@ -80,12 +75,3 @@ class Step:
             turns = self.sink_turns[:1] if same else self.sink_turns
             self._turned[key] = rotation.cos_sin(torch.tensor(turns, dtype=torch.long), device)
         return self._turned[key]
-
-    def _mask_offsets(self) -> dict[LayerKind, int]:
-        """Ragged rows need a mask of their own for each kind: its columns stand behind those of the kind before."""
-        offsets, offset = {}, 0
-        for kind, layout in self.layouts.items():
-            offsets[kind] = offset
-            if layout.valid is not None:
-                offset += layout.length
-        return offsets

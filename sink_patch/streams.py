@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from sink_patch.clock import Row, plan_row
+from sink_patch.clock import Row, RowPlan, plan_row
 from sink_patch.context import Context
 from sink_patch.errors import CacheStateError, SinkArgumentError
+from sink_patch.family import OneByOne
 from sink_patch.layers import SinkLayer
 from sink_patch.layout import LayerKind
 from sink_patch.padding import new_tokens
@@ -25,7 +26,7 @@ class Streams:
         horizon: RoPE position at which a row's clock is set back.
         layers: those of the cache; the rings of ours are turned when that happens.
         stateful: whether some layers hold a recurrent state, which cannot be taken back.
-        whole_prompts: whether those states start anew with each forward of several tokens.
+        one_by_one: why several tokens cannot follow others in one forward; None: they can.
     """
 
     def __init__(
@@ -37,9 +38,9 @@ class Streams:
         layers: Sequence[Any],
         *,
         stateful: bool,
-        whole_prompts: bool,
+        one_by_one: OneByOne | None,
     ):
-        self.stateful, self.whole_prompts = stateful, whole_prompts
+        self.stateful, self.one_by_one = stateful, one_by_one
         self.sizes = (window_length, num_sink_tokens, horizon)
         self.context = context
         self.layers = layers
@@ -139,11 +140,6 @@ class Streams:
         new = new_tokens(attention_mask, [row.seen for row in held], self.columns, columns)
         if columns == 0:
             raise SinkArgumentError("A forward of no tokens was asked for. Pass the new tokens of the stream.")
-        if self.whole_prompts and self.columns and columns > 1:
-            raise CacheStateError(
-                f"The recurrent states of this model start anew with each forward of several tokens, and {columns} "
-                "were fed after others. Feed them one by one, or the whole text to a new cache."
-            )
         if self.stateful and any(row.seen and count != columns for row, count in zip(held, new, strict=True)):
             raise CacheStateError(
                 "Padding in the middle of a stream would enter the recurrent state of this model. Feed rows of one "
@@ -152,7 +148,17 @@ class Streams:
         made = {key: plan_row(*key, *self.sizes) for key in set(zip(held, new, strict=True))}
         plans = [made[key] for key in zip(held, new, strict=True)]
         self._check_positions(plan.first_position + plan.new for plan in plans)
+        self._check_one_by_one(plans, columns)
         return Step(plans, columns, self.kinds, device)
+
+    def _check_one_by_one(self, plans: Iterable[RowPlan], columns: int) -> None:
+        if self.one_by_one is None or not self.columns or columns == 1:
+            return
+        if max(plan.past for plan in plans) + columns > self.one_by_one.beyond:
+            raise CacheStateError(
+                f"{self.one_by_one.reason}, and {columns} were fed after others. Feed them one by one, or the whole "
+                "text to a new cache."
+            )
 
     def _check_positions(self, needed: Iterable[int]) -> None:
         """Only a forward longer than the context can need more positions than the horizon leaves."""

@@ -319,23 +319,3 @@ def test_a_failed_first_forward_leaves_an_empty_cache(model):
 def test_a_forward_of_no_tokens(model):
     with pytest.raises(SinkArgumentError, match="no tokens"):
         model(PROMPT[:, :0], past_key_values=SinkCache(12, 3, model=model))
-
-
-def test_a_turn_whose_mask_forgets_the_history(model):
-    cache = SinkCache(12, 3)
-    model.generate(PROMPT, past_key_values=cache, max_new_tokens=15, do_sample=False)
-    mask = torch.tensor([[0, 1, 1, 1, 1, 1]])
-    refused(
-        model,
-        SinkArgumentError,
-        "covers 6 columns, but the SinkCache has seen 20",
-        past_key_values=cache,
-        attention_mask=mask,
-    )
-
-
-@pytest.mark.parametrize("extra", [{}, {"prefill_chunk_size": 9}])
-def test_embeddings_that_would_have_to_go_in_by_pieces(model, extra):
-    embeds = model.get_input_embeddings()(tokens(40 if extra else 300))
-    with pytest.raises(UnsupportedGenerationError, match="inputs_embeds"):
-        model.generate(inputs_embeds=embeds, cache_implementation="sink", window_length=12, max_new_tokens=3, **extra)

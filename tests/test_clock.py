@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sink_patch.clock import Row, plan_row
-from sink_patch.layout import LayerKind, make_layout
+from sink_patch.layout import LayerKind, make_layouts
 
 W, S = 12, 3
 
@@ -71,7 +71,7 @@ def test_the_ring_holds_the_first_and_the_newest(capacity, sinks, steps, local):
         row = plan.after()
         held = sorted({*range(min(sinks, row.seen)), *range(max(0, row.seen - (capacity - sinks)), row.seen)})
         assert sorted(slots.values()) == held
-        assert make_layout(kind, [plan], new).length == kind.past(plan) + new
+        assert make_layouts([kind], [plan], new)[kind].length == kind.past(plan) + new
 
 
 def expected_past(seen: int, count: int, sinks: int) -> list[int]:

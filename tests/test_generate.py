@@ -135,6 +135,32 @@ def test_a_second_turn_of_new_tokens_needs_no_mask(model):
     assert out.past_key_values.get_seq_length() == whole.shape[1] + 2
 
 
+def test_a_second_turn_may_have_the_mask_of_its_new_tokens_alone(model):
+    """As tokenizers give it for a batch of new messages; the padding of the first turn is known to the cache."""
+    ids, mask = tokens(9, rows=2), torch.ones(2, 9, dtype=torch.long)
+    mask[1, :4] = 0
+    sink = {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S}
+    first = run(model, ids, attention_mask=mask, pad_token_id=0, **sink)
+    turn, new_mask = tokens(6, rows=2, seed=1), torch.ones(2, 6, dtype=torch.long)
+    new_mask[0, :2] = 0
+    fed, last = first.past_key_values.get_seq_length(), first.sequences[:, -1:]
+    ids_of_turn = torch.cat((last, turn), dim=1)
+    mask_of_turn = torch.cat((torch.ones_like(last), new_mask), dim=1)
+    # padding stands to the left of all new tokens of a row
+    ids_of_turn[0, :3] = torch.cat((turn[0, :2], last[0]))
+    mask_of_turn[0, :3] = torch.tensor([0, 0, 1])
+    more = {"output_logits": True, "new": 1, "pad_token_id": 0}
+    out = run(model, ids_of_turn, past_key_values=first.past_key_values, attention_mask=mask_of_turn, **more)
+    for row, (start, skipped) in enumerate(((0, 2), (4, 0))):
+        whole = torch.cat((first.sequences[row, start:], turn[row, skipped:]))[None]
+        new = 7 - skipped
+        with torch.no_grad():
+            standing_for = visible_tokens(whole, whole.shape[1] - new, new, W, S)
+            wanted = model(standing_for, use_cache=False).logits[:, -1]
+        assert relative_error(out.logits[0][row : row + 1], wanted) < 1e-5
+    assert out.past_key_values.get_seq_length() == fed + 7
+
+
 @pytest.mark.parametrize("mode", [{"do_sample": True}, {"num_beams": 3}, {"num_beams": 2, "do_sample": True}])
 def test_below_the_window_every_mode_equals_the_default_cache(mode):
     model = tiny("llama", layers=2)
@@ -189,8 +215,32 @@ def test_a_chunk_size_of_the_users_is_honoured(model):
     sink = {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S}
     found = run(model, prompt, new=1, output_logits=True, prefill_chunk_size=7, **sink).logits[0]
     with torch.no_grad():
-        wanted = model(visible_tokens(prompt, 49, 1, W, S), use_cache=False).logits[:, -1]
+        wanted = model(visible_tokens(prompt, 49, 1, W, S), use_cache=False).logits[:, -1]  # 50 = 7 * 7 + 1
     assert relative_error(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("extra", [{"prefill_chunk_size": 7}, {}], ids=["chunks", "past the context"])
+def test_embeddings_go_in_by_pieces_too(model, extra):
+    prompt = tokens(50 if extra else 130)
+    sink = {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S, "new": 20}
+    wanted = run(model, prompt, **sink, **extra).sequences[:, prompt.shape[1] :]
+    embeds = model.get_input_embeddings()(prompt).detach()
+    assert torch.equal(run(model, None, inputs_embeds=embeds, **sink, **extra).sequences, wanted)
+
+
+@pytest.mark.parametrize("history", [True, False])
+@pytest.mark.parametrize("mask", [True, False])
+def test_a_second_turn_goes_in_by_pieces_too(model, history, mask):
+    first = run(model, cache_implementation="sink", window_length=W, num_sink_tokens=S)
+    fed = first.past_key_values.get_seq_length()
+    whole = torch.cat((first.sequences, tokens(20, seed=1)), dim=1)
+    new = whole if history else whole[:, fed:]
+    more = {"attention_mask": torch.ones_like(whole)} if mask or history else {}
+    out = run(model, new, past_key_values=first.past_key_values, prefill_chunk_size=8, output_logits=True, new=1, **more)
+    with torch.no_grad():  # 21 = 8 + 8 + 5
+        wanted = model(visible_tokens(whole, whole.shape[1] - 5, 5, W, S), use_cache=False).logits[:, -1]
+    assert relative_error(out.logits[0], wanted) < 1e-5
+    assert torch.equal(out.sequences[:, : new.shape[1]], new)
 
 
 def test_continuous_batching_is_refused_by_name(model):

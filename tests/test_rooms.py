@@ -13,9 +13,11 @@ ROOT = Path(__file__).parent.parent
 
 # Each room may import itself and the rooms above it in this list (lower floors first). Where DESIGN.md names one room
 # for several files, they are listed one by one; `binding` and `seam` lie below `cache` because a `SinkCache` takes its
-# model at construction and must be bound, by adapters that the registry knows, before its first token.
+# model at construction and must be bound, by adapters that the registry knows, before its first token. `compat` lies
+# below them all: a `SinkCache` *is* a `Cache` of the installed transformers, so that class must be known first.
 FLOORS = [
     ["errors"],
+    ["compat"],
     ["rotation", "arguments", "clock", "entries"],
     ["adapters", "layout", "padding", "seam"],
     ["family", "probe", "step"],
@@ -27,8 +29,8 @@ FLOORS = [
     ["operations"],
     ["cache", "report", "verdicts"],
     ["request"],
+    ["prefill"],
     ["generate"],
-    ["compat"],
     ["autoload"],
     ["activation"],
     ["__init__"],

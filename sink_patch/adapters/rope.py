@@ -116,12 +116,14 @@ def no_positions() -> Adapter:
 
 def frequency_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     """The decoder's `inv_freq` buffers by name; where the rope type changes them as it goes, the original ones."""
-    found = {name: buffer for name, buffer in decoder_of(model).named_buffers() if name.endswith("inv_freq")}
-    return {
-        name: found.get(re.sub(r"inv_freq$", "original_inv_freq", name), buffer)
-        for name, buffer in found.items()
-        if not name.endswith("original_inv_freq")
-    }
+    found = {}
+    for path, module in decoder_of(model).named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name.endswith("inv_freq") and not name.endswith("original_inv_freq"):
+                # a buffer in 5.x, a plain attribute in 4.x
+                original = getattr(module, re.sub(r"inv_freq$", "original_inv_freq", name), buffer)
+                found[f"{path}.{name}" if path else name] = original
+    return found
 
 
 def _buffer_of(layer_idx: int, layer_type: str | None, buffers: dict[str, torch.Tensor]) -> str:

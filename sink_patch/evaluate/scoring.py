@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import sink_patch
+from sink_patch.entries import cache_argument
 
 Progress = Callable[[int, int], None]  # (tokens or positions done, of how many)
 
@@ -49,8 +50,10 @@ class Reading:
         targets = self.ids[[position + 1 for position in positions]]
         return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
-    def forward(self, ids: torch.Tensor, last: int, **options: Any) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, last: int, cache: Any = None, **options: Any) -> torch.Tensor:
         """Logits [rows, last, vocabulary] of ids [rows, tokens]; a small model spends half its time on the others."""
+        if cache is not None:
+            options[cache_argument(self.model)] = cache
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
             options["logits_to_keep"] = last if last else torch.empty(0, dtype=torch.long)
         logits: torch.Tensor = self.model(ids, **options).logits
@@ -66,11 +69,11 @@ def streamed(reading: Reading, num_sink_tokens: int) -> torch.Tensor:
     """
     window = reading.window_length
     cache = sink_patch.SinkCache(window, num_sink_tokens, model=reading.model)
-    reading.forward(reading.ids[None, :window], 0, past_key_values=cache)
+    reading.forward(reading.ids[None, :window], 0, cache)
     scores = []
     for position in range(window, reading.end):
         wanted = position in reading.positions
-        logits = reading.forward(reading.ids[None, position : position + 1], int(wanted), past_key_values=cache)
+        logits = reading.forward(reading.ids[None, position : position + 1], int(wanted), cache)
         if wanted:
             scores.append(reading.score(logits[0], [position]))
         reading.progress(position + 1, reading.end)
@@ -109,7 +112,7 @@ def without_new_positions(reading: Reading, num_sink_tokens: int) -> torch.Tenso
         logits = reading.forward(
             reading.ids[None, start:stop],
             stop - start,
-            past_key_values=cache,
+            cache=cache,
             attention_mask=_sink_mask(start, stop, reading, num_sink_tokens),
             position_ids=torch.arange(start, stop)[None],
         )

@@ -10,6 +10,8 @@ from typing import Any, TextIO
 import torch
 from transformers import LogitsProcessor, TextStreamer
 
+from sink_patch.entries import CACHE_NAMES
+
 
 @dataclass(frozen=True)
 class Stretch:
@@ -50,7 +52,7 @@ class Watch:
     cache: Any = None
 
     def __call__(self, _module: Any, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
-        self.cache = kwargs.get("past_key_values", self.cache)
+        self.cache = next((kwargs[name] for name in CACHE_NAMES if name in kwargs), self.cache)
 
     def megabytes(self) -> float:
         """All that the cache holds, in 10^6 bytes."""

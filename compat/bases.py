@@ -1,0 +1,124 @@
+"""The classes that `SinkCache` derives from: transformers' `Cache`, whose calls they map to ours.
+
+Ours are `mask_sizes(columns, layer_idx)`, `past_columns()` and `forget(count, asked)`; see `Ours`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from transformers.cache_utils import Cache
+
+
+class Ours:
+    """What a sink cache answers, in the words of sink_patch."""
+
+    def mask_sizes(self, columns: int, layer_idx: int) -> tuple[int, int]:
+        """(visible columns, mask coordinate of the first of them) of a layer, in a forward of so many new columns."""
+        raise NotImplementedError
+
+    def past_columns(self) -> int:
+        """Mask coordinate of the first new token."""
+        raise NotImplementedError
+
+    def forget(self, count: int, asked: str) -> None:
+        """Take back the newest `count` tokens; `asked` is how that was said."""
+        raise NotImplementedError
+
+
+class MasksByLength(Ours):
+    """5.4 and newer (masking_utils.py): `get_mask_sizes(query_length, layer_idx)`."""
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(key length, offset of the keys) of the mask of a layer."""
+        return self.mask_sizes(query_length, layer_idx)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - all layers share one coordinate
+        """Mask coordinate of the first new token (asked for by 5.14 and newer)."""
+        return self.past_columns()
+
+
+class MasksByPosition(Ours):
+    """4.53 to 5.3 (masking_utils.py): `get_mask_sizes(cache_position, layer_idx)`."""
+
+    def get_mask_sizes(self, cache_position: torch.Tensor, layer_idx: int) -> tuple[int, int]:
+        """(key length, offset of the keys) of the mask of a layer; `cache_position` has shape [columns]."""
+        return self.mask_sizes(cache_position.shape[0], layer_idx)
+
+
+class CropByCount(Ours):
+    """5.16 and newer (cache_utils.py): `crop` takes minus the number of tokens to remove."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest `-tokens_to_remove` tokens; possible only while nothing has left the window.
+
+        Raises:
+            CacheStateError: tokens that would have to come back are gone.
+        """
+        self.forget(-tokens_to_remove, f"tokens_to_remove={tokens_to_remove}")
+
+
+class CropToLength(Ours):
+    """Up to 5.14 (cache_utils.py): `crop` takes the length that remains, or minus the number of tokens to remove."""
+
+    def crop(self, max_length: int) -> None:
+        """Forget all but the first `max_length` columns, or the newest `-max_length`, while nothing has left the window.
+
+        Raises:
+            CacheStateError: tokens that would have to come back are gone.
+        """
+        length: int = cast(Any, self).get_seq_length()
+        count = -max_length if max_length < 0 else max(0, length - max_length)
+        self.forget(count, f"max_length={max_length}")
+
+
+class Layered(Cache):
+    """4.56 and newer: a cache is made of layers that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+
+
+class Classed(Cache):
+    """4.54 and 4.55: a cache makes its layers from a class; ours are put in their place."""
+
+    def __init__(self) -> None:
+        from transformers.cache_utils import DynamicLayer
+
+        super().__init__(layer_classes=DynamicLayer)  # type: ignore[call-arg, unused-ignore]
+        self.layers = []
+
+
+class Plain(Cache):
+    """4.52 and 4.53: a cache is what its subclass makes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers: list[Any] = []
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def get_max_cache_shape(self) -> None:
+        """None, as of a `DynamicCache`: there is no length at which a stream ends."""
+
+
+class Newest(MasksByLength, CropByCount, Layered):
+    """5.16 and newer."""
+
+
+class ByLength(MasksByLength, CropToLength, Layered):
+    """5.4 to 5.15."""
+
+
+class ByPosition(MasksByPosition, CropToLength, Layered):
+    """4.56 to 5.3."""
+
+
+class ByPositionClassed(MasksByPosition, CropToLength, Classed):
+    """4.54 and 4.55."""
+
+
+class ByPositionPlain(MasksByPosition, CropToLength, Plain):
+    """4.53, and 4.52, where models build their masks themselves."""

@@ -1,0 +1,60 @@
+"""transformers' own caches: how an empty one is made, what it holds after a forward, and who cannot take one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from sink_patch.compat.shim import Cached
+
+_OWN = "on this transformers it keeps its states in a cache of its own kind, not in a `Cache`"
+
+
+def dynamic_cache(config: Any) -> Any:
+    """4.56 and newer: with the layers that the config asks for."""
+    from transformers.cache_utils import DynamicCache
+
+    return DynamicCache(config=config)
+
+
+def growing_cache(_config: Any) -> Any:
+    """Up to 4.55: layers come as they are used."""
+    from transformers.cache_utils import DynamicCache
+
+    return DynamicCache()
+
+
+def cached_layers(cache: Any) -> list[Cached]:
+    """4.54 and newer: layers hold keys and values."""
+    pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+    return [_filled(keys, values) for keys, values in pairs]
+
+
+def cached_lists(cache: Any) -> list[Cached]:
+    """4.52 and 4.53: lists of tensors."""
+    return [_filled(keys, values) for keys, values in zip(cache.key_cache, cache.value_cache, strict=True)]
+
+
+def _filled(keys: Any, values: Any) -> Cached:
+    empty = keys is None or values is None or not len(keys) or not keys.numel()
+    return None if empty else (keys, values)
+
+
+def no_layers(_config: Any) -> Sequence[Any]:
+    """Where recurrent states are kept in caches of other kinds, none is mixed with attention."""
+    return ()
+
+
+def takes_any_cache(_model: Any) -> str | None:
+    """5.8 and newer: all models that stream at all take a `Cache`."""
+    return None
+
+
+def keeps_its_own_cache(model: Any) -> str | None:
+    """Up to 5.7: models with recurrent states, and those that know tuples only, say so to `generate`."""
+    asked = getattr(model, "_supports_default_dynamic_cache", None)
+    if asked is not None and not asked():
+        return _OWN
+    parameters = inspect.signature(type(model).forward).parameters
+    return None if "past_key_values" in parameters else _OWN

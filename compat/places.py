@@ -1,0 +1,49 @@
+"""The places in transformers that are added to and wrapped; most are the same in many versions."""
+
+from __future__ import annotations
+
+from sink_patch.compat.shim import Constant, Method
+
+_UTILS = "transformers.generation.utils"
+_CONFIG = "transformers.generation.configuration_utils"
+_MODEL_KWARGS = ("input_ids", "generation_config", "model_kwargs")
+
+CHOICES = Constant(_CONFIG, "ALL_CACHE_IMPLEMENTATIONS", "sink")
+
+PREPARE_CONFIG = Method(
+    *(_UTILS, "GenerationMixin", "_prepare_generation_config"),
+    parameters=("generation_config", "kwargs"),
+    role="prepare_generation_config",
+)
+
+
+def prepare_cache(third: str) -> Method:
+    """`_prepare_cache_for_generation`, whose third argument is not the same in all versions."""
+    return Method(
+        *(_UTILS, "GenerationMixin", "_prepare_cache_for_generation"),
+        parameters=("generation_config", "model_kwargs", third),
+        role="prepare_cache",
+    )
+
+
+SAMPLE = Method(_UTILS, "GenerationMixin", "_sample", parameters=_MODEL_KWARGS, role="decode")
+BEAM_SEARCH = Method(_UTILS, "GenerationMixin", "_beam_search", parameters=_MODEL_KWARGS, role="decode")
+
+INITIAL_CACHE_POSITION = Method(
+    *(_UTILS, "GenerationMixin", "_get_initial_cache_position"),
+    parameters=("seq_length", "device", "model_kwargs"),
+    role="initial_cache_position",
+)
+
+
+def continuous_batching(module: str) -> Method:
+    """`init_continuous_batching`, which has moved."""
+    return Method(
+        *(f"transformers.generation.{module}", "ContinuousMixin", "init_continuous_batching"),
+        parameters=("generation_config",),
+        role="refuse_continuous_batching",
+    )
+
+
+IN_FILE = continuous_batching("continuous_batching")
+IN_PACKAGE = continuous_batching("continuous_batching.continuous_api")

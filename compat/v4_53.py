@@ -1,0 +1,25 @@
+"""transformers 4.53: `masking_utils` asks the cache for the sizes of masks; configs have `layer_types`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from sink_patch.compat import caches, places, v4_52
+from sink_patch.compat.entries import Entry, entries_of_types, layer_types_of
+
+
+def read_entries(config: Any) -> Sequence[Entry]:
+    """From `layer_types`; 4.56 is the first whose cache tells by itself."""
+    return entries_of_types(config, layer_types_of(config))
+
+
+SHIM = replace(
+    v4_52.SHIM,
+    methods=(*v4_52.SHIM.methods, places.IN_FILE),
+    read_entries=read_entries,
+    own_cache=caches.keeps_its_own_cache,
+    explicit_masks=False,
+    quirks=(),
+)

@@ -1,0 +1,21 @@
+"""transformers 5.4 to 5.7: `cache_position` is gone; masks go by the number of new tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sink_patch.compat import places, v4_56, v4_57
+
+
+def _cache_base() -> type:
+    from sink_patch.compat.bases import ByLength
+
+    return ByLength
+
+
+SHIM = replace(
+    v4_57.SHIM,
+    methods=(*v4_56.METHODS, places.prepare_cache("generation_mode")),
+    cache_base=_cache_base,
+    passes_cache_position=False,
+)

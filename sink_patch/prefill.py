@@ -1,0 +1,64 @@
+"""Prompts that go into a sink cache piece by piece, before transformers runs its own first forward."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from sink_patch.cache import SinkCache
+from sink_patch.entries import cache_argument
+
+
+@contextlib.contextmanager
+def fed_in_pieces(
+    model: nn.Module,
+    cache: SinkCache,
+    input_ids: torch.Tensor,
+    generation_config: Any,
+    model_kwargs: Mapping[str, Any],
+) -> Iterator[None]:
+    """Feed all of a prompt but its last piece; inside, the first forward of transformers feeds just that.
+
+    transformers splits prompts as well, but most of its versions start again at the first token where the cache is not
+    empty, and none splits embeddings.
+
+    Args:
+        input_ids: the whole history, or the new tokens alone, [rows, columns].
+        generation_config: its `prefill_chunk_size` says how many columns a piece has; None: all go in at once.
+    """
+    size, generation_config.prefill_chunk_size = generation_config.prefill_chunk_size, None
+    embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
+    inputs = input_ids if embeds is None else embeds  # [rows, columns] or [rows, columns, hidden]
+    fed = cache.get_seq_length()
+    length = stream_length(generation_config, model_kwargs) or inputs.shape[1]
+    new = inputs[:, -(length - fed) :]
+    pieces = () if size is None else new.split(size, dim=1)[:-1]
+    for piece in pieces:
+        seen = cache.get_seq_length() + piece.shape[1]
+        _feed(model, cache, piece, None if mask is None else mask[:, :seen])
+    only_new = inputs.shape[1] < length  # then transformers feeds all of it, and not from where the cache has got to
+    cache.fed_ahead = cache.get_seq_length() - fed if only_new else 0
+    try:
+        yield
+    finally:
+        cache.fed_ahead = 0
+
+
+def stream_length(generation_config: Any, model_kwargs: Mapping[str, Any]) -> int:
+    """Columns of the stream, the prompt counted in; 0 where nothing tells (then the prompt is all there is)."""
+    for name in ("attention_mask", "position_ids"):
+        if model_kwargs.get(name) is not None:
+            return int(model_kwargs[name].shape[-1])
+    return int(getattr(generation_config, "_mask_length", 0) or 0)
+
+
+def _feed(model: nn.Module, cache: SinkCache, piece: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    parameters = inspect.signature(model.forward).parameters
+    name = "input_ids" if piece.ndim == 2 else "inputs_embeds"
+    fewer = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+    model(**{name: piece, cache_argument(model): cache}, attention_mask=attention_mask, use_cache=True, return_dict=True, **fewer)
