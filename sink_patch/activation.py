@@ -16,6 +16,7 @@ from typing import Any
 
 import wrapt
 
+from sink_patch import barrier
 from sink_patch.autoload import arm, is_armed
 from sink_patch.compat import installed_shim
 from sink_patch.compat.shim import Constant, Method, Shim
@@ -38,6 +39,7 @@ def patch() -> None:
             for change in list(_changes(installed_shim())):  # all are found before the first is made
                 change()
             _enabled = True
+            barrier.take_down()
             arm()
         except BaseException:
             unpatch()
@@ -49,6 +51,7 @@ def unpatch() -> None:
     global _enabled
     with _lock:
         _enabled = False
+        barrier.take_down()
         for constant in _ours:
             _remove(constant)
 
@@ -61,14 +64,17 @@ def is_patched() -> bool:
 def when_imported(module: ModuleType) -> None:
     """Patch a module of transformers that has just been imported, unless `unpatch` was faster.
 
-    A failure is a warning here: it must not break the import.
+    A failure is a warning here: it must not break the import. Who asks for the sink cache all the same gets an error.
     """
+    if (reason := barrier.reason()) is not None:
+        barrier.put_up(reason)  # perhaps in the module that has just come
     if not is_patched():
         return
     try:
         patch()
     except Exception as failure:
         tell(f"{module.__name__} is not patched: {failure}")
+        barrier.put_up(str(failure))
 
 
 def _changes(shim: Shim) -> Iterator[Callable[[], None]]:

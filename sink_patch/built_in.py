@@ -10,6 +10,7 @@ from typing import Any
 
 from sink_patch.adapters import AdapterFactory
 from sink_patch.adapters.rope import Rope, SinusoidalTable, Unrotated
+from sink_patch.compat import installed_shim
 from sink_patch.family import Family, PositionLimit, PositionSource
 
 _LEARNED = (
@@ -33,7 +34,7 @@ _BYTE_PATCHES = "it runs several decoders with caches of their own over patches 
 
 def _full_layers_skip(config: Any, layer_idx: int) -> bool:
     """Only sliding layers have positions (modeling_cohere2)."""
-    return str(config.layer_types[layer_idx]) == "full_attention"
+    return installed_shim().read_entries(config)[layer_idx].layer_type == "full_attention"
 
 
 def _full_beside_sliding_skip(config: Any, layer_idx: int) -> bool:
@@ -63,6 +64,11 @@ def _all_skip_without_mem_rope(config: Any, _layer_idx: int) -> bool:
     return not config.use_mem_rope  # modeling_zamba2
 
 
+def _nope_dim(config: Any) -> int:
+    """Where in an expanded key the rotated part starts (modeling_deepseek_v3 up to 5.14)."""
+    return int(config.qk_nope_head_dim)
+
+
 def _rotary_dim(config: Any) -> int:
     """Without `rotary_dim` all of the embedding turns (modeling_gptj, modeling_codegen)."""
     return int(config.rotary_dim or config.hidden_size)
@@ -71,6 +77,7 @@ def _rotary_dim(config: Any) -> int:
 HALF = Rope()
 INTERLEAVED = Rope("interleaved")
 LATENT = Rope(cached_in="values")
+EXPANDED = Rope(start=_nope_dim)
 ALIBI = Unrotated("ALiBi: keys in stream order")
 NOPE = Unrotated("no positions in the attention")
 STATE = Unrotated("no attention: transformers' own states, untouched")
@@ -135,8 +142,8 @@ BUILT_IN: tuple[Family, ...] = (
     *_each(SinusoidalTable(_rotary_dim), "gptj codegen", position_limit=TABLE),
     *_each(Rope(sign=-1), "nanochat"),
     # multi-head latent attention: the rotated part is cached as "values"
-    *_each(LATENT, "axk1 deepseek_v3 glm4_moe_lite longcat_flash minicpm3 youtu bailing_hybrid"),
-    *_each(Rope("interleaved", cached_in="values"), "deepseek_v2"),
+    *_each(LATENT, "axk1 deepseek_v3 glm4_moe_lite longcat_flash minicpm3 youtu bailing_hybrid", formerly=EXPANDED),
+    *_each(Rope("interleaved", cached_in="values"), "deepseek_v2", formerly=Rope("interleaved", start=_nope_dim)),
     # exact within a limited number of positions, which the clock never leaves
     *_each(HALF, "ministral3", position_limit=QUERY_SCALE),
     *_each(
@@ -144,7 +151,12 @@ BUILT_IN: tuple[Family, ...] = (
         "llama4 llama4_text",
         position_limit=CHUNK,
     ),
-    *_each(LATENT, "axk2 deepseek_v32 glm_moe_dsa dots3_note dots3_note_text hy_v4", position_limit=INDEX),
+    *_each(
+        LATENT,
+        "axk2 deepseek_v32 glm_moe_dsa dots3_note dots3_note_text hy_v4",
+        position_limit=INDEX,
+        formerly=EXPANDED,
+    ),
     # positions from the order of the keys
     *_each(Rope(skips=_all_skip_with_alibi), "falcon", position_source=_falcon_position_source),
     *_each(ALIBI, "bloom", position_source="columns"),

@@ -1,14 +1,18 @@
-"""Fresh patch state and a fresh registry for each test."""
+"""Fresh patch state and a fresh registry for each test; what the installed transformers lacks is skipped."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 import sink_patch
 from sink_patch import registry as registry_module
+from tests.support import lacks
+
+COLLECTED = pytest.StashKey[list[str]]()
 
 
 @pytest.fixture(autouse=True)
@@ -19,8 +23,34 @@ def fresh_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     sink_patch.patch()
 
 
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """Skip the files whose imports are lacking (tests/support/lacks.py)."""
+    if lacks.of(module_path.relative_to(parent.config.rootpath).as_posix()):
+        return lacks.LackingFile.from_parent(parent, path=module_path)
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)  # before -k and -m take items away
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip the tests of what is lacking (tests/support/lacks.py)."""
+    config.stash[COLLECTED] = [item.nodeid for item in items]
+    for item in items:
+        if reason := lacks.of(item.nodeid):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def collected(pytestconfig: pytest.Config) -> list[str]:
+    """The node ids of all tests, where every file was collected; else the test is skipped."""
+    nodeids = pytestconfig.stash[COLLECTED]
+    files = {path.relative_to(pytestconfig.rootpath).as_posix() for path in Path(__file__).parent.glob("test_*.py")}
+    if not {file for file in files if not lacks.of(file)} <= {nodeid.partition("::")[0] for nodeid in nodeids}:
+        pytest.skip("the whole suite was not collected")
+    return nodeids
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how many architectures have a proven verdict, where that was tested."""
+    """Say how many architectures have a proven verdict, where that was tested; `compat.matrix` reads it."""
     reports = terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("skipped", [])
     if any("test_coverage" in report.nodeid for report in reports if hasattr(report, "nodeid")):
         verdicts = sink_patch.coverage().verdicts

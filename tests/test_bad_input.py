@@ -9,7 +9,6 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    DynamicCache,
     GenerationConfig,
     T5Config,
     T5ForConditionalGeneration,
@@ -25,6 +24,7 @@ from sink_patch import (
     UnsupportedGenerationError,
     UnsupportedModelError,
 )
+from tests.support.caches import default_cache
 from tests.support.tiny import tiny, tokens
 
 PROMPT = tokens(6)
@@ -90,7 +90,7 @@ def test_unknown_keys_of_cache_config(model):
 
 
 def test_another_cache_beside_it(model):
-    cache = DynamicCache(config=model.config)
+    cache = default_cache(model)
     refused(
         model, SinkArgumentError, "together with a DynamicCache", cache_implementation="sink", past_key_values=cache
     )

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 
 import sink_patch
 from sink_patch import SinkCache
+from tests.support.caches import default_cache
 from tests.support.oracle import relative_error, worst_error
 from tests.support.tiny import tiny, tokens
 
@@ -228,7 +229,7 @@ def test_the_model_forgets_the_cache():
 def test_a_bound_model_takes_other_caches_as_before():
     plain, bound = copy.deepcopy(tiny("llama", layers=2)), copy.deepcopy(tiny("llama", layers=2))
     SinkCache(W, S, model=bound)
-    logits = [feed(model, DynamicCache(config=model.config), tokens(20)) for model in (plain, bound)]
+    logits = [feed(model, default_cache(model), tokens(20)) for model in (plain, bound)]
     assert torch.equal(*logits)
 
 

@@ -55,7 +55,7 @@ def schedule(seed: int, window: int, *, long_prompt: bool) -> list[int]:
 def newest_positions(model: PreTrainedModel) -> Iterator[list[int]]:
     """The last of the `position_ids` that each forward of the decoder is given."""
     seen: list[int] = []
-    decoder: Any = model.get_decoder()
+    decoder: Any = model.base_model
     hook = decoder.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(int(kwargs["position_ids"].max())), with_kwargs=True
     )

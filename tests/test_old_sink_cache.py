@@ -19,10 +19,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from sink_patch import SinkCache
+from tests.support.caches import default_cache
 from tests.support.oracle import relative_error
 from tests.support.tiny import tiny, tokens
 
@@ -110,6 +111,6 @@ def test_below_w_tokens_both_equal_the_default_cache(case, old_logits):
     layers, window, _ = case
     model = model_of(layers)
     below = stream_of(window)[:, : window - 1]
-    default = token_by_token(model, DynamicCache(config=model.config), below)
+    default = token_by_token(model, default_cache(model), below)
     assert max(errors(case, old_logits[case])[: window - 1]) <= TOLERANCE
     assert relative_error(old_logits[case][:, : window - 1], default) <= TOLERANCE

@@ -30,9 +30,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sink_patch import SinkCache
+from tests.support.caches import default_cache
 from tests.support.tiny import tiny, tokens
 
 W, S = 32, 4
@@ -83,7 +84,7 @@ def shown_after_10000_steps(dtype: torch.dtype) -> Shown:
 @torch.no_grad()
 def keys_of(model: PreTrainedModel, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """What the model itself caches for single tokens [tokens] at positions: [tokens, heads, head_dim]."""
-    cache = DynamicCache(config=model.config)
+    cache = default_cache(model)
     model(token_ids[:, None], position_ids=positions[:, None], past_key_values=cache)
     return cache.layers[0].keys[:, :, 0]
 

@@ -31,7 +31,7 @@ FLOORS = [
     ["request"],
     ["prefill"],
     ["generate"],
-    ["autoload"],
+    ["autoload", "barrier"],
     ["activation"],
     ["__init__"],
     ["evaluate"],

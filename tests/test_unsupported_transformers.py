@@ -183,3 +183,61 @@ def test_another_librarys_wrapper_survives_and_ours_is_not_stacked(place, how, m
         tiny("llama").generate(tokens(5), **GREEDY)
         assert len(calls) == 1, f"after {step}"
         assert ours(METHOD) == 1, f"after {step}"
+
+
+# a transformers to come: another version, in which a method that is wrapped has another name
+FUTURE = """
+from importlib.machinery import SourceFileLoader
+as_written = SourceFileLoader.get_code
+def get_code(self, fullname):
+    if fullname not in ("transformers", "transformers.generation.utils"):
+        return as_written(self, fullname)
+    source = self.get_source(fullname).replace("_prepare_cache_for_generation", "_prepare_what_was_the_cache")
+    return compile(source.replace(f'__version__ = "{VERSION}"', '__version__ = "99.0.0"'), self.path, "exec")
+SourceFileLoader.get_code = get_code
+"""
+
+
+@pytest.mark.parametrize("switch", ["", "import sink_patch"], ids=["entry point", "import"])
+def test_a_transformers_to_come_gets_one_clear_error_and_is_left_alone_otherwise(switch):
+    done = fresh(
+        f"VERSION = {transformers.__version__!r}",
+        FUTURE,
+        switch,
+        """
+        import torch, transformers
+        from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+        assert transformers.__version__ == "99.0.0"
+        sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+        model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=1, eos_token_id=None))
+        ids = torch.tensor([[5, 6, 7]])
+        for more in ({}, {"num_beams": 2}, {"cache_implementation": "static"}):
+            assert model.generate(ids, max_new_tokens=4, do_sample=False, **more).shape == (1, 7)
+
+        import sink_patch
+        assert not sink_patch.is_patched()
+        def with_stored():
+            model.generation_config.cache_implementation = "sink"
+            try:
+                model.generate(ids, max_new_tokens=4)
+            finally:
+                model.generation_config.cache_implementation = None
+
+        for ask in (
+            lambda: model.generate(ids, max_new_tokens=4, cache_implementation="sink"),
+            lambda: GenerationConfig(cache_implementation="sink"),
+            with_stored,
+        ):
+            try:
+                ask()
+            except sink_patch.UnsupportedTransformersError as refusal:
+                for part in ("cache_implementation='sink'", "99.0.0", "_prepare_cache_for_generation"):
+                    assert part in str(refusal), refusal
+            else:
+                raise AssertionError("it must be refused")
+        sink_patch.unpatch()
+        assert refused()
+        """,
+        flags=(),
+    )
+    assert done.err.count("is not patched") == 1, done.err

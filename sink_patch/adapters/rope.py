@@ -24,19 +24,20 @@ class Rope:
     """Adapters of a family whose model holds its inverse frequencies in `inv_freq` buffers.
 
     Args:
-        pairing, sign, start: see `Rotation`.
+        pairing, sign, start: see `Rotation`; `start` may be a function of the text config.
         skips: which layers have no positions; None: all have.
         cached_in: the tensor that turns: "keys", or "values" (MLA with a latent cache).
     """
 
     pairing: Pairing = "half"
     sign: int = 1
-    start: int = 0
+    start: int | Callable[[Any], int] = 0
     skips: SkipsPositions | None = None
     cached_in: Literal["keys", "values"] = "keys"
 
     def __call__(self, model: nn.Module) -> Sequence[Adapter]:
         config, buffers = text_config(model), frequency_buffers(model)
+        start = self.start(config) if callable(self.start) else self.start
         made: dict[str, Adapter] = {}  # layers that share a buffer share an adapter, and so its cosines
         result = []
         for layer_idx, entry in enumerate(read_entries(model)):
@@ -45,7 +46,7 @@ class Rope:
                 continue
             name = _buffer_of(layer_idx, entry.layer_type, buffers)
             if name not in made:
-                rotation = Rotation(_pristine(buffers[name]), self.pairing, self.start, self.sign)
+                rotation = Rotation(_pristine(buffers[name]), self.pairing, start, self.sign)
                 made[name] = Adapter(**{self.cached_in: rotation})
             result.append(made[name])
         return result
@@ -131,7 +132,9 @@ def _buffer_of(layer_idx: int, layer_type: str | None, buffers: dict[str, torch.
     own = [name for name in buffers if f".{layer_idx}." in name]
     typed = [name for name in buffers if name.rsplit(".", 1)[-1] == f"{layer_type}_inv_freq"]
     common = [name for name in buffers if name.rsplit(".", 1)[-1] == "inv_freq" and not re.search(r"\.\d+\.", name)]
-    for names in (own, typed, common):
+    # in 4.x, Gemma 3 and its kin have one rotary module for layers with a sliding window, and one for the others
+    local = [name for name in common if ("local" in name) == (layer_type == "sliding_attention")]
+    for names in (own, typed, common, local):
         if len(names) == 1:
             return names[0]
     raise UnsupportedModelError(

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+
+from tests.support.caches import BareCache
 
 
 def visible_past(seen: int, new: int, window_length: int, num_sink_tokens: int) -> list[int]:
@@ -26,11 +27,11 @@ def visible_past(seen: int, new: int, window_length: int, num_sink_tokens: int) 
     return sinks  # rule 4
 
 
-class NaiveCache(Cache):
+class NaiveCache(BareCache):
     """One stream through a float64 copy of `model`; `forward` is all there is to it."""
 
     def __init__(self, model: PreTrainedModel, window_length: int, num_sink_tokens: int):
-        super().__init__(layers=[])
+        super().__init__()
         config = copy.deepcopy(model.config)
         # made anew: a deep copy would take along the hooks that the product has put on the model
         self.model: PreTrainedModel = type(model)._from_config(config, attn_implementation="eager").eval()
@@ -97,7 +98,7 @@ def turned(model: PreTrainedModel, keys: torch.Tensor, positions: torch.Tensor, 
     """Un-rotated keys [rows, heads, tokens, dim] at `positions`, by the model's own functions; negative ones undo."""
     module: Any = sys.modules[type(model).__module__]
     config, layer_types = model.config, getattr(model.config, "layer_types", None)
-    decoder: Any = model.get_decoder()
+    decoder: Any = model.base_model
     if keys.shape[2] == 0:
         return keys
     if config.model_type == "gptj":
@@ -111,7 +112,12 @@ def turned(model: PreTrainedModel, keys: torch.Tensor, positions: torch.Tensor, 
         return keys
     if config.model_type == "cohere2" and layer_types[layer_idx] == "full_attention":
         return keys
-    by_type = (layer_types[layer_idx],) if config.model_type == "gemma3_text" else ()
-    cos, sin = decoder.rotary_emb(keys, positions[None], *by_type)
+    rotary, by_type = decoder.rotary_emb, ()
+    if config.model_type == "gemma3_text":
+        if hasattr(decoder, "rotary_emb_local"):  # up to 4.57
+            rotary = decoder.rotary_emb_local if layer_types[layer_idx] == "sliding_attention" else rotary
+        else:
+            by_type = (layer_types[layer_idx],)
+    cos, sin = rotary(keys, positions[None], *by_type)
     rotated: torch.Tensor = module.apply_rotary_pos_emb(keys, keys, cos, sin)[1]
     return rotated

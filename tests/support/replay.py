@@ -12,17 +12,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache
+from sink_patch.compat import installed_shim
 
 from sink_patch.binding import examine
-from sink_patch.entries import text_config
+from sink_patch.entries import cache_argument, own_layers, text_config
+from tests.support.caches import BareCache
 
 
-class ReplayCache(Cache):
+class ReplayCache(BareCache):
     """One row, no padding."""
 
     def __init__(self, model: nn.Module, window_length: int, num_sink_tokens: int):
-        super().__init__(layers=DynamicCache(config=text_config(model)).layers)
+        super().__init__(layers=list(own_layers(text_config(model))))
         facts = examine(model)
         self.facts, self.window, self.sinks = facts.layers, window_length, num_sink_tokens
         self.counts_columns = facts.position_source == "columns"
@@ -33,9 +34,17 @@ class ReplayCache(Cache):
     def start(self, new: int) -> dict[str, Any]:
         """What the model is to get for a forward of `new` tokens."""
         self.new = new
-        start = len(self.full_past())
-        mask = {"attention_mask": torch.ones(1, start + new, dtype=torch.long)} if self.counts_columns else {}
-        return {"position_ids": torch.arange(start, start + new)[None], **mask}
+        start, columns = len(self.full_past()), torch.arange(self.past_columns(), self.past_columns() + new)
+        explicit = self.counts_columns or installed_shim().explicit_masks
+        mask = {"attention_mask": torch.ones(1, len(columns) + int(columns[0]), dtype=torch.long)} if explicit else {}
+        # coordinates of the mask, for versions up to 5.3
+        coordinates = {"cache_position": columns} if installed_shim().passes_cache_position else {}
+        return {"position_ids": torch.arange(start, start + new)[None], **mask, **coordinates}
+
+    def past_columns(self) -> int:
+        """Mask coordinate of the first new token: behind what the layer that sees most sees."""
+        attention = [index for index, facts in enumerate(self.facts) if facts.entry.attention]
+        return max((len(self.past(index)) for index in attention), default=0)
 
     def full_past(self) -> list[int]:
         """Absolute indices that a layer with sinks sees, by the four rules."""
@@ -93,14 +102,21 @@ class ReplayCache(Cache):
     def finish(self) -> None:
         self.seen += self.new
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return len(self.full_past())
+    def get_seq_length(self, layer_idx: int = 0, *args: Any) -> int:
+        return self.past_columns()
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        return len(self.past(self._attention(layer_idx)))
+        return self.past_columns()
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return len(self.past(self._attention(layer_idx))) + query_length, 0
+    def get_mask_sizes(self, query: Any, layer_idx: int) -> tuple[int, int]:
+        """(length, offset); `query` is the number of new tokens, or up to 5.3 their coordinates."""
+        new = query if isinstance(query, int) else len(query)
+        past = len(self.past(self._attention(layer_idx)))
+        return past + new, self.past_columns() - past
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [facts.entry.sliding_window is not None for facts in self.facts]
 
     def _attention(self, layer_idx: int) -> int:
         order = [*range(layer_idx, len(self.facts)), *range(layer_idx)]
@@ -117,7 +133,8 @@ def replayed(
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     name = cache_name(model)
     for new in schedule:
-        extra = {key: value for key, value in cache.start(new).items() if takes_any or key in parameters}
+        given = cache.start(new)
+        extra = {key: given[key] for key in given if key in parameters or (takes_any and key != "cache_position")}
         logits.append(model(stream[:, start : start + new], use_cache=True, **{name: cache}, **extra).logits[:, -1])
         cache.finish()
         start += new
@@ -125,4 +142,4 @@ def replayed(
 
 
 def cache_name(model: nn.Module) -> str:
-    return "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
+    return cache_argument(model)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tests.support.versions import NotInThisVersion, make_config, say_layers
+from tests.support.weights import seeded
 
 VOCAB = 97
 
@@ -28,7 +33,7 @@ _FULL, _SLIDING = ("full_attention",), ("sliding_attention",)
 _GPTJ = {"n_embd": 64, "n_head": 4, "n_positions": 192, "n_ctx": 192, "rotary_dim": 8}
 
 # model_type -> what differs from _COMMON; "layers": the layer types to try one by one, where there are several
-FAMILIES: dict[str, dict[str, Any]] = {
+_FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"layers": (_FULL, _SLIDING), "use_sliding_window": True},
     "qwen2_moe": {
@@ -74,12 +79,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "seed_oss": {},
 }
 
+# those that the installed transformers has
+FAMILIES = {name: spec for name, spec in _FAMILIES.items() if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+
 
 def variants(model_type: str) -> list[tuple[str, dict[str, Any]]]:
-    """(name, settings of a one-layer config) for each kind of layer of a family."""
+    """(name, settings of a one-layer config) for each kind of layer of a family that can be alone in a model."""
     spec = FAMILIES[model_type]
     made = []
-    for types in spec.get("layers", ()):
+    for types in filter(functools.partial(_can_be_said, model_type), spec.get("layers", ())):
         made.append((types[0], {"layer_types": list(types), "sliding_window": 128}))
         if types == _SLIDING:
             made.append(("short_sliding_attention", {"layer_types": list(types), "sliding_window": 7}))
@@ -90,29 +98,33 @@ def variants(model_type: str) -> list[tuple[str, dict[str, Any]]]:
     return made if made and not spec.get("sliding") else [("full_attention", {}), *made]
 
 
+def _can_be_said(model_type: str, types: Sequence[str]) -> bool:
+    try:
+        say_layers(CONFIG_MAPPING[model_type], types)
+    except NotInThisVersion:
+        return False
+    return True
+
+
 @functools.cache
-def _model(model_type: str, settings: str, seed: int) -> PreTrainedModel:
-    spec = FAMILIES.get(model_type, {})
+def _model(model_type: str, settings: str, attention: str, seed: int) -> PreTrainedModel:
+    spec = _FAMILIES.get(model_type, {})
     given = {**_COMMON, **spec, **eval(settings)}  # a repr of ours
     left_out = ("layers", "sliding", "no_rope", "drop", *spec.get("drop", ()))
-    config = AutoConfig.for_model(model_type, **{key: value for key, value in given.items() if key not in left_out})
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        if parameter.ndim < 2:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-        else:
-            parameter.data.normal_(0, 1.3 / parameter.shape[-1] ** 0.5)
-    model.get_input_embeddings().weight.data.normal_(0, 1)
-    return model
+    given = {key: value for key, value in given.items() if key not in left_out}
+    config = make_config(CONFIG_MAPPING[model_type], given)
+    return seeded(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, attention, seed)
 
 
 def tiny(
     model_type: str, *, layers: int = 1, attention: str = "eager", seed: int = 0, **settings: Any
 ) -> PreTrainedModel:
-    """A tiny model, made once and shared: tests must not change it."""
-    settings = {"num_hidden_layers": layers, "attn_implementation": attention, **settings}
-    return _model(model_type, repr(settings), seed)
+    """A tiny model, made once and shared: tests must not change it.
+
+    Raises:
+        NotInThisVersion: the installed transformers cannot make a model of these `layer_types`.
+    """
+    return _model(model_type, repr({"num_hidden_layers": layers, **settings}), attention, seed)
 
 
 def tokens(count: int, rows: int = 1, seed: int = 0) -> torch.Tensor:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tests.support.zoo.configs import decoder_of, default_stack, least_stack, tiny_config
-from tests.support.zoo.families import NOT_BUILT, Stack
-from tests.support.zoo.weights import randomise
+from tests.support.weights import seeded
+from tests.support.zoo.configs import decoder_of, kinds_of, least_stack, tiny_config
+from tests.support.zoo.families import Stack
+from tests.support.zoo.reasons import NO_DEFAULT_CACHE, NOT_BUILT
 
-__all__ = ["NOT_BUILT", "CannotBuild", "build", "entries", "layer_types_of", "one_layer"]
+__all__ = ["NOT_BUILT", "NO_DEFAULT_CACHE", "CannotBuild", "build", "entries", "layer_types_of", "one_layer"]
 
 
 class CannotBuild(Exception):
@@ -31,7 +31,7 @@ def build(model_type: str, *, attn_implementation: str = "eager", seed: int = 0,
 
 def layer_types_of(model_type: str) -> Stack:
     """The kinds of layers that `build` puts into a model, for `one_layer`."""
-    return tuple(dict.fromkeys(default_stack(decoder_of(CONFIG_MAPPING[model_type]))))
+    return kinds_of(decoder_of(CONFIG_MAPPING[model_type]))
 
 
 def one_layer(
@@ -53,10 +53,6 @@ def _build(
         if model_class.config_class is decoder_of(config_class):
             config_class = model_class.config_class  # a decoder alone, without the towers around it
         config = tiny_config(config_class, stack, **overrides)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = model_class._from_config(config, attn_implementation=attn_implementation).eval()
+        return seeded(model_class, config, attn_implementation, seed)
     except Exception as error:
         raise CannotBuild(f"{model_type}: {type(error).__name__}: {error}") from error
-    randomise(model, seed)
-    return model

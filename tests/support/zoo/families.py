@@ -7,12 +7,11 @@ they cache: `full_attention:nope` has no positions, `sliding_attention:shared` u
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from transformers import PreTrainedConfig
-
-from tests.support.zoo.sizes import CONTEXT, HEAD_DIM, HEADS, WIDTH, WINDOW
+from tests.support.versions import PreTrainedConfig, caches_need_states, families_have_caches
+from tests.support.zoo.sizes import CONTEXT, HEAD_DIM, HEADS, WINDOW
 from tests.support.zoo.towers import no_vision_tower
 
 Stack = tuple[str, ...]  # the layers of a model, first to last
@@ -22,9 +21,6 @@ FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attenti
 INDEXED, LINEAR, HYBRID = "indexed_attention", "linear_attention", "hybrid"
 SHARED_FULL, SHARED_SLIDING, SHARED_INDEX = f"{FULL}:shared", f"{SLIDING}:shared", f"{INDEXED}:shared"
 NOPE, NGRAM = f"{FULL}:nope", f"{LINEAR}:ngram"
-
-_DRAFTER = "drafts for another model: its forward takes that model's keys and embeddings, not tokens"
-NOT_BUILT: dict[str, str] = {"gemma4_assistant": _DRAFTER, "gemma4_unified_assistant": _DRAFTER}
 
 
 def layer_type(layer: str) -> str:
@@ -70,6 +66,10 @@ def _scaled(rope_type: str, **rope: Any) -> Settings:
     return {"rope_parameters": {"rope_type": rope_type, "original_max_position_embeddings": CONTEXT // 4, **rope}}
 
 
+def _least_where(needed: bool, **least: Stack) -> Mapping[str, Stack]:
+    return least if needed else {}
+
+
 # transformers heeds it for whole prompts, not for single steps
 _NO_LEAST_STEP: Settings = {"time_step_min": 1e-9}
 # the latent is expanded to a key for each head
@@ -104,14 +104,25 @@ FAMILIES: dict[str, Family] = dict(
             Family(stack=(FULL, SLIDING), settings={"use_sliding_window": True, "sliding_window": WINDOW}),
         ),
         *_alike("laguna mellum ministral", Family(stack=(FULL, SLIDING))),
-        *_alike("lfm2 lfm2_moe", Family(stack=("conv", FULL))),
+        *_alike(
+            "lfm2 lfm2_moe",
+            Family(stack=("conv", FULL), least=_least_where(families_have_caches(), full_attention=("conv", FULL))),
+        ),
+        *_alike(
+            "qwen3_5_text qwen3_5_moe_text qwen3_next",
+            Family(least=_least_where(families_have_caches() or caches_need_states(), full_attention=(LINEAR, FULL))),
+        ),
         *_alike("musicgen_decoder musicgen_melody_decoder", Family(settings={"num_codebooks": 1})),
     ]
 ) | {
     "apertus": Family(
         settings=_scaled("llama3", rope_theta=12e6, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
     ),
-    "bamba": Family(stack=(LINEAR, FULL), spell=lambda stack: {"attn_layer_indices": where(stack, FULL)}),
+    "bamba": Family(
+        stack=(LINEAR, FULL),
+        spell=lambda stack: {"attn_layer_indices": where(stack, FULL)},
+        least=_least_where(caches_need_states(), full_attention=(LINEAR, FULL)),
+    ),
     "blt": Family(settings={"num_hidden_layers": 2}),  # its cache asks for this, and the config has no such field
     "cohere_compass_text": Family(
         stack=(SLIDING, FULL),
@@ -123,12 +134,7 @@ FAMILIES: dict[str, Family] = dict(
         },
     ),
     "cwm": Family(settings=_scaled("llama3", rope_theta=1e6, factor=16.0, low_freq_factor=1.0, high_freq_factor=4.0)),
-    "dbrx": Family(
-        settings={
-            "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
-            "ffn_config": {"hidden_size": WIDTH, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
-        }
-    ),
+    "dbrx": Family(settings={"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}}),
     "deepseek_v2": Family(settings={**_MLA.settings, "num_experts_per_tok": 2}),
     "deepseek_v4": Family(
         stack=(SLIDING, "heavily_compressed_attention", "compressed_sparse_attention"),
@@ -153,8 +159,9 @@ FAMILIES: dict[str, Family] = dict(
             "swa_v_head_dim": HEAD_DIM,
         }
     ),
+    "ernie4_5_moe": Family(spell=lambda stack: {"moe_layer_start_index": len(stack) - 1}),
     "gemma3n": Family(parts=no_vision_tower),
-    "gemma3n_text": _SHARED_KEYS,
+    "gemma3n_text": replace(_SHARED_KEYS, settings={"activation_sparsity_pattern": None}),  # meant for so many layers
     "gpt_neo": Family(stack=("global", "local"), spell=lambda stack: {"attention_types": [[list(stack), 1]]}),
     "gpt_oss": Family(
         settings=_scaled("yarn", rope_theta=15e4, factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False)
@@ -166,11 +173,13 @@ FAMILIES: dict[str, Family] = dict(
             "attn_layer_period": len(stack) + (FULL not in stack),
             "attn_layer_offset": (*stack, FULL).index(FULL),
         },
+        least=_least_where(caches_need_states(), full_attention=(LINEAR, FULL)),
     ),
     "llama4_text": Family(
         stack=(CHUNKED, FULL), spell=lambda stack: {"no_rope_layers": [int(layer == CHUNKED) for layer in stack]}
     ),
     "mamba2": Family(settings={"num_heads": 8}),  # times head_dim twice the width
+    "mega": Family(settings={"bidirectional": False}),
     # its indexer has a head for each of the keys'
     "minimax_m3_vl_text": Family(stack=(FULL, "minimax_m3_sparse"), settings={"index_n_heads": 2}),
     "minimax": Family(least={LINEAR: (LINEAR,)}),
@@ -179,10 +188,14 @@ FAMILIES: dict[str, Family] = dict(
     ),
     "mllama_text_model": Family(
         stack=(FULL, "cross_attention"),
+        settings={"rope_scaling": {"rope_type": "default"}},  # where its default is None, it must be said all the same
         spell=lambda stack: {"cross_attention_layers": where(stack, "cross_attention")},
     ),
     "moshi": Family(settings={"sliding_window": CONTEXT}),  # only its cache knows of the window, not its mask
-    "nemotron_h": Family(settings=_NO_LEAST_STEP),
+    "nemotron_h": Family(
+        settings=_NO_LEAST_STEP,
+        least=_least_where(caches_need_states(), full_attention=(LINEAR, FULL), mlp=(LINEAR, FULL, "mlp")),
+    ),
     "olmo_hybrid": Family(least={FULL: (LINEAR, FULL)}),
     "qwen4_exp_text": Family(
         stack=(NGRAM, LINEAR, INDEXED),

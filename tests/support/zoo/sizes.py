@@ -13,7 +13,8 @@ _NAMES_BY_SIZE: dict[int, str] = {
     CONTEXT: """
         max_position_embeddings n_positions n_ctx max_seq_len max_target_positions context_length model_max_length
         original_max_position_embeddings max_source_positions keep_window_size mem_len rel_extent relative_max_distance
-        position_bias_max_distance chroma_length encoder_hash_byte_group_vocab""",
+        position_bias_max_distance position_embedding_size mm_posemb_size
+        chroma_length encoder_hash_byte_group_vocab""",
     2 * WIDTH: "mamba_d_ssm",  # mamba_expand times the width
     WIDTH: """
         hidden_size d_model n_embd emb_dim embedding_size embedding_dim input_embedding_size output_embedding_size
@@ -22,6 +23,7 @@ _NAMES_BY_SIZE: dict[int, str] = {
         ffn_hidden_size intermediate_size_mlp dense_intermediate_size ffn_round_up_to_multiple_of
         adapter_in_dim adapter_input_size adapter_out_dim downsample_hidden_size out_hidden_size vision_output_dim
         projector_input_dim projector_output_dim text_hidden_size input_size mlp_dim output_channels
+        mm_embed_dim output_proj_dims audio_embed_dim
         nemo_conv_channels ext_pw_out_channel depthwise_separable_out_channel codebook_dim""",
     32: """
         moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size
@@ -48,7 +50,7 @@ _NAMES_BY_SIZE: dict[int, str] = {
         linear_num_heads num_experts num_local_experts n_routed_experts moe_num_experts zero_expert_num""",
     2: """
         num_key_value_heads swa_num_key_value_heads linear_num_key_heads n_groups o_groups adapter_reduction_factor
-        num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts index_topk_blocks num_codebooks
+        num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k top_k_experts index_topk_blocks num_codebooks
         num_random_blocks encoder_layers num_encoder_layers depth conf_num_hidden_layers conf_num_attention_heads""",
     1: """
         n_group topk_group num_expert_group n_shared_experts num_shared_experts moe_num_shared_experts
@@ -70,11 +72,15 @@ DEPTHS = (
 # a setting without a default is derived from others, or switched off; these two are better set
 ALSO_WHERE_UNSET = frozenset({"num_key_value_heads", "head_dim"})
 
+TOKEN_IDS = frozenset({"pad_token_id", "bos_token_id", "eos_token_id"})
+
 # no sizes, and not to be left as they are
 ALWAYS: dict[str, Any] = {
     "pad_token_id": 0,
+    "pad_index": 0,
     "bos_token_id": 1,
     "eos_token_id": None,  # a test says itself where its text ends
     "is_decoder": True,  # the encoders among the entries, too
+    "use_mamba_kernels": False,  # from a package that tests do not have
     "attention_multiplier": HEAD_DIM**-0.5,  # meant for other head sizes
 }

@@ -1,0 +1,106 @@
+"""Run the tests on each version of transformers; the exit code is 1 if any failed, or if a version ran none.
+
+    python -m compat.matrix                                  all versions, the whole suite
+    python -m compat.matrix --full 4.52.4 5.3.0 --quick      two versions in full, a quick selection on all others
+    python -m compat.matrix --quick 5.4.0 --only tests/test_cache.py
+
+Torch and the tools are those of the python that runs this: another torch is tested by running it with another python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from packaging.version import InvalidVersion, Version
+
+from compat.matrix.records import Record
+from compat.matrix.report import closing_line, failures, line, reasons, table, with_table
+from compat.matrix.runs import CHECKOUT, SUITES, Run, all_of
+from compat.versions import VERSIONS
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    asked = parser().parse_args(arguments)
+    records = []
+    for record in all_of(runs(asked), asked.jobs):
+        print(line(record), flush=True)
+        records.append(record)
+    records.sort(key=lambda record: Version(record.version))
+    tell(records)
+    keep(records, asked)
+    print(closing_line(records))
+    return 0 if records and all(record.is_good for record in records) else 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments."""
+    it = argparse.ArgumentParser(
+        prog="python -m compat.matrix", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    it.add_argument(
+        "--full", nargs="+", type=version, default=[], metavar="V", help="the whole suite on these versions"
+    )
+    it.add_argument("--all-full", action="store_true", help="the whole suite on all versions (also if none is named)")
+    it.add_argument(
+        "--quick",
+        nargs="*",
+        type=version,
+        metavar="V",
+        help="a quick selection on these; on all others if none is named",
+    )
+    it.add_argument(
+        "--only", nargs="+", metavar="PATH", help="files or tests in place of the whole suite and the quick one"
+    )
+    it.add_argument("--jobs", type=int, default=2, metavar="N", help="versions that run side by side (%(default)s)")
+    it.add_argument(
+        "--root", type=Path, default=CHECKOUT / ".matrix", metavar="DIR", help="environments and logs (%(default)s)"
+    )
+    it.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, failures and reasons to this file")
+    it.add_argument("--readme", action="store_true", help="put the table into README.md")
+    return it
+
+
+def version(text: str) -> str:
+    """A version as it is written on PyPI; it need not be one of the table, so that a new one can be tried."""
+    try:
+        Version(text)
+    except InvalidVersion as problem:
+        raise argparse.ArgumentTypeError(str(problem)) from None
+    return text
+
+
+def runs(asked: argparse.Namespace) -> list[Run]:
+    """One run for each version that is asked for; the whole suite where a version is named twice."""
+    full = list(VERSIONS) if asked.all_full or not (asked.full or asked.quick is not None) else asked.full
+    quick = [] if asked.quick is None else asked.quick or VERSIONS
+    suites = {**dict.fromkeys(quick, "quick"), **dict.fromkeys(full, "all")}
+    root = asked.root.resolve()
+    if asked.only:
+        return [Run(name, "some", tuple(asked.only), root) for name in suites]
+    return [Run(name, suite, SUITES[suite], root) for name, suite in suites.items()]
+
+
+def tell(records: Sequence[Record]) -> None:
+    """Print the table, what failed, and why tests were skipped."""
+    for title, lines in (("", [table(records)]), ("Failed:", [*failures(records)]), ("Skipped:", [*reasons(records)])):
+        if lines:
+            print(title, *lines, "", sep="\n")
+
+
+def keep(records: Sequence[Record], asked: argparse.Namespace) -> None:
+    """Write the files that were asked for."""
+    if asked.json:
+        asked.json.write_text(json.dumps([asdict(record) for record in records], indent=1) + "\n")
+    if asked.readme:
+        readme = CHECKOUT / "README.md"
+        readme.write_text(with_table(readme.read_text(), table(records)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

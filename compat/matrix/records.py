@@ -1,0 +1,104 @@
+"""What one run of pytest came to, read from its junit file and its log."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from xml.etree import ElementTree
+
+ARCHITECTURES = re.compile(r"^\d+ architectures: (\d+) exact, (\d+) refused", re.MULTILINE)  # see tests/conftest.py
+BAD = ("failure", "error")
+NO_IMPORT = "collection failure"
+NO_FILE = "collection skipped"
+"""What pytest says of a file that cannot be imported, and of one that is skipped as a whole."""
+NO_ENVIRONMENT, TOO_LONG = -1001, -1002
+"""In place of pytest's exit code, where pytest did not start or did not end."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """The tests of one version of transformers.
+
+    Args:
+        version: of transformers.
+        suite: what was run: "all", "quick" or "some".
+        exit_code: pytest's; negative where it was killed, or one of the two above.
+        seconds: from pytest's start to its end.
+        passed, failed, errors, skipped: tests. One that passes and then fails to clean up is an error; one that fails
+            and then fails to clean up is both.
+        exact, refused: architectures; None where they were not tested.
+        bad: the tests that failed, each with what it said.
+        reasons: why tests were skipped, and how many for each reason.
+    """
+
+    version: str
+    suite: str
+    exit_code: int
+    seconds: float = 0.0
+    passed: int = 0
+    failed: int = 0
+    errors: int = 0
+    skipped: int = 0
+    exact: int | None = None
+    refused: int | None = None
+    bad: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def is_good(self) -> bool:
+        """Tests ran, and none failed."""
+        return self.exit_code == 0 and self.passed > 0 and not self.failed and not self.errors
+
+
+def read(version: str, suite: str, exit_code: int, seconds: float, junit: Path, log: Path) -> Record:
+    """The record of a run; one without tests if pytest died before it wrote its file."""
+    if not junit.is_file():
+        return Record(version, suite, exit_code, seconds)
+    seen: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    bad: dict[str, str] = {}
+    for case in ElementTree.parse(junit).iter("testcase"):
+        marks = [mark for mark in case if mark.tag in (*BAD, "skipped")]
+        seen.update([mark.tag for mark in marks] or ["passed"])
+        for mark in marks:
+            if mark.tag in BAD:
+                bad.setdefault(name_of(case), complaint(mark))
+            else:
+                reasons[reason(mark)] += 1
+    exact, refused = architectures(log.read_text(errors="replace"))
+    return Record(
+        *(version, suite, exit_code, seconds),
+        *(seen["passed"], seen["failure"], seen["error"], seen["skipped"]),
+        *(exact, refused, bad, dict(reasons.most_common())),
+    )
+
+
+def name_of(case: ElementTree.Element) -> str:
+    """A test's node id; a file's path where the whole file failed."""
+    file, name = case.get("file", ""), case.get("name", "")
+    return f"{file}::{name}" if case.get("classname") else file or name
+
+
+def complaint(mark: ElementTree.Element) -> str:
+    """A failure in one line: the first of its message, or the last of the traceback of an import."""
+    message = mark.get("message", "")
+    lines = (mark.text or "").splitlines()[-1:] if message == NO_IMPORT else message.splitlines()
+    return lines[0].strip() if lines else message
+
+
+def reason(mark: ElementTree.Element) -> str:
+    """Why a test was skipped. For a whole file it stands in the text, as (path, line, reason)."""
+    message = mark.get("message", "")
+    if message != NO_FILE:
+        return message
+    *_, told = ast.literal_eval(mark.text or "")
+    return str(told).removeprefix("Skipped: ")
+
+
+def architectures(log: str) -> tuple[int | None, int | None]:
+    """How many architectures are exact and how many refused, as conftest says at the end of the log."""
+    found = ARCHITECTURES.findall(log)
+    return (int(found[-1][0]), int(found[-1][1])) if found else (None, None)

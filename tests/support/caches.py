@@ -1,0 +1,34 @@
+"""Caches of transformers' own, made on every version in the way that it has."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from sink_patch.compat import installed_shim
+from torch import nn
+from transformers import cache_utils
+
+
+def default_cache(model: nn.Module) -> Any:
+    """What `generate` would give a model that asks for nothing."""
+    return installed_shim().probe_cache(model.config.get_text_config(decoder=True))
+
+
+class BareCache(cache_utils.Cache):
+    """A cache with nothing in it, for tests that bring all of it themselves."""
+
+    is_compileable = False
+
+    def __init__(self, layers: list[Any] | None = None) -> None:
+        asked = inspect.signature(cache_utils.Cache.__init__).parameters
+        if "layers" in asked:
+            super().__init__(layers=layers or [])
+        elif "layer_classes" in asked:
+            super().__init__(layer_classes=cache_utils.DynamicLayer)
+            self.layers = []
+        else:
+            super().__init__()
+
+    def get_seq_length(self, layer_idx: int = 0, *args: Any) -> int:
+        return 0

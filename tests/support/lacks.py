@@ -1,0 +1,84 @@
+"""What a version of transformers truly lacks, and so the tests that cannot be run on it: one row for each reason.
+
+A test that fails where something is there, and we do not serve it, has no place here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import pytest
+import transformers
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+INSTALLED = Version(Version(transformers.__version__).base_version)  # a release candidate is like its release
+
+
+@dataclass(frozen=True)
+class Lack:
+    """Tests that are skipped on some versions.
+
+    Args:
+        versions: of transformers.
+        tests: a test's node id, such as `tests/test_serve.py::test_a*`, where `*` and `?` stand for anything; brackets
+            are meant as they are. A path without `::` is a whole file, which is not even imported.
+        reason: what the versions lack.
+    """
+
+    versions: SpecifierSet
+    tests: str
+    reason: str
+
+    @property
+    def is_file(self) -> bool:
+        return "::" not in self.tests
+
+    def holds(self, version: Version = INSTALLED) -> bool:
+        return self.versions.contains(version)
+
+    def names(self, nodeid: str) -> bool:
+        return fnmatchcase(nodeid, self.tests.replace("[", "[[]"))
+
+
+_NO_CONFIG = "a config with a cache_config and no cache_implementation is refused by transformers itself"
+_CUT_MASKS = "masks of sliding windows are cut for whole prompts and for single tokens only"
+_ONE_MASK = "models take no mask for each kind of layer, which the naive cache gives them"
+
+
+def _rows(versions: str, reason: str, *tests: str) -> tuple[Lack, ...]:
+    return tuple(Lack(SpecifierSet(versions), f"tests/{test}", reason) for test in tests)
+
+
+LACKS: tuple[Lack, ...] = (
+    *_rows(">=4.53", "transformers has no SinkCache of its own any more", "test_native_sink_cache.py"),
+    *_rows("<4.53", "there is no continuous batching", "test_generate.py::test_continuous_batching*"),
+    *_rows("<4.54", _NO_CONFIG, "test_generate.py::test_sizes_may_be_given_in_many_ways[an argument beside*"),
+    *_rows(
+        "<4.53",
+        _CUT_MASKS,
+        "test_default_cache.py::test_logits_of_each_family*gemma2-in *chunk*",
+        "test_default_cache.py::test_logits_of_each_family*gemma3_text-in *chunk*",
+        "test_default_cache.py::test_logits_of_each_family*cohere2-in *chunk*",
+    ),
+    *_rows("<4.53", _ONE_MASK, "test_many_layers.py::*gemma3*", "test_many_layers.py::*cohere2*"),
+)
+
+
+def here(version: Version = INSTALLED) -> Iterator[Lack]:
+    """The rows for a version."""
+    return (lack for lack in LACKS if lack.holds(version))
+
+
+def of(nodeid: str, version: Version = INSTALLED) -> str | None:
+    """Why a test, or a file, cannot be run on a version; None where it can."""
+    return next((lack.reason for lack in here(version) if lack.names(nodeid)), None)
+
+
+class LackingFile(pytest.Module):
+    """A file that is skipped before it is imported: what it imports may not be there."""
+
+    def collect(self) -> list:
+        pytest.skip(of(self.nodeid) or "", allow_module_level=True)

@@ -1,0 +1,71 @@
+"""All that sink_patch takes for granted in transformers without it being promised: a release that moves one fails here."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from sink_patch.compat import installed_shim
+from torch import nn
+from transformers import DynamicCache, GenerationConfig, PretrainedConfig
+from transformers.generation.utils import GenerationMixin
+
+from sink_patch import SinkCache
+
+SHIM = installed_shim()
+
+
+def parameters(function: Any) -> list[str]:
+    return list(inspect.signature(inspect.unwrap(function)).parameters)
+
+
+@pytest.mark.parametrize("method", SHIM.methods, ids=lambda method: f"{method.owner}.{method.name}")
+def test_what_is_wrapped_is_there_and_has_the_parameters_that_are_read(method):
+    owner = getattr(importlib.import_module(method.module), method.owner)
+    assert method.name in vars(owner), "it is inherited, or gone"
+    assert set(method.parameters) <= set(parameters(vars(owner)[method.name]))
+
+
+@pytest.mark.parametrize("constant", SHIM.constants, ids=lambda constant: constant.name)
+def test_what_is_added_to_is_there(constant):
+    held = getattr(importlib.import_module(constant.module), constant.name)
+    assert isinstance(held, dict if constant.value is not None else (list, tuple))
+    assert constant.entry in held
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["update", "get_seq_length", "get_mask_sizes", "get_query_offset", "crop", "reorder_cache", "reset"],
+)
+def test_the_cache_answers_in_the_way_in_which_it_is_asked(name):
+    """By position, so the names of the leading parameters are those of transformers' own cache."""
+    theirs = getattr(DynamicCache, name, None)
+    if theirs is None:
+        return  # nobody can ask
+    asked = [one for one in parameters(theirs) if one not in ("args", "kwargs", "cache_kwargs", "cache_position")]
+    if name == "get_mask_sizes":
+        asked = parameters(theirs)
+    answered = parameters(getattr(SinkCache, name))
+    assert answered[: len(asked)] == asked
+
+
+def test_batch_operations_have_the_names_of_transformers():
+    for name, asked in (("batch_repeat_interleave", ["repeats"]), ("batch_select_indices", ["indices"])):
+        assert parameters(getattr(DynamicCache, name))[1:] == asked
+        assert parameters(getattr(SinkCache, name))[1:] == asked
+
+
+def test_the_rest_of_what_is_read():
+    assert "decoder" in parameters(PretrainedConfig.get_text_config)
+    assert "assistant_model" in parameters(GenerationConfig.get_generation_mode)
+    assert {"strict"} <= set(parameters(GenerationConfig.validate))
+    assert callable(GenerationMixin._supports_default_dynamic_cache)
+    assert isinstance(nn.Linear(1, 1)._forward_pre_hooks, dict)
+    assert "always_call" in parameters(nn.Module.register_forward_hook)
+    cache = SHIM.probe_cache(PretrainedConfig(num_hidden_layers=1))
+    states = torch.ones(1, 1, 2, 4)
+    cache.update(states, states, 0)
+    assert [pair[0].shape for pair in SHIM.cached(cache)] == [(1, 1, 2, 4)]
