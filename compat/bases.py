@@ -63,7 +63,7 @@ class CropToLength(Ours):
     """Up to 5.14 (cache_utils.py): `crop` takes the length that remains, or minus the number of tokens to remove."""
 
     def crop(self, max_length: int) -> None:
-        """Forget all but the first `max_length` columns, or the newest `-max_length`, while nothing has left the window.
+        """Forget all but the first `max_length` columns, or the newest `-max_length`; while nothing has been evicted.
 
         Raises:
             CacheStateError: tokens that would have to come back are gone.
@@ -112,13 +112,13 @@ class ByLength(MasksByLength, CropToLength, Layered):
     """5.4 to 5.15."""
 
 
-class ByPosition(MasksByPosition, CropToLength, Layered):
+class ByPosition(MasksByPosition, CropToLength, Layered):  # type: ignore[misc] # checked with the newest
     """4.56 to 5.3."""
 
 
-class ByPositionClassed(MasksByPosition, CropToLength, Classed):
+class ByPositionClassed(MasksByPosition, CropToLength, Classed):  # type: ignore[misc]
     """4.54 and 4.55."""
 
 
-class ByPositionPlain(MasksByPosition, CropToLength, Plain):
+class ByPositionPlain(MasksByPosition, CropToLength, Plain):  # type: ignore[misc]
     """4.53, and 4.52, where models build their masks themselves."""

@@ -46,15 +46,17 @@ def no_layers(_config: Any) -> Sequence[Any]:
     return ()
 
 
-def takes_any_cache(_model: Any) -> str | None:
+def takes_any_cache(_model_class: type) -> str | None:
     """5.8 and newer: all models that stream at all take a `Cache`."""
     return None
 
 
-def keeps_its_own_cache(model: Any) -> str | None:
+def keeps_its_own_cache(model_class: Any) -> str | None:
     """Up to 5.7: models with recurrent states, and those that know tuples only, say so to `generate`."""
-    asked = getattr(model, "_supports_default_dynamic_cache", None)
-    if asked is not None and not asked():
-        return _OWN
-    parameters = inspect.signature(type(model).forward).parameters
+    if hasattr(model_class, "_supports_default_dynamic_cache"):
+        # a class method from 4.54 on; before, a method that reads nothing but class attributes
+        blank = model_class.__new__(model_class)
+        if not blank._supports_default_dynamic_cache():
+            return _OWN
+    parameters = inspect.signature(model_class.forward).parameters
     return None if "past_key_values" in parameters else _OWN

@@ -50,7 +50,8 @@ def dynamic_layers(config: Any) -> list[Any]:
     if layers or not config.num_hidden_layers:
         return layers
     # up to 5.12 `layer_types[: -num_kv_shared_layers]` leaves nothing where no layer shares another's keys
-    return [DynamicLayer() for _ in range(config.num_hidden_layers)]
+    make: Any = DynamicLayer
+    return [make() for _ in range(config.num_hidden_layers)]
 
 
 def entries_of_layers(config: Any) -> list[Entry]:

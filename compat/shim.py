@@ -86,7 +86,7 @@ class Shim:
         probe_cache: an empty cache of transformers' own for a text config.
         cached: what is in that cache after a forward, entry by entry.
         generation_mode: from the arguments of `_prepare_cache_for_generation` by name to the name of the decoding mode.
-        own_cache: why a model cannot be given a cache object at all; None: it can.
+        own_cache: from the class of a model to why it cannot be given a cache object at all; None: it can.
         passes_cache_position: whether models take the mask coordinates of the new tokens as `cache_position`.
         explicit_masks: whether models must be given a mask even where every column is visible.
         quirks: families that behave differently here.
@@ -100,7 +100,14 @@ class Shim:
     probe_cache: Callable[[Any], Any]
     cached: Callable[[Any], Sequence[Cached]]
     generation_mode: Callable[[Mapping[str, Any]], str]
-    own_cache: Callable[[Any], str | None]
+    own_cache: Callable[[type], str | None]
     passes_cache_position: bool
     explicit_masks: bool
     quirks: tuple[Quirk, ...] = field(default=())
+
+    def own_cache_of(self, model_type: str) -> str | None:
+        """`own_cache` of the causal language model of a `model_type`, whose class is imported for that."""
+        from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
+        return self.own_cache(model_class)

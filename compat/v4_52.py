@@ -9,9 +9,10 @@ from sink_patch.compat import caches, modes, places
 from sink_patch.compat.entries import Entry, entries_of_types
 from sink_patch.compat.shim import Constant, Quirk, Shim
 
-_SLICED = (
-    "On transformers 4.52 this model cuts its masks of sliding windows right for whole prompts and for single tokens only"
-)
+_SLICED = "On transformers 4.52 this model cuts masks of sliding windows right for whole prompts and single tokens only"
+
+
+PHIMOE = Quirk("phimoe", refusal="on transformers 4.x its tables of angles end where the cache does")
 
 
 class SinkCacheConfig(dict[str, Any]):
@@ -42,20 +43,16 @@ def _cache_base() -> type:
 def _read_entries(config: Any) -> Sequence[Entry]:
     """Windows go by a pattern that is written in the models; 4.52 knows no `layer_types`."""
     pattern = getattr(config, "sliding_window_pattern", 2 if config.model_type == "gemma2" else None)
-    count = config.num_hidden_layers
-    if pattern is None:
-        sliding = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-        return entries_of_types(config, ["sliding_attention" if sliding else "full_attention"] * count)
-    types = ["sliding_attention" if (layer_idx + 1) % pattern else "full_attention" for layer_idx in range(count)]
-    return entries_of_types(config, types)
-
-
-def _own_cache(model: Any) -> str | None:
-    config = model.config.get_text_config(decoder=True)
-    flash = str(getattr(config, "_attn_implementation", "")).startswith("flash")
-    if flash and getattr(config, "use_sliding_window", False):
-        return "on transformers 4.52 only some of its layers have a sliding window, and only with flash attention"
-    return caches.keeps_its_own_cache(model)
+    layers = range(config.num_hidden_layers)
+    if pattern is not None:
+        sliding = [bool((layer_idx + 1) % pattern) for layer_idx in layers]
+    elif getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True):
+        sliding = [False for _ in layers]
+    else:  # one mask for all layers, whatever the config says of some; flash attention alone heeds that
+        flash = str(getattr(config, "_attn_implementation", "")).startswith("flash")
+        first = getattr(config, "max_window_layers", 0) if flash and hasattr(config, "use_sliding_window") else 0
+        sliding = [layer_idx >= first for layer_idx in layers]
+    return entries_of_types(config, ["sliding_attention" if one else "full_attention" for one in sliding])
 
 
 SHIM = Shim(
@@ -73,8 +70,8 @@ SHIM = Shim(
     probe_cache=caches.growing_cache,
     cached=caches.cached_lists,
     generation_mode=modes.mode_of_config,
-    own_cache=_own_cache,
+    own_cache=caches.keeps_its_own_cache,
     passes_cache_position=True,
     explicit_masks=True,
-    quirks=(Quirk("gemma2 gemma3 gemma3_text cohere2", whole_prompts=_SLICED),),
+    quirks=(PHIMOE, Quirk("gemma2 gemma3 gemma3_text cohere2", whole_prompts=_SLICED)),
 )

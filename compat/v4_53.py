@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from sink_patch.compat import caches, places, v4_52
+from sink_patch.compat import places, v4_52
 from sink_patch.compat.entries import Entry, entries_of_types, layer_types_of
 
 
@@ -19,7 +19,6 @@ SHIM = replace(
     v4_52.SHIM,
     methods=(*v4_52.SHIM.methods, places.IN_FILE),
     read_entries=read_entries,
-    own_cache=caches.keeps_its_own_cache,
     explicit_masks=False,
-    quirks=(),
+    quirks=(v4_52.PHIMOE,),
 )

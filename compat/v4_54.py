@@ -13,6 +13,4 @@ def _cache_base() -> type:
     return ByPositionClassed
 
 
-SHIM = replace(
-    v4_53.SHIM, constants=(places.CHOICES,), cache_base=_cache_base, cached=caches.cached_layers
-)
+SHIM = replace(v4_53.SHIM, constants=(places.CHOICES,), cache_base=_cache_base, cached=caches.cached_layers)

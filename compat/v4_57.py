@@ -1,4 +1,4 @@
-"""transformers 4.57 to 5.3: the decoding mode is an argument where the cache is prepared."""
+"""transformers 4.57: the decoding mode is an argument where the cache is prepared."""
 
 from __future__ import annotations
 

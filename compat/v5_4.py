@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sink_patch.compat import places, v4_56, v4_57
+from sink_patch.compat import places, v4_56, v5_0
 
 
 def _cache_base() -> type:
@@ -14,7 +14,7 @@ def _cache_base() -> type:
 
 
 SHIM = replace(
-    v4_57.SHIM,
+    v5_0.SHIM,
     methods=(*v4_56.METHODS, places.prepare_cache("generation_mode")),
     cache_base=_cache_base,
     passes_cache_position=False,

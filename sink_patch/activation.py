@@ -72,9 +72,11 @@ def when_imported(module: ModuleType) -> None:
         return
     try:
         patch()
-    except Exception as failure:
+    except UnsupportedTransformersError as failure:
         tell(f"{module.__name__} is not patched: {failure}")
         barrier.put_up(str(failure))
+    except Exception as failure:
+        tell(f"{module.__name__} is not patched: {failure}")
 
 
 def _changes(shim: Shim) -> Iterator[Callable[[], None]]:

@@ -50,5 +50,7 @@ def _refuse(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], k
     configs = (instance, getattr(instance, "generation_config", None), kwargs.get("generation_config"), *args)
     asked = [kwargs.get("cache_implementation"), *(getattr(one, "cache_implementation", None) for one in configs)]
     if _NAME in [name for name in asked if isinstance(name, str)]:
-        raise UnsupportedTransformersError(f"cache_implementation={_NAME!r} was asked for, and is not to be had: {_reason}")
+        raise UnsupportedTransformersError(
+            f"cache_implementation={_NAME!r} was asked for, and is not to be had: {_reason}"
+        )
     return wrapped(*args, **kwargs)

@@ -13,8 +13,8 @@ from torch import nn
 from sink_patch import probe
 from sink_patch.adapters import Adapter, AdapterFactory
 from sink_patch.adapters.rope import frequency_buffers
-from sink_patch.context import Context, read_context
 from sink_patch.compat import Entry, installed_shim
+from sink_patch.context import Context, read_context
 from sink_patch.entries import read_entries, text_config
 from sink_patch.errors import SinkArgumentError, UnsupportedModelError
 from sink_patch.family import Family, OneByOne, PositionSource
@@ -101,7 +101,9 @@ def _proven_facts(
             return facts
     if not any(entry.attention for entry in entries):
         return candidates[0]
-    readings = probe.read(model, context.largest_probe_position, len(entries))
+    readings = probe.read(
+        model, context.largest_probe_position, entries, positions=candidates[0].position_source == "position_ids"
+    )
     for facts, adapters in zip(candidates[1:], made[1:], strict=True):
         if probe.fits(readings, entries, adapters):
             return facts
@@ -181,7 +183,7 @@ def _claimed(model: nn.Module) -> Family | None:
         )
     family = find_family(config)
     refusal = None if family is None else family.refusal
-    refusal = refusal or installed_shim().own_cache(model)
+    refusal = refusal or installed_shim().own_cache(type(model))
     if refusal is not None:
         raise UnsupportedModelError(
             f"{name} cannot stream with attention sinks: {refusal}. Use another cache_implementation."
@@ -200,7 +202,7 @@ def _adapters(family: Family, factory: AdapterFactory, model: nn.Module, num_lay
 
 
 def _chosen(model: nn.Module, entries: Sequence[Entry], context: Context) -> Sequence[Adapter]:
-    readings = probe.read(model, context.largest_probe_position, len(entries))
+    readings = probe.read(model, context.largest_probe_position, entries, positions=True)
     adapters = probe.choose(model, entries, readings)
     probe.check_distance_only(model, context.largest_probe_position)
     return adapters

@@ -26,6 +26,9 @@ _CROSS = "some of its layers attend to an image, beside the text"
 _INDEX_IN_VALUES = "it takes positions from the index in the sequence, and mixes them into keys and values"
 _CONTEXT_BIAS = "a bias of its attention and its scale go by the length of the cache"
 _DRAFTS = "it drafts for another model, whose keys it is given"
+_LOOPS = "it runs some layers several times over, and takes their keys out of the cache by itself"
+_TUPLES = "it keeps keys in tuples and takes no cache object"
+_NO_POSITION_IDS = "its forward takes no positions: they are relative, and counted by itself"
 _OWN_CACHE = "it accepts no cache but one of its own"
 _STATE_ON_MODULE = "it keeps its recurrent state on the model and not in the cache, and starts it anew at position 0"
 _STARTS_ANEW = "The recurrent states of this model start anew with each forward of several tokens"
@@ -122,7 +125,7 @@ BUILT_IN: tuple[Family, ...] = (
     *_each(
         HALF, "gemma4_unified gemma4_unified_text hrm_text qwen2_vl qwen2_vl_text qwen2_5_vl qwen2_5_vl_text qwen3_vl"
     ),
-    *_each(HALF, "qwen3_vl_text"),
+    *_each(HALF, "qwen3_vl_text apertus1p5 apertus1p5_text code_llama exaone sarvam_moe"),
     # attention beside recurrent or convolution states
     *_each(HALF, "bamba falcon_h1 lfm2 lfm2_moe lfm3 olmo_hybrid qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text"),
     *_each(HALF, "qwen3_next zaya"),
@@ -133,7 +136,7 @@ BUILT_IN: tuple[Family, ...] = (
     *_each(Rope(skips=_all_skip_without_rope), "granitemoehybrid"),
     *_each(Rope(skips=_all_skip_without_mem_rope), "zamba2"),
     # some layers without positions
-    *_each(Rope(skips=_full_layers_skip), "afmoe cohere_compass_text flint kolibri1"),
+    *_each(Rope(skips=_full_layers_skip), "afmoe cohere_compass_text flint kolibri1 lara_mini"),
     *_each(Rope(skips=_full_beside_sliding_skip), "exaone4 exaone_moe"),
     *_each(Rope(skips=_listed_layers_skip), "smollm3"),
     # other pairings and signs
@@ -142,7 +145,11 @@ BUILT_IN: tuple[Family, ...] = (
     *_each(SinusoidalTable(_rotary_dim), "gptj codegen", position_limit=TABLE),
     *_each(Rope(sign=-1), "nanochat"),
     # multi-head latent attention: the rotated part is cached as "values"
-    *_each(LATENT, "axk1 deepseek_v3 glm4_moe_lite longcat_flash minicpm3 youtu bailing_hybrid", formerly=EXPANDED),
+    *_each(
+        LATENT,
+        "axk1 deepseek_v3 glm4_moe_lite longcat_flash minicpm3 youtu bailing_hybrid sarvam_mla",
+        formerly=EXPANDED,
+    ),
     *_each(Rope("interleaved", cached_in="values"), "deepseek_v2", formerly=Rope("interleaved", start=_nope_dim)),
     # exact within a limited number of positions, which the clock never leaves
     *_each(HALF, "ministral3", position_limit=QUERY_SCALE),
@@ -175,7 +182,7 @@ BUILT_IN: tuple[Family, ...] = (
     ),
     *_refused(
         _LEARNED,
-        "prophetnet speech_to_text_2 trocr whisper",
+        "prophetnet xlm-prophetnet qdqbert speech_to_text_2 trocr whisper",
     ),
     *_refused(_AFTER_NORM, "hunyuan_v1_dense hunyuan_v1_moe"),
     *_refused(_QUERY_SCALE, "beam"),
@@ -185,9 +192,12 @@ BUILT_IN: tuple[Family, ...] = (
     *_refused(_NO_CACHE, "rwkv xlnet xlstm reformer"),
     *_refused(_CROSS, "mllama mllama_text_model"),
     *_refused(_INDEX_IN_VALUES, "cpmant roformer"),
-    *_refused(_CONTEXT_BIAS, "inkling_text inkling2_text"),
+    *_refused(_CONTEXT_BIAS, "inkling_text inkling2_text inkling2_loop_text"),
     *_refused(_BYTE_PATCHES, "blt"),
     *_refused(_OWN_CACHE, "minimax"),
+    *_refused(_LOOPS, "dory"),
+    *_refused(_TUPLES, "open-llama"),
+    *_refused(_NO_POSITION_IDS, "mega transfo-xl"),
     *_refused(_DRAFTS, "gemma4_assistant gemma4_unified_assistant"),
     *_refused(_STATE_ON_MODULE, "recurrent_gemma"),
 )

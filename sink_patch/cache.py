@@ -117,8 +117,8 @@ class SinkCache(RowOperations, CacheBase, seam.Streaming):
         own = own_layers(config) if any(layer.entry.state for layer in facts.layers) else [None] * len(facts.layers)
         layers = [self._new_layer(layer, theirs) for layer, theirs in zip(facts.layers, own, strict=True)]
         stateful = any(layer.entry.state for layer in facts.layers)
-        more = {"stateful": stateful, "one_by_one": facts.one_by_one}
-        return Streams(*sizes, facts.context, horizon(facts, *sizes), layers, **more)
+        clock = horizon(facts, *sizes)
+        return Streams(*sizes, facts.context, clock, layers, stateful=stateful, one_by_one=facts.one_by_one)
 
     def _new_layer(self, layer: LayerFacts, theirs: Any) -> Any:
         """Ours where there is attention, transformers' own where there is none."""
@@ -145,8 +145,8 @@ class SinkCache(RowOperations, CacheBase, seam.Streaming):
             attention_mask: None, or [rows, columns ever fed + columns], 1 for real tokens.
 
         Returns:
-            `position_ids`, `attention_mask` and, where this transformers has it, `cache_position` for the model; or None
-            where an outer module has begun this forward.
+            `position_ids`, `attention_mask` and, where this transformers has it, `cache_position` for the model; or
+            None where an outer module has begun this forward.
         """
         if self._streams is None or not self.is_bound_to(module):
             raise self._not_bound_to(type(module).__name__)
@@ -161,7 +161,8 @@ class SinkCache(RowOperations, CacheBase, seam.Streaming):
         counts_columns = self._facts is not None and self._facts.position_source == "columns"
         mask = step.attention_mask(explicit=counts_columns or shim.explicit_masks)
         coordinates = {"cache_position": step.mask_coordinates()} if shim.passes_cache_position else {}
-        return {"position_ids": step.position_ids(), "attention_mask": mask, **coordinates}
+        positions = {} if counts_columns else {"position_ids": step.position_ids()}
+        return {"attention_mask": mask, **positions, **coordinates}
 
     def _is_under_way(self, module: nn.Module, columns: int) -> bool:
         """Whether `module` is a part of the one that has begun this forward (and not of one that was interrupted)."""

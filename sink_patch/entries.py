@@ -11,7 +11,6 @@ from torch import nn
 from sink_patch.compat import Entry, installed_shim
 from sink_patch.errors import UnsupportedModelError
 
-
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """What transformers calls a cache: from 5.24 on, before, and in models of states alone (Mamba) before."""
 

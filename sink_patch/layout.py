@@ -106,8 +106,8 @@ class RaggedLayout:
     """Rows that have seen different numbers of tokens, or bring padding. Built on the CPU, moved once per device.
 
     Args:
-        alone: whether no other kind of layer reads the same mask. In place, a row that is not full has its gap at the end
-            of the buffer, which others could not follow; otherwise it has it at the start.
+        alone: whether no other kind of layer reads the same mask. In place, a row that is not full has its gap at the
+            end of the buffer, which others could not follow; otherwise it has it at the start.
     """
 
     def __init__(self, kind: LayerKind, plans: Sequence[RowPlan], columns: int, *, alone: bool):
@@ -192,8 +192,8 @@ def visible_columns(layouts: Iterable[Layout], columns: int) -> torch.Tensor:
         offered = [min(count, layout.length) for count in filled]
         if offered != layout.filled and not layout.kind.local:
             raise CacheStateError(
-                f"The rows of this forward bring different numbers of new tokens, some more than {layout.kind.ring}, to "
-                "a model with sliding windows: one mask cannot say that. Feed them in pieces of "
+                "The rows of this forward bring different numbers of new tokens, some more than "
+                f"{layout.kind.ring}, to a model with sliding windows: one mask cannot say that. Feed them in pieces of "
                 f"{layout.kind.ring} columns or fewer."
             )
     column, count = torch.arange(columns)[None, :], torch.tensor(filled)[:, None]  # [1, columns], [rows, 1]

@@ -61,4 +61,10 @@ def _feed(model: nn.Module, cache: SinkCache, piece: torch.Tensor, attention_mas
     parameters = inspect.signature(model.forward).parameters
     name = "input_ids" if piece.ndim == 2 else "inputs_embeds"
     fewer = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
-    model(**{name: piece, cache_argument(model): cache}, attention_mask=attention_mask, use_cache=True, return_dict=True, **fewer)
+    model(
+        **{name: piece, cache_argument(model): cache},
+        attention_mask=attention_mask,
+        use_cache=True,
+        return_dict=True,
+        **fewer,
+    )

@@ -17,7 +17,7 @@ from torch import nn
 
 from sink_patch.adapters import Adapter, no_positions
 from sink_patch.adapters.rope import frequency_buffers
-from sink_patch.compat import Entry, installed_shim
+from sink_patch.compat import Cached, Entry, installed_shim
 from sink_patch.entries import cache_argument, decoder_of, text_config
 from sink_patch.errors import AdapterMismatchError, UnsupportedModelError
 from sink_patch.rotation import Rotation
@@ -47,12 +47,13 @@ class Reading:
         return None
 
 
-def read(model: nn.Module, max_position: int, num_entries: int) -> list[Reading | None]:
+def read(model: nn.Module, max_position: int, entries: Sequence[Entry], *, positions: bool) -> list[Reading | None]:
     """Run the two forwards; one reading for each entry of the model's cache, None for one that stays empty.
 
     Args:
         max_position: the largest position that may be given to the model.
-        num_entries: how many entries the model's cache has.
+        entries: those of its cache.
+        positions: whether its forward takes `position_ids`; where it does not, position shows nowhere in the cache.
     """
     delta = min(_LONGEST_DELTA, max_position - _FIRST_POSITION)
     if delta < 1:
@@ -61,14 +62,14 @@ def read(model: nn.Module, max_position: int, num_entries: int) -> list[Reading 
         )
     token_ids = _tokens(model)
     with torch.no_grad(), _same_dropout(model):
-        before = _cached(model, token_ids, _FIRST_POSITION)
+        before = _cached(model, token_ids, _FIRST_POSITION if positions else None)
     with torch.no_grad(), _same_dropout(model):
-        after = _cached(model, token_ids, _FIRST_POSITION + delta)
+        after = _cached(model, token_ids, _FIRST_POSITION + delta if positions else None)
     readings: list[Reading | None] = [
         None if first is None or second is None else Reading((first[0], second[0]), (first[1], second[1]), delta)
         for first, second in zip(before, after, strict=True)
     ]
-    return readings + [None] * (num_entries - len(readings))  # a cache may grow only as far as it is used
+    return readings + [None] * (len(entries) - len(readings))  # a cache may grow only as far as it is used
 
 
 def fits(readings: Sequence[Reading | None], entries: Sequence[Entry], adapters: Sequence[Adapter]) -> bool:
@@ -174,13 +175,13 @@ def _candidates(model: nn.Module, readings: Sequence[Reading | None]) -> list[Ad
     return candidates
 
 
-def _cached(model: nn.Module, token_ids: torch.Tensor, position: int) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
+def _cached(model: nn.Module, token_ids: torch.Tensor, position: int | None) -> list[Cached]:
     """(keys, values) of each layer for tokens [rows, 1] at one position and no past."""
     shim = installed_shim()
     cache = shim.probe_cache(text_config(model))
-    position_ids = torch.full_like(token_ids[:1], position)  # [1, 1]
+    given = {} if position is None else {"position_ids": torch.full_like(token_ids[:1], position)}  # [1, 1]
     decoder = decoder_of(model)
-    decoder(input_ids=token_ids, position_ids=position_ids, use_cache=True, **{cache_argument(decoder): cache})
+    decoder(input_ids=token_ids, use_cache=True, **given, **{cache_argument(decoder): cache})
     return list(shim.cached(cache))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from sink_patch.compat import installed_shim
 from sink_patch.registry import families
 
 
@@ -59,8 +60,9 @@ def _verdict(model_type: str) -> Verdict:
     family = families().get(model_type)
     if family is None:
         return Verdict(model_type, None, "no family is registered; the probe decides when a model is bound")
-    if family.refusal is not None:
-        return Verdict(model_type, False, family.refusal)
+    refusal = family.refusal or installed_shim().own_cache_of(model_type)
+    if refusal is not None:
+        return Verdict(model_type, False, refusal)
     how = str(family.adapters)
     if family.position_limit is not None:
         how += f"; within limited positions, as {family.position_limit.why}"

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 import sink_patch
 from sink_patch import CacheStateError, SinkCache, UnsupportedModelError
-from sink_patch.hybrid import StatefulSinkLayer
 from sink_patch.layers import SinkLayer
 from tests.support import zoo
 from tests.support.oracle import relative_error, worst_error
@@ -40,6 +39,12 @@ def built(model_type: str, **kwargs) -> PreTrainedModel:
     return with_room(zoo.build, model_type, **kwargs)
 
 
+def steps_of(model_type: str) -> list[int]:
+    """A schedule over all rules; single tokens after the first forward where others are refused (see below)."""
+    family = sink_patch.families()[model_type]
+    return [STEPS[0], *[1] * 60] if family.whole_prompts else STEPS
+
+
 def test_each_has_a_verdict():
     assert set(VERDICTS) == set(zoo.entries())
     assert all(verdict.exact is not None and verdict.reason for verdict in VERDICTS.values())
@@ -57,9 +62,7 @@ def test_what_is_refused_is_refused_by_name(model_type):
 @pytest.mark.parametrize("model_type", EXACT)
 def test_what_is_exact_equals_a_naive_cache(model_type):
     """A model with each kind of layer of its family, over all rules."""
-    model, steps = built(model_type), STEPS
-    if sink_patch.families()[model.config.model_type].whole_prompts:  # refused otherwise, see below
-        steps = [STEPS[0], *[1] * 60]
+    model, steps = built(model_type), steps_of(model_type)
     stream, start = tokens(sum(steps)), 0
     cache = SinkCache(W, S, model=model)
     for wanted, new in zip(replayed(model, stream, steps, W, S), steps, strict=True):
@@ -71,7 +74,8 @@ def test_what_is_exact_equals_a_naive_cache(model_type):
 
 @pytest.mark.parametrize("model_type", EXACT)
 def test_what_is_exact_equals_the_oracle_in_each_kind_of_layer(model_type):
-    proven, stream = 0, tokens(sum(STEPS))
+    proven, steps = 0, steps_of(model_type)
+    stream = tokens(sum(steps))
     for layer in zoo.layer_types_of(model_type):
         try:
             model = with_room(zoo.one_layer, model_type, layer)
@@ -82,7 +86,7 @@ def test_what_is_exact_equals_the_oracle_in_each_kind_of_layer(model_type):
             continue  # states mix neighbouring tokens
         kind = cache.layers[0].kind
         local = kind.capacity if kind.local else None
-        assert worst_error(model, stream, STEPS, W, S, local_window=local) < TOLERANCE, layer
+        assert worst_error(model, stream, steps, W, S, local_window=local) < TOLERANCE, layer
         proven += 1
     if not proven:
         pytest.skip("the oracle needs a model of one layer of attention; the naive cache proves this family")
@@ -125,7 +129,7 @@ def test_states_go_on_from_one_forward_to_the_next_or_it_is_refused(model_type):
     """The naive cache has transformers' own states, so it cannot see that; a fresh forward over the whole text can."""
     model, stream = built(model_type), tokens(15)
     cache = SinkCache(20, S, model=model)
-    if all(isinstance(layer, SinkLayer) and not isinstance(layer, StatefulSinkLayer) for layer in cache.layers):
+    if all(isinstance(layer, SinkLayer) and not hasattr(layer, "recurrent_states") for layer in cache.layers):
         pytest.skip("no states")
     with torch.no_grad():
         wanted = model(stream, use_cache=False).logits

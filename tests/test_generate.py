@@ -236,7 +236,8 @@ def test_a_second_turn_goes_in_by_pieces_too(model, history, mask):
     whole = torch.cat((first.sequences, tokens(20, seed=1)), dim=1)
     new = whole if history else whole[:, fed:]
     more = {"attention_mask": torch.ones_like(whole)} if mask or history else {}
-    out = run(model, new, past_key_values=first.past_key_values, prefill_chunk_size=8, output_logits=True, new=1, **more)
+    more |= {"past_key_values": first.past_key_values, "prefill_chunk_size": 8, "output_logits": True, "new": 1}
+    out = run(model, new, **more)
     with torch.no_grad():  # 21 = 8 + 8 + 5
         wanted = model(visible_tokens(whole, whole.shape[1] - 5, 5, W, S), use_cache=False).logits[:, -1]
     assert relative_error(out.logits[0], wanted) < 1e-5

@@ -49,7 +49,9 @@ import json, threading
 from transformers import TextIteratorStreamer, pipeline
 generator = pipeline("text-generation", model={folder!r})
 used = []
-generator.model.register_forward_pre_hook(lambda _, __, given: used.append(given["past_key_values"]), with_kwargs=True)
+def look(_, __, given):
+    used.append(given.get("cache", given.get("past_key_values")))
+generator.model.register_forward_pre_hook(look, with_kwargs=True)
 said = [
     generator({prompt!r}, max_new_tokens={new}, return_full_text=False)[0]["generated_text"],
     generator({chat!r}, max_new_tokens={new})[0]["generated_text"][-1]["content"],

@@ -1,4 +1,4 @@
-"""All that sink_patch takes for granted in transformers without it being promised: a release that moves one fails here."""
+"""What sink_patch takes for granted in transformers without it being promised: a release that moves it fails here."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def test_right_adapters_pass_in_low_precision(model_type, dtype):
 def test_it_runs_once_for_a_model_and_again_when_its_frequencies_change(monkeypatch):
     model, runs = copy.deepcopy(tiny("llama")), []
     read = probe.read
-    monkeypatch.setattr(binding.probe, "read", lambda *args: runs.append(1) or read(*args))
+    monkeypatch.setattr(binding.probe, "read", lambda *args, **more: runs.append(1) or read(*args, **more))
     for _ in range(3):
         SinkCache(model=model)
     assert len(runs) == 1

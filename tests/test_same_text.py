@@ -1,6 +1,6 @@
-"""A seeded model tells the same on every version of transformers, five windows long: `data/streams.json` is what it tells.
+"""A seeded model tells the same on every version of transformers, five windows long: what `data/streams.json` holds.
 
-    python -m tests.test_same_text   writes the file anew, from the installed transformers
+python -m tests.test_same_text   writes the file anew, from the installed transformers
 """
 
 from __future__ import annotations

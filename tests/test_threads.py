@@ -100,10 +100,10 @@ def test_a_thread_without_a_sink_cache_is_left_alone(model):
 def test_the_probe_runs_once_when_two_threads_bind_a_model_for_the_first_time(model, monkeypatch):
     read, probed = probe.read, []
 
-    def slow(*args: Any) -> Any:
+    def slow(*args: Any, **more: Any) -> Any:
         probed.append(args)
         time.sleep(0.05)  # the other thread arrives meanwhile
-        return read(*args)
+        return read(*args, **more)
 
     monkeypatch.setattr(probe, "read", slow)
     caches = together([functools.partial(SinkCache, *sizes, model=model) for sizes in SIZES])

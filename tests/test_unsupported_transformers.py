@@ -142,7 +142,13 @@ def test_a_version_is_complained_of_once_and_never_breaks_the_import(version, wo
         transformers.__version__ = {version!r}
         import sink_patch, transformers.modeling_utils
         from transformers import LlamaForCausalLM
-        assert sink_patch.is_patched() is {works} and refused() is not {works}
+        assert sink_patch.is_patched() is {works}
+        from transformers import GenerationConfig
+        try:
+            GenerationConfig(cache_implementation="sink")
+            assert {works}
+        except sink_patch.UnsupportedTransformersError as refusal:
+            assert not {works} and {version!r} in str(refusal), refusal
         if not {works}:
             sys.modules["transformers"].__version__ = {version!r}  # transformers has imported itself once more
             try:

@@ -87,10 +87,12 @@ def test_overrides_and_stacks_reach_the_decoder_inside_a_composite_config(model_
 
 
 # Norms of all logits of a stream of 9 tokens: the same on every version of transformers.
-SAME_EVERYWHERE = {}
+SAME_EVERYWHERE = {"llama": 36.993, "mistral": 36.993, "gemma": 289.554, "phi": 38.873, "glm": 35.477, "gptj": 43.668}
 
 
 @pytest.mark.parametrize("model_type", [name for name in SAME_EVERYWHERE if name in FAMILIES])
 @torch.no_grad()
 def test_a_tiny_model_is_the_same_on_every_version(model_type):
-    assert tiny(model_type, layers=2)(tokens(9)).logits.norm().item() == pytest.approx(SAME_EVERYWHERE[model_type])
+    assert tiny(model_type, layers=2)(tokens(9)).logits.norm().item() == pytest.approx(
+        SAME_EVERYWHERE[model_type], rel=1e-4
+    )

@@ -45,6 +45,7 @@ class Lack:
 
 _NO_CONFIG = "a config with a cache_config and no cache_implementation is refused by transformers itself"
 _CUT_MASKS = "masks of sliding windows are cut for whole prompts and for single tokens only"
+_STATES_APART = "recurrent states are kept in caches of kinds of their own, and models that have them are refused"
 _ONE_MASK = "models take no mask for each kind of layer, which the naive cache gives them"
 
 
@@ -63,6 +64,8 @@ LACKS: tuple[Lack, ...] = (
         "test_default_cache.py::test_logits_of_each_family*gemma3_text-in *chunk*",
         "test_default_cache.py::test_logits_of_each_family*cohere2-in *chunk*",
     ),
+    *_rows("<5.8", _STATES_APART, "test_coverage.py::test_a_long_prompt_is_not_cut_where_states*"),
+    *_rows("<5.24", "COVERAGE.md is the table of the newest transformers", "test_coverage.py::test_the_counts_and*"),
     *_rows("<4.53", _ONE_MASK, "test_many_layers.py::*gemma3*", "test_many_layers.py::*cohere2*"),
 )
 

@@ -11,8 +11,8 @@ import inspect
 from typing import Any
 
 import torch
-from torch import nn
 from sink_patch.compat import installed_shim
+from torch import nn
 
 from sink_patch.binding import examine
 from sink_patch.entries import cache_argument, own_layers, text_config
@@ -39,7 +39,8 @@ class ReplayCache(BareCache):
         mask = {"attention_mask": torch.ones(1, len(columns) + int(columns[0]), dtype=torch.long)} if explicit else {}
         # coordinates of the mask, for versions up to 5.3
         coordinates = {"cache_position": columns} if installed_shim().passes_cache_position else {}
-        return {"position_ids": torch.arange(start, start + new)[None], **mask, **coordinates}
+        positions = {} if self.counts_columns else {"position_ids": torch.arange(start, start + new)[None]}
+        return {**positions, **mask, **coordinates}
 
     def past_columns(self) -> int:
         """Mask coordinate of the first new token: behind what the layer that sees most sees."""

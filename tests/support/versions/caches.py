@@ -1,4 +1,4 @@
-"""What the default caches of models with states beside keys can do without."""
+"""What the default caches of models with states beside keys can hold, and what they cannot do without."""
 
 from __future__ import annotations
 
@@ -18,3 +18,9 @@ def families_have_caches() -> bool:
 def caches_need_states() -> bool:
     """Models ask the cache that all families share whether there are states, and it refuses where no layer has any."""
     return not families_have_caches() and not hasattr(masking_utils, "create_recurrent_attention_mask")
+
+
+def caches_have_place_for(layer_type: str) -> bool:
+    """Layers without attention were given a place in the cache one after the other: experts first, then plain MLPs."""
+    places = getattr(cache_utils, "DYNAMIC_LAYER_TYPE_MAPPING", {})
+    return layer_type != "mlp" or "mlp" in places or "moe" not in places

@@ -6,8 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import cache_utils
-
+from tests.support.versions.caches import caches_have_place_for
 from tests.support.versions.fields import ConfigClass, default_of, fields, stored
 
 _FULL, _SLIDING, _LINEAR = "full_attention", "sliding_attention", "linear_attention"
@@ -29,11 +28,9 @@ def hear_layers(config_class: ConfigClass) -> tuple[str, ...]:
 
     Types for which the default cache has no layer, so that the default config itself cannot run, are left out.
     """
-    in_caches = getattr(cache_utils, "DYNAMIC_LAYER_TYPE_MAPPING", None)
     for name in _LISTS:
         if words := default_of(config_class, name):
-            known = [word for word in words if in_caches is None or word in in_caches]
-            return tuple(dict.fromkeys(_MEANING.get(word, word) for word in known))
+            return tuple(dict.fromkeys(_MEANING.get(word, word) for word in words if caches_have_place_for(word)))
     return (_SLIDING, _FULL) if _takes_turns(config_class) else ()
 
 

@@ -96,7 +96,7 @@ _GEMMA4 = Family(
 FAMILIES: dict[str, Family] = dict(
     [
         *_alike("axk1 axk2 bailing_hybrid deepseek_v3 deepseek_v32 glm4_moe_lite kimi_linear", _MLA),
-        *_alike("longcat_flash minicpm3 youtu", _MLA),
+        *_alike("longcat_flash minicpm3 sarvam_mla youtu", _MLA),
         *_alike("glm_moe_dsa hy_v4", _SHARED_INDEXER),
         *_alike("gemma4_text gemma4_unified_text", _GEMMA4),
         *_alike(
@@ -144,6 +144,8 @@ FAMILIES: dict[str, Family] = dict(
             "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
         },
     ),
+    # the last layer goes round in loops, with keys of its own in each
+    "dory": Family(spell=lambda stack: {"n_input_layers": len(stack) - 1, "n_output_layers": 0}),
     "dots1": Family(
         stack=(FULL, SLIDING), settings={"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
     ),
@@ -160,6 +162,7 @@ FAMILIES: dict[str, Family] = dict(
         }
     ),
     "ernie4_5_moe": Family(spell=lambda stack: {"moe_layer_start_index": len(stack) - 1}),
+    "falcon_h1": Family(stack=(HYBRID,)),  # its config once called the layers after their attention alone
     "gemma3n": Family(parts=no_vision_tower),
     "gemma3n_text": replace(_SHARED_KEYS, settings={"activation_sparsity_pattern": None}),  # meant for so many layers
     "gpt_neo": Family(stack=("global", "local"), spell=lambda stack: {"attention_types": [[list(stack), 1]]}),

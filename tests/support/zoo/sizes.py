@@ -9,7 +9,7 @@ from tests.support.tiny import VOCAB
 WIDTH, HEADS, HEAD_DIM, CONTEXT, WINDOW = 64, 4, 16, 256, 8
 
 _NAMES_BY_SIZE: dict[int, str] = {
-    VOCAB: "vocab_size decoder_vocab_size vocab_size_per_layer_input audio_vocab_size",
+    VOCAB: "vocab_size unpadded_vocab_size decoder_vocab_size vocab_size_per_layer_input audio_vocab_size",
     CONTEXT: """
         max_position_embeddings n_positions n_ctx max_seq_len max_target_positions context_length model_max_length
         original_max_position_embeddings max_source_positions keep_window_size mem_len rel_extent relative_max_distance
