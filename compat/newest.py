@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sink_patch.compat import v5_8
+from sink_patch.compat import v5_12
 
 
 def _cache_base() -> type:
@@ -13,4 +13,4 @@ def _cache_base() -> type:
     return Newest
 
 
-SHIM = replace(v5_8.SHIM, cache_base=_cache_base)
+SHIM = replace(v5_12.SHIM, cache_base=_cache_base)

@@ -19,7 +19,8 @@ TABLE = (
     (SpecifierSet(">=4.57,<5.0"), "sink_patch.compat.v4_57"),
     (SpecifierSet(">=5.0,<5.4"), "sink_patch.compat.v5_0"),
     (SpecifierSet(">=5.4,<5.8"), "sink_patch.compat.v5_4"),
-    (SpecifierSet(">=5.8,<5.16"), "sink_patch.compat.v5_8"),
+    (SpecifierSet(">=5.8,<5.12"), "sink_patch.compat.v5_8"),
+    (SpecifierSet(">=5.12,<5.16"), "sink_patch.compat.v5_12"),
     (SpecifierSet(">=5.16,<5.25"), "sink_patch.compat.newest"),
 )
 OLDEST, NEWEST = "4.52", "5.24"

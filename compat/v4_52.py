@@ -12,6 +12,9 @@ from sink_patch.compat.shim import Constant, Quirk, Shim
 _SLICED = "On transformers 4.52 this model cuts masks of sliding windows right for whole prompts and single tokens only"
 
 
+GEMMA3N = Quirk(
+    "gemma3n gemma3n_text", refusal="on transformers up to 4.55 some of its layers read the cache by themselves"
+)
 PHIMOE = Quirk("phimoe", refusal="on transformers 4.x its tables of angles end where the cache does")
 
 

@@ -20,5 +20,5 @@ SHIM = replace(
     methods=(*v4_52.SHIM.methods, places.IN_FILE),
     read_entries=read_entries,
     explicit_masks=False,
-    quirks=(v4_52.PHIMOE,),
+    quirks=(v4_52.PHIMOE, v4_52.GEMMA3N),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sink_patch.compat import caches, places, v4_54
+from sink_patch.compat import caches, places, v4_52, v4_54
 from sink_patch.compat.entries import entries_of_layers
 
 
@@ -27,4 +27,5 @@ SHIM = replace(
     cache_base=_cache_base,
     read_entries=entries_of_layers,
     probe_cache=caches.dynamic_cache,
+    quirks=(v4_52.PHIMOE,),
 )

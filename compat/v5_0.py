@@ -5,5 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sink_patch.compat import v4_57
+from sink_patch.compat.shim import Quirk
 
-SHIM = replace(v4_57.SHIM, quirks=())
+INDEXER = Quirk(
+    "glm_moe_dsa", refusal="on transformers up to 5.11 its learned index keeps keys on the model, not in the cache"
+)
+
+SHIM = replace(v4_57.SHIM, quirks=(INDEXER,))

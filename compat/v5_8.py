@@ -1,4 +1,4 @@
-"""transformers 5.8 to 5.15: recurrent and convolution states are layers of the common cache."""
+"""transformers 5.8 to 5.11: recurrent and convolution states are layers of the common cache."""
 
 from __future__ import annotations
 

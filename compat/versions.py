@@ -8,3 +8,6 @@ VERSIONS = (
     *("5.14.1", "5.16.1", "5.18.0", "5.20.2", "5.23.0", "5.24.0"),
 )
 """Oldest first."""
+
+BESIDE = {"5.4.0": ("huggingface-hub==1.8.0",)}
+"""What is installed beside a version that cannot do with the newest: hub 1.33 refuses the defaults of its own configs."""

@@ -49,6 +49,7 @@ class ModelFacts:
     context: Context
     position_source: PositionSource = "position_ids"
     one_by_one: OneByOne | None = None
+    explicit_mask: bool = False  # whether the model must be given a mask even where every column is visible
 
     def same_as(self, other: ModelFacts) -> bool:
         """Whether what was proven for `other` holds for this too."""
@@ -126,6 +127,9 @@ def _facts(
         context=context,
         position_source=source,
         one_by_one=_one_by_one(family, entries),
+        explicit_mask=installed_shim().explicit_masks
+        or source == "columns"
+        or (family is not None and family.explicit_mask),
     )
 
 

@@ -118,7 +118,8 @@ BUILT_IN: tuple[Family, ...] = (
     *_each(
         HALF, "granite_swa granitemoe granitemoe_swa granitemoeshared glm4_moe hy_v3 hyperclovax internlm3 jais2 jetmoe"
     ),
-    *_each(HALF, "iquestcoder laguna mellum mimo_v2_flash minimax_m2 ministral modernbert-decoder moshi olmoe phimoe"),
+    *_each(HALF, "iquestcoder laguna mellum mimo_v2_flash minimax_m2 ministral modernbert-decoder olmoe phimoe"),
+    *_each(HALF, "moshi", explicit_mask=True),
     *_each(
         HALF, "moss_transcribe_diarize phi4_multimodal solar_open vaultgemma gemma3n gemma3n_text gemma4 gemma4_text"
     ),

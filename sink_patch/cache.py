@@ -148,7 +148,7 @@ class SinkCache(RowOperations, CacheBase, seam.Streaming):
             `position_ids`, `attention_mask` and, where this transformers has it, `cache_position` for the model; or
             None where an outer module has begun this forward.
         """
-        if self._streams is None or not self.is_bound_to(module):
+        if self._streams is None or self._facts is None or not self.is_bound_to(module):
             raise self._not_bound_to(type(module).__name__)
         if self._is_under_way(module, columns=inputs.shape[1]):
             return None
@@ -157,11 +157,9 @@ class SinkCache(RowOperations, CacheBase, seam.Streaming):
         if not step.layouts:  # states alone: what is padding in this forward is all that matters
             own = attention_mask is None or step.columns == 1
             return {"attention_mask": None if own else attention_mask[:, -step.columns :]}
-        shim = installed_shim()
-        counts_columns = self._facts is not None and self._facts.position_source == "columns"
-        mask = step.attention_mask(explicit=counts_columns or shim.explicit_masks)
-        coordinates = {"cache_position": step.mask_coordinates()} if shim.passes_cache_position else {}
-        positions = {} if counts_columns else {"position_ids": step.position_ids()}
+        mask = step.attention_mask(explicit=self._facts.explicit_mask)
+        coordinates = {"cache_position": step.mask_coordinates()} if installed_shim().passes_cache_position else {}
+        positions = {"position_ids": step.position_ids()} if self._facts.position_source == "position_ids" else {}
         return {"attention_mask": mask, **positions, **coordinates}
 
     def _is_under_way(self, module: nn.Module, columns: int) -> bool:

@@ -50,6 +50,7 @@ class Family:
         position_limit: how many positions may be used at all, and why; None: as many as one likes.
         position_source: where the model's forward takes positions from: "position_ids", or "columns", the order of the
             keys (ALiBi). A function of the text config where it depends.
+        explicit_mask: whether its forward is causal only where it is given a mask.
         formerly: adapters for the same model in an earlier transformers, which cached other tensors; the probe decides.
         whole_prompts: why several tokens cannot follow others in one forward (in transformers itself), as a sentence
             without its end; None: they can. Where the model has sliding windows, it is so beyond them.
@@ -61,6 +62,7 @@ class Family:
     refusal: str | None = None
     position_limit: PositionLimit | None = None
     position_source: PositionSource | Callable[[Any], PositionSource] = "position_ids"
+    explicit_mask: bool = False
     formerly: AdapterFactory | None = None
     whole_prompts: str | None = None
 

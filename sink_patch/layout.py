@@ -193,7 +193,7 @@ def visible_columns(layouts: Iterable[Layout], columns: int) -> torch.Tensor:
         if offered != layout.filled and not layout.kind.local:
             raise CacheStateError(
                 "The rows of this forward bring different numbers of new tokens, some more than "
-                f"{layout.kind.ring}, to a model with sliding windows: one mask cannot say that. Feed them in pieces of "
+                f"{layout.kind.ring}, to a model with sliding windows: one mask cannot say that. Feed pieces of "
                 f"{layout.kind.ring} columns or fewer."
             )
     column, count = torch.arange(columns)[None, :], torch.tensor(filled)[:, None]  # [1, columns], [rows, 1]

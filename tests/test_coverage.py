@@ -86,7 +86,8 @@ def test_what_is_exact_equals_the_oracle_in_each_kind_of_layer(model_type):
             continue  # states mix neighbouring tokens
         kind = cache.layers[0].kind
         local = kind.capacity if kind.local else None
-        assert worst_error(model, stream, steps, W, S, local_window=local) < TOLERANCE, layer
+        shared = layer.endswith(":shared")
+        assert worst_error(model, stream, steps, W, S, local_window=local, use_cache=shared) < TOLERANCE, layer
         proven += 1
     if not proven:
         pytest.skip("the oracle needs a model of one layer of attention; the naive cache proves this family")
@@ -97,7 +98,12 @@ def test_what_is_exact_equals_the_oracle_in_each_kind_of_layer(model_type):
 def test_what_is_exact_generates_past_three_windows(model_type, attention):
     if attention == "sdpa" and not type(built(model_type))._supports_sdpa:
         pytest.skip(f"transformers has no sdpa for {model_type}")
-    model = built(model_type, attn_implementation=attention)
+    try:
+        model = built(model_type, attn_implementation=attention)
+    except zoo.CannotBuild as failure:
+        if "does not support an attention implementation" not in str(failure):
+            raise
+        pytest.skip(f"transformers has no sdpa for a part of {model_type}")
     sink = {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S}
     asked = {"max_new_tokens": 3 * W, "min_new_tokens": 3 * W, "do_sample": True, "return_dict_in_generate": True}
     ids = tokens(5, rows=2)

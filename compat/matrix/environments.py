@@ -12,6 +12,8 @@ import sysconfig
 from pathlib import Path
 from typing import IO
 
+from sink_patch.compat.versions import BESIDE
+
 SHARED = Path(sysconfig.get_path("purelib"))
 SHARE = f"import site; site.addsitedir({str(SHARED)!r})\n"
 ASK = "import importlib.metadata, torch, transformers; print(importlib.metadata.version('transformers'))"
@@ -38,7 +40,8 @@ def environment(version: str, root: Path, log: IO[str]) -> Path:
         call("-m", "venv", "--without-pip", "--clear", str(folder), log=log)
         share(folder)
         pip = ("-m", "pip", "--python", str(python_of(folder)), "--disable-pip-version-check")
-        call(*pip, "install", "--quiet", "--no-compile", f"transformers=={version}", log=log)
+        wanted = (f"transformers=={version}", *BESIDE.get(version, ()))
+        call(*pip, "install", "--quiet", "--no-compile", *wanted, log=log)
     return folder
 
 

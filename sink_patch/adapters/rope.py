@@ -130,7 +130,7 @@ def frequency_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 def _buffer_of(layer_idx: int, layer_type: str | None, buffers: dict[str, torch.Tensor]) -> str:
     """Which buffer a layer uses: its own module's, else its layer type's, else the common one."""
     own = [name for name in buffers if f".{layer_idx}." in name]
-    typed = [name for name in buffers if name.rsplit(".", 1)[-1] == f"{layer_type}_inv_freq"]
+    typed = [name for name in buffers if name.endswith((f"{layer_type}_inv_freq", f"{layer_type}.inv_freq"))]
     common = [name for name in buffers if name.rsplit(".", 1)[-1] == "inv_freq" and not re.search(r"\.\d+\.", name)]
     # in 4.x, Gemma 3 and its kin have one rotary module for layers with a sliding window, and one for the others
     local = [name for name in common if ("local" in name) == (layer_type == "sliding_attention")]

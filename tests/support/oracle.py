@@ -39,10 +39,12 @@ def worst_error(
     *,
     local_window: int | None = None,
     cache: SinkCache | None = None,
+    use_cache: bool = False,
 ) -> float:
     """Largest relative error of the last logits over a schedule of forwards.
 
     Args:
+        use_cache: whether the fresh forwards have a cache, without which some layers do not share keys (Gemma 3n).
         local_window: the layer's own sliding window where it is shorter than the cache's: then it has no sinks.
     """
     cache = SinkCache(window_length, num_sink_tokens, model=model) if cache is None else cache
@@ -53,6 +55,6 @@ def worst_error(
             standing_for = stream[:, max(0, seen + new - local_window) : seen + new]
         else:
             standing_for = visible_tokens(stream, seen, new, window_length, num_sink_tokens)
-        worst = max(worst, relative_error(found, model(standing_for, use_cache=False).logits[:, -1]))
+        worst = max(worst, relative_error(found, model(standing_for, use_cache=use_cache).logits[:, -1]))
         seen += new
     return worst

@@ -26,7 +26,7 @@ class ReplayCache(BareCache):
         super().__init__(layers=list(own_layers(text_config(model))))
         facts = examine(model)
         self.facts, self.window, self.sinks = facts.layers, window_length, num_sink_tokens
-        self.counts_columns = facts.position_source == "columns"
+        self.counts_columns, self.explicit_mask = facts.position_source == "columns", facts.explicit_mask
         self.kept: dict[int, list[tuple[torch.Tensor, torch.Tensor, int]]] = {}  # layer -> (key, value, position made)
         self.index_keys: dict[int, list[torch.Tensor]] = {}
         self.seen = self.new = 0
@@ -35,7 +35,7 @@ class ReplayCache(BareCache):
         """What the model is to get for a forward of `new` tokens."""
         self.new = new
         start, columns = len(self.full_past()), torch.arange(self.past_columns(), self.past_columns() + new)
-        explicit = self.counts_columns or installed_shim().explicit_masks
+        explicit = self.explicit_mask
         mask = {"attention_mask": torch.ones(1, len(columns) + int(columns[0]), dtype=torch.long)} if explicit else {}
         # coordinates of the mask, for versions up to 5.3
         coordinates = {"cache_position": columns} if installed_shim().passes_cache_position else {}
