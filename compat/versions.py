@@ -10,4 +10,4 @@ VERSIONS = (
 """Oldest first."""
 
 BESIDE = {"5.4.0": ("huggingface-hub==1.8.0",)}
-"""What is installed beside a version that cannot do with the newest: hub 1.33 refuses the defaults of its own configs."""
+"""What is installed beside a version that cannot do with the newest: hub 1.33 refuses defaults of its configs."""

@@ -22,7 +22,8 @@ class StatefulSinkLayer(SinkLayer, LinearAttentionLayer):
         sliding: bool = False,
         number_of_states: int = 1,
     ):
-        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+        several = {"number_of_states": number_of_states} if number_of_states != 1 else {}  # not in all versions
+        LinearAttentionLayer.__init__(self, **several)
         SinkLayer.__init__(self, kind, key_rotation, value_rotation, sliding=sliding)
 
     def select_rows(self, rows: torch.Tensor) -> None:

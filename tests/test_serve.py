@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import socket
 import subprocess
@@ -12,14 +13,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from transformers.utils.import_utils import is_serve_available
 
 from tests.support import directory
 from tests.support.fresh import environment
 
+HAS_SERVER = all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn", "openai"))
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not is_serve_available(), reason="needs the server: pip install 'transformers[serving]'"),
+    pytest.mark.skipif(not HAS_SERVER, reason="needs the server: pip install 'transformers[serving]'"),
 ]
 SIZES, OTHER_SIZES = ({"window_length": window, "num_sink_tokens": 3} for window in (12, 20))
 MESSAGES, PROMPT = [{"role": "user", "content": "w11 w12"}], "w1 w11 w12 w2 w3"
