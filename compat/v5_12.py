@@ -6,4 +6,4 @@ from dataclasses import replace
 
 from sink_patch.compat import v5_8
 
-SHIM = replace(v5_8.SHIM, quirks=())
+SHIM = replace(v5_8.SHIM, quirks=v5_8.STATES)

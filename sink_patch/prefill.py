@@ -36,7 +36,7 @@ def fed_in_pieces(
     inputs = input_ids if embeds is None else embeds  # [rows, columns] or [rows, columns, hidden]
     fed = cache.get_seq_length()
     length = stream_length(generation_config, model_kwargs) or inputs.shape[1]
-    new = inputs[:, -(length - fed) :]
+    new = inputs[:, inputs.shape[1] - (length - fed) :]
     pieces = () if size is None else new.split(size, dim=1)[:-1]
     for piece in pieces:
         seen = cache.get_seq_length() + piece.shape[1]

@@ -137,7 +137,7 @@ def _from_pretrained(source: str, dtype: str, **options: Any) -> tuple[Any, Any]
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         # the old name is the one that every transformers from 4.52 on takes
         model: Any = AutoModelForCausalLM.from_pretrained(source, torch_dtype=getattr(torch, dtype), **options)
-    except (OSError, ValueError) as failure:
+    except (OSError, ValueError, ImportError) as failure:
         raise SinkArgumentError(
             f"The model {source!r} cannot be loaded: {failure}. Give a directory with config.json, weights and "
             "tokenizer, or a name on the Hugging Face hub."

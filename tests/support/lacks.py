@@ -65,7 +65,12 @@ LACKS: tuple[Lack, ...] = (
         "test_default_cache.py::test_logits_of_each_family*cohere2-in *chunk*",
     ),
     *_rows("<5.8", _STATES_APART, "test_coverage.py::test_a_long_prompt_is_not_cut_where_states*"),
-    *_rows("<5.24", "COVERAGE.md is the table of the newest transformers", "test_coverage.py::test_the_counts_and*"),
+    *_rows(
+        "<5.24",
+        "COVERAGE.md is the table of the newest transformers",
+        "test_coverage.py::test_the_counts_and*",
+        "test_cli.py::test_families_prints_the_table_of_the_repository",
+    ),
     *_rows("<4.53", _ONE_MASK, "test_many_layers.py::*gemma3*", "test_many_layers.py::*cohere2*"),
 )
 
