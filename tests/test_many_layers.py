@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sink_patch import SinkCache
-from tests.support.naive import NaiveCache
+from tests.support.naive import NaiveCache, decoder_of
 from tests.support.oracle import relative_error
 from tests.support.tiny import tiny, tokens
 
@@ -55,8 +55,7 @@ def schedule(seed: int, window: int, *, long_prompt: bool) -> list[int]:
 def newest_positions(model: PreTrainedModel) -> Iterator[list[int]]:
     """The last of the `position_ids` that each forward of the decoder is given."""
     seen: list[int] = []
-    decoder: Any = model.base_model
-    hook = decoder.register_forward_pre_hook(
+    hook = decoder_of(model).register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(int(kwargs["position_ids"].max())), with_kwargs=True
     )
     try:

@@ -59,7 +59,8 @@ def stream_of(window: int) -> torch.Tensor:
 def write_job(directory: Path, layers: int, window: int, sinks: int) -> None:
     model = model_of(layers)
     config = {name: getattr(model.config, name) for name in COPIED}
-    config["rope_theta"] = model.config.rope_parameters["rope_theta"]
+    said = model.config.to_dict()
+    config["rope_theta"] = said.get("rope_parameters", said)["rope_theta"]
     job = {"config": config, "window_length": window, "num_sink_tokens": sinks}
     (directory / "job.json").write_text(json.dumps(job))
     torch.save(model.state_dict(), directory / "weights.pt")

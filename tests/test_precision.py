@@ -30,6 +30,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from sink_patch.compat import installed_shim
 from transformers import PreTrainedModel
 
 from sink_patch import SinkCache
@@ -59,8 +60,10 @@ class Shown:
 @torch.no_grad()
 def shown_after_10000_steps(dtype: torch.dtype) -> Shown:
     original = tiny("llama", max_position_embeddings=CONTEXT)
+    config = copy.deepcopy(original.config)
+    setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", dtype)
     # not .to(dtype), which would round the rotary frequencies too
-    model = type(original)._from_config(copy.deepcopy(original.config), attn_implementation="eager", dtype=dtype).eval()
+    model = type(original)._from_config(config, attn_implementation="eager").eval()
     model.load_state_dict(original.state_dict())
     cache, stream = SinkCache(W, S, model=model), tokens(STEPS)
     newest = [0]
@@ -86,7 +89,8 @@ def keys_of(model: PreTrainedModel, token_ids: torch.Tensor, positions: torch.Te
     """What the model itself caches for single tokens [tokens] at positions: [tokens, heads, head_dim]."""
     cache = default_cache(model)
     model(token_ids[:, None], position_ids=positions[:, None], past_key_values=cache)
-    return cache.layers[0].keys[:, :, 0]
+    keys, _ = installed_shim().cached(cache)[0]
+    return keys[:, :, 0]
 
 
 def exactly_rotated(model: PreTrainedModel, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -158,8 +158,9 @@ def test_a_cast_model_that_no_family_claims_is_looked_at_again_also_where_its_va
     model.config.model_type = "nobody_knows"
     SinkCache(12, 3, model=model)
     model.to(torch.bfloat16)
-    held = SinkCache(12, 3, model=model).layers[0].rings[1].rotation.inv_freq
-    assert torch.equal(held, model.model.rotary_emb.inv_freq.double())
+    rotations = [ring.rotation for ring in SinkCache(12, 3, model=model).layers[0].rings if ring.rotation is not None]
+    assert len(rotations) == 1  # of the values; up to 5.14, of the keys
+    assert torch.equal(rotations[0].inv_freq, model.model.rotary_emb.inv_freq.double())
 
 
 def test_error_is_blind_to_no_dim():

@@ -128,6 +128,7 @@ def test_a_model_that_no_family_claims_is_served_by_the_probe(model_type):
     assert "none registered; chosen by the probe" in str(sink_patch.inspect(model, 12, 3))
 
 
+@pytest.mark.filterwarnings("ignore:.position_ids. have no functionality in BLOOM:FutureWarning")
 def test_a_model_whose_keys_do_not_turn_is_refused_by_the_probe():
     config = {"n_embed": 64, "hidden_size": 64, "n_head": 4, "n_layer": 1, "num_attention_heads": 4}
     model = renamed("bloom", **config)  # ALiBi

@@ -6,11 +6,13 @@ import functools
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from sink_patch import SinkCache, UnsupportedGenerationError
+from tests.support.lacks import skip_what_is_to_come
 from tests.support.oracle import worst_error
 from tests.support.tiny import tokens
+from tests.support.versions import parts, say_rope
 
 SECTIONS = {"qwen2_vl": [2, 3, 3], "qwen2_5_vl": [2, 3, 3], "qwen3_vl": [4, 2, 2], "glm4v": [2, 3, 3]}
 _TEXT = {
@@ -46,7 +48,8 @@ _VISION = {
 def model_of(model_type: str) -> PreTrainedModel:
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": SECTIONS[model_type]}
     special = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
-    text = {**_TEXT, "rope_parameters": rope}
+    skip_what_is_to_come(model_type)
+    text = say_rope(parts(CONFIG_MAPPING[model_type])["text_config"], {**_TEXT, "rope_parameters": rope})
     config = AutoConfig.for_model(model_type, text_config=text, vision_config=_VISION, **special)
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
@@ -59,7 +62,8 @@ def model_of(model_type: str) -> PreTrainedModel:
 @pytest.mark.parametrize("model_type", SECTIONS)
 def test_text_is_exact(model_type):
     stream = tokens(160) % 80
-    assert worst_error(model_of(model_type), stream, [7, 20, *[1] * 90, 5, 9, 1, 1], 12, 3) < 1e-5
+    # fresh forwards with a cache: without, 4.57's GLM-4V fails
+    assert worst_error(model_of(model_type), stream, [7, 20, *[1] * 90, 5, 9, 1, 1], 12, 3, use_cache=True) < 1e-5
 
 
 @pytest.mark.parametrize("model_type", SECTIONS)

@@ -121,10 +121,17 @@ def frequency_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     for path, module in decoder_of(model).named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name.endswith("inv_freq") and not name.endswith("original_inv_freq"):
-                # a buffer in 5.x, a plain attribute in 4.x
-                original = getattr(module, re.sub(r"inv_freq$", "original_inv_freq", name), buffer)
-                found[f"{path}.{name}" if path else name] = original
+                found[f"{path}.{name}" if path else name] = _in_use_at_first(module, name, buffer)
     return found
+
+
+def _in_use_at_first(module: nn.Module, name: str, buffer: torch.Tensor) -> torch.Tensor:
+    """The buffer itself, or what its module holds in it for short texts (modeling_rope_utils.dynamic_rope_update)."""
+    original: torch.Tensor = getattr(module, re.sub(r"inv_freq$", "original_inv_freq", name), buffer)
+    if "longrope" in str(getattr(module, "rope_type", "")):
+        return original  # put into the buffer at each forward
+    # in 4.x the original is no buffer, so that casting a model leaves it as it was, and the model does not use it
+    return buffer if torch.equal(original.to(buffer), buffer) else original
 
 
 def _buffer_of(layer_idx: int, layer_type: str | None, buffers: dict[str, torch.Tensor]) -> str:

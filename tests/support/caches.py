@@ -6,13 +6,15 @@ import inspect
 from typing import Any
 
 from sink_patch.compat import installed_shim
-from torch import nn
-from transformers import cache_utils
+from transformers import PreTrainedModel, cache_utils
 
 
-def default_cache(model: nn.Module) -> Any:
-    """What `generate` would give a model that asks for nothing."""
-    return installed_shim().probe_cache(model.config.get_text_config(decoder=True))
+def default_cache(model: PreTrainedModel, rows: int = 1, longest: int = 256) -> Any:
+    """What `generate` would give a model that asks for nothing, for `rows` streams of `longest` tokens."""
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "cache_implementation", None) == "hybrid":  # models that cut their masks for no other cache
+        return cache_utils.HybridCache(config, max_batch_size=rows, max_cache_len=longest, dtype=model.dtype)
+    return installed_shim().probe_cache(config)
 
 
 class BareCache(cache_utils.Cache):

@@ -25,7 +25,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """One word, one token: "w5" is 5."""
     words = Tokenizer(models.WordLevel({f"w{token}": token for token in range(VOCAB)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", chat_template=_TEMPLATE)
+    names = ["input_ids", "attention_mask"]  # in 4.x there would be token types, too
+    settings = {"unk_token": "w0", "chat_template": _TEMPLATE, "model_input_names": names}
+    return PreTrainedTokenizerFast(tokenizer_object=words, **settings)
 
 
 def write(folder: Path, **entries: Any) -> Path:

@@ -94,11 +94,16 @@ class NaiveCache(BareCache):
         return torch.zeros(hidden.shape, dtype=torch.float64).masked_fill(hidden, -torch.inf)[None, None]
 
 
+def decoder_of(model: PreTrainedModel) -> Any:
+    """What lies below the head; up to 4.57, Gemma 3's `base_model` is the whole."""
+    return getattr(model, "model", model.base_model)
+
+
 def turned(model: PreTrainedModel, keys: torch.Tensor, positions: torch.Tensor, layer_idx: int) -> torch.Tensor:
     """Un-rotated keys [rows, heads, tokens, dim] at `positions`, by the model's own functions; negative ones undo."""
     module: Any = sys.modules[type(model).__module__]
     config, layer_types = model.config, getattr(model.config, "layer_types", None)
-    decoder: Any = model.base_model
+    decoder = decoder_of(model)
     if keys.shape[2] == 0:
         return keys
     if config.model_type == "gptj":

@@ -10,6 +10,7 @@ import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from tests.support.lacks import skip_what_is_to_come
 from tests.support.versions import NotInThisVersion, make_config, say_layers
 from tests.support.weights import seeded
 
@@ -87,7 +88,7 @@ def variants(model_type: str) -> list[tuple[str, dict[str, Any]]]:
     """(name, settings of a one-layer config) for each kind of layer of a family that can be alone in a model."""
     spec = FAMILIES[model_type]
     made = []
-    for types in filter(functools.partial(_can_be_said, model_type), spec.get("layers", ())):
+    for types in filter(functools.partial(can_have, model_type), spec.get("layers", ())):
         made.append((types[0], {"layer_types": list(types), "sliding_window": 128}))
         if types == _SLIDING:
             made.append(("short_sliding_attention", {"layer_types": list(types), "sliding_window": 7}))
@@ -98,7 +99,8 @@ def variants(model_type: str) -> list[tuple[str, dict[str, Any]]]:
     return made if made and not spec.get("sliding") else [("full_attention", {}), *made]
 
 
-def _can_be_said(model_type: str, types: Sequence[str]) -> bool:
+def can_have(model_type: str, types: Sequence[str]) -> bool:
+    """Whether the installed transformers can make a model of this family with these layer types."""
     try:
         say_layers(CONFIG_MAPPING[model_type], types)
     except NotInThisVersion:
@@ -124,6 +126,7 @@ def tiny(
     Raises:
         NotInThisVersion: the installed transformers cannot make a model of these `layer_types`.
     """
+    skip_what_is_to_come(model_type)
     return _model(model_type, repr({"num_hidden_layers": layers, **settings}), attention, seed)
 
 

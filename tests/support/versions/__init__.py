@@ -9,6 +9,7 @@ from tests.support.versions.caches import caches_need_states, families_have_cach
 from tests.support.versions.fields import ConfigClass, PreTrainedConfig, as_part, default_of, fields, parts, stored
 from tests.support.versions.layers import NotInThisVersion, hear_layers, say_layers
 from tests.support.versions.making import make_config
+from tests.support.versions.rope import say_rope
 
 __all__ = [
     "ConfigClass",
@@ -23,5 +24,6 @@ __all__ = [
     "make_config",
     "parts",
     "say_layers",
+    "say_rope",
     "stored",
 ]

@@ -31,7 +31,7 @@ def say_rope(config_class: ConfigClass, settings: Settings) -> dict[str, Any]:
 
 def _scaling(config_class: ConfigClass, rope: Settings) -> dict[str, Any] | None:
     scaled = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
-    if scaled.get("rope_type", "default") == "default":
+    if scaled.keys() <= {"rope_type"} and scaled.get("rope_type", "default") == "default":
         return None
     if "original_max_position_embeddings" in fields(config_class):  # Phi's long RoPE knows these from other settings
         kept = ("short_factor", "long_factor")
