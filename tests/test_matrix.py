@@ -253,6 +253,16 @@ def test_the_numbers_are_written_where_they_are_asked_for(pytest_runs, tmp_path)
     assert report.table([QUICK, GOOD]) in (tmp_path / "README.md").read_text()
 
 
+def test_earlier_numbers_stand_beside_those_of_now(pytest_runs, tmp_path, capsys):
+    old, older = tmp_path / "old", tmp_path / "older"
+    older.write_text(json.dumps([asdict(replace(BAD, version="5.3.0"))]))
+    old.write_text(json.dumps([asdict(BAD), asdict(replace(GOOD, version="5.3.0"))]))
+    assert run("--quick", "4.52.4", "--with", str(older), str(old)) == 0
+    assert report.table([QUICK, replace(GOOD, version="5.3.0")]) in capsys.readouterr().out
+    assert run("--with", str(old)) == 1
+    assert [run.version for run in pytest_runs[0]] == ["4.52.4"]
+
+
 def test_a_run_has_files_of_its_own_and_no_network(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(runs.subprocess, "run", lambda command, **kwargs: calls.append((command, kwargs)) or Done(3))

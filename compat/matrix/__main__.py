@@ -3,6 +3,7 @@
     python -m compat.matrix                                  all versions, the whole suite
     python -m compat.matrix --full 4.52.4 5.3.0 --quick      two versions in full, a quick selection on all others
     python -m compat.matrix --quick 5.4.0 --only tests/test_cache.py
+    python -m compat.matrix --full 5.4.0 --with old.json --readme    one version anew, and the table of all
 
 Torch and the tools are those of the python that runs this: another torch is tested by running it with another python.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for record in all_of(runs(asked), asked.jobs):
         print(line(record), flush=True)
         records.append(record)
+    records += earlier(asked.earlier, but_not={record.version for record in records})
     records.sort(key=lambda record: Version(record.version))
     tell(records)
     keep(records, asked)
@@ -62,6 +64,15 @@ def parser() -> argparse.ArgumentParser:
         "--root", type=Path, default=CHECKOUT / ".matrix", metavar="DIR", help="environments and logs (%(default)s)"
     )
     it.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, failures and reasons to this file")
+    it.add_argument(
+        "--with",
+        nargs="+",
+        type=Path,
+        default=[],
+        dest="earlier",
+        metavar="FILE",
+        help="files of --json: what they say of versions that are not run now belongs to the result, too",
+    )
     it.add_argument("--readme", action="store_true", help="put the table into README.md")
     return it
 
@@ -75,9 +86,16 @@ def version(text: str) -> str:
     return text
 
 
+def earlier(files: Sequence[Path], but_not: Collection[str]) -> list[Record]:
+    """The records in files of ours, without those of some versions; of two for one version, the later file's."""
+    found = [Record(**record) for file in files for record in json.loads(file.read_text())]
+    return [*{record.version: record for record in found if record.version not in but_not}.values()]
+
+
 def runs(asked: argparse.Namespace) -> list[Run]:
     """One run for each version that is asked for; the whole suite where a version is named twice."""
-    full = list(VERSIONS) if asked.all_full or not (asked.full or asked.quick is not None) else asked.full
+    is_silent = not (asked.full or asked.quick is not None or asked.earlier)
+    full = list(VERSIONS) if asked.all_full or is_silent else asked.full
     quick = [] if asked.quick is None else asked.quick or VERSIONS
     suites = {**dict.fromkeys(quick, "quick"), **dict.fromkeys(full, "all")}
     root = asked.root.resolve()
