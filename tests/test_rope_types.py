@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+import torch
 
 import sink_patch
 from sink_patch import SinkArgumentError, SinkCache
@@ -50,6 +53,18 @@ def model_of(rope_type, **settings):
 def test_each_rope_type_is_exact(rope_type, window, sinks, attention):
     model = model_of(rope_type, attention=attention)
     assert worst_error(model, tokens(sum(STEPS)), STEPS, window, sinks) < 1e-5
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rope_type", TYPES)
+def test_a_cast_model_turns_by_the_frequencies_that_it_now_has(rope_type, dtype, used_before):
+    model = copy.deepcopy(model_of(rope_type)).to(dtype)
+    if used_before:  # long RoPE puts its original frequencies back, which 4.x does not cast
+        model(tokens(3))
+    found = sink_patch.rope("half")(model)[0].keys.inv_freq
+    model(tokens(3))
+    assert torch.equal(found, model.model.rotary_emb.inv_freq.double())
 
 
 @pytest.mark.parametrize("rope_type", TYPES)
