@@ -66,11 +66,13 @@ class Quirk:
         model_types: in words.
         refusal: why they cannot stream here; None: they can.
         whole_prompts: why several tokens cannot follow others in one forward; None: they can. See `Family`.
+        explicit_mask: whether they must be given a mask even where every column is visible.
     """
 
     model_types: str
     refusal: str | None = None
     whole_prompts: str | None = None
+    explicit_mask: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,4 +11,6 @@ INDEXER = Quirk(
     "glm_moe_dsa", refusal="on transformers up to 5.11 its learned index keeps keys on the model, not in the cache"
 )
 
-SHIM = replace(v4_57.SHIM, quirks=(INDEXER,))
+ONE_TOO_MANY = Quirk("persimmon stablelm", explicit_mask=True)  # 5.0 guesses one column more than there is
+
+SHIM = replace(v4_57.SHIM, quirks=(INDEXER, ONE_TOO_MANY))

@@ -18,4 +18,5 @@ SHIM = replace(
     methods=(*v4_56.METHODS, places.prepare_cache("generation_mode")),
     cache_base=_cache_base,
     passes_cache_position=False,
+    quirks=(v5_0.INDEXER,),
 )

@@ -83,7 +83,11 @@ def _of_installed(families: Iterable[Family]) -> Iterable[Family]:
         elif quirk.refusal is not None:
             yield Family(name=family.name, model_types=family.model_types, refusal=quirk.refusal)
         else:
-            yield replace(family, whole_prompts=quirk.whole_prompts)
+            yield replace(
+                family,
+                whole_prompts=quirk.whole_prompts or family.whole_prompts,
+                explicit_mask=quirk.explicit_mask or family.explicit_mask,
+            )
 
 
 def _redefines(new: Family, old: Family) -> bool:

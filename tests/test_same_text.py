@@ -14,6 +14,7 @@ import torch
 from sink_patch import SinkCache
 from tests.support.tiny import FAMILIES, tiny, tokens
 
+TORCH = "2.13"  # another one may draw other random numbers
 FILE = Path(__file__).parent / "data" / "streams.json"
 W, S = 12, 3
 MODES = {
@@ -38,6 +39,8 @@ def told(model_type: str, mode: str) -> list[int]:
 @pytest.mark.parametrize("model_type", MODELS)
 def test_the_text_is_the_same_on_every_version(model_type, mode):
     assert model_type in FAMILIES
+    if mode == "sampled" and not torch.__version__.startswith(f"{TORCH}."):
+        pytest.skip(f"the file was written with torch {TORCH}, and this one draws other random numbers")
     assert told(model_type, mode) == json.loads(FILE.read_text())[model_type][mode]
 
 
