@@ -2,6 +2,7 @@
 
     python -m compat.matrix                                  all versions, the whole suite
     python -m compat.matrix --full 4.52.4 5.3.0 --quick      two versions in full, a quick selection on all others
+    python -m compat.matrix --quick 5.0.0 --families         a quick selection and the proof of every architecture
     python -m compat.matrix --quick 5.4.0 --only tests/test_cache.py
     python -m compat.matrix --full 5.4.0 --with old.json --readme    one version anew, and the table of all
 
@@ -59,6 +60,9 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument(
         "--only", nargs="+", metavar="PATH", help="files or tests in place of the whole suite and the quick one"
     )
+    it.add_argument(
+        "--families", action="store_true", help="beside the quick selection, the proof of every architecture"
+    )
     it.add_argument("--jobs", type=int, default=2, metavar="N", help="versions that run side by side (%(default)s)")
     it.add_argument(
         "--root", type=Path, default=CHECKOUT / ".matrix", metavar="DIR", help="environments and logs (%(default)s)"
@@ -97,7 +101,8 @@ def runs(asked: argparse.Namespace) -> list[Run]:
     is_silent = not (asked.full or asked.quick is not None or asked.earlier)
     full = list(VERSIONS) if asked.all_full or is_silent else asked.full
     quick = [] if asked.quick is None else asked.quick or VERSIONS
-    suites = {**dict.fromkeys(quick, "quick"), **dict.fromkeys(full, "all")}
+    selection = "quick + families" if asked.families else "quick"
+    suites = {**dict.fromkeys(quick, selection), **dict.fromkeys(full, "all")}
     root = asked.root.resolve()
     if asked.only:
         return [Run(name, "some", tuple(asked.only), root) for name in suites]

@@ -24,7 +24,7 @@ class Record:
 
     Args:
         version: of transformers.
-        suite: what was run: "all", "quick" or "some".
+        suite: what was run: a name of SUITES in runs.py, or "some".
         exit_code: pytest's; negative where it was killed, or one of the two above.
         seconds: from pytest's start to its end.
         passed, failed, errors, skipped: tests. One that passes and then fails to clean up is an error; one that fails

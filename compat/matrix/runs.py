@@ -19,14 +19,16 @@ from compat.versions import VERSIONS
 
 CHECKOUT = Path(__file__).parent.parent.parent
 RANDOM = "tests/test_oracle.py::test_no_schedule_is_a_counterexample"
+QUICK = (
+    *("tests/test_oracle.py", "tests/test_generate.py", "tests/test_same_text.py", "tests/test_private_places.py"),
+    "tests/test_autoload.py::test_with_no_import_of_ours_torch_switches_it_on",
+    "tests/test_pipeline.py::test_a_pipeline_that_knows_only_the_directory_streams",
+    *("--deselect", RANDOM),
+)
 SUITES: dict[str, tuple[str, ...]] = {
     "all": (),
-    "quick": (
-        *("tests/test_oracle.py", "tests/test_generate.py", "tests/test_same_text.py", "tests/test_private_places.py"),
-        "tests/test_autoload.py::test_with_no_import_of_ours_torch_switches_it_on",
-        "tests/test_pipeline.py::test_a_pipeline_that_knows_only_the_directory_streams",
-        *("--deselect", RANDOM),
-    ),
+    "quick": QUICK,
+    "quick + families": ("tests/test_coverage.py", *QUICK),
 }
 """What pytest is given for each suite. The quick one leaves out a long search for schedules on which our bookkeeping is
 wrong: what that would find does not depend on the version."""
@@ -42,7 +44,7 @@ class Run:
 
     Args:
         version: of transformers.
-        suite: "all", "quick", or "some" where the paths were named by hand.
+        suite: of SUITES, or "some" where the paths were named by hand.
         paths: what pytest is given.
         root: the folder of environments, logs and scratch files.
     """
