@@ -1,4 +1,4 @@
-"""Where versions of transformers differ. Installed as `sink_patch.compat`; no other package of ours names a version."""
+"""Where versions of transformers differ. Installed as `sink_patch.compat`; nothing else of ours asks for a version."""
 
 from __future__ import annotations
 

@@ -22,6 +22,10 @@ class Ours:
         """Mask coordinate of the first new token."""
         raise NotImplementedError
 
+    def states_alone(self) -> list[bool]:
+        """Of each layer, whether it holds a recurrent or convolution state and no attention."""
+        raise NotImplementedError
+
     def forget(self, count: int, asked: str) -> None:
         """Take back the newest `count` tokens; `asked` is how that was said."""
         raise NotImplementedError
@@ -39,6 +43,16 @@ class MasksByLength(Ours):
         return self.past_columns()
 
 
+class LayersByContent(Ours):
+    """5.24 and newer (cache_utils.py): a cache says which of its layers hold states alone."""
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """None of them where all do: of such a cache `generate` believes that it does not know its length."""
+        alone = self.states_alone()
+        return [False] * len(alone) if all(alone) else alone
+
+
 class MasksByPosition(Ours):
     """4.53 to 5.3 (masking_utils.py): `get_mask_sizes(cache_position, layer_idx)`."""
 
@@ -48,7 +62,7 @@ class MasksByPosition(Ours):
 
 
 class CropByCount(Ours):
-    """5.16 and newer (cache_utils.py): `crop` takes minus the number of tokens to remove."""
+    """5.15 and newer (cache_utils.py): `crop` takes minus the number of tokens to remove."""
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest `-tokens_to_remove` tokens; possible only while nothing has left the window.
@@ -104,12 +118,12 @@ class Plain(Cache):
         """None, as of a `DynamicCache`: there is no length at which a stream ends."""
 
 
-class Newest(MasksByLength, CropByCount, Layered):
-    """5.16 and newer."""
+class Newest(MasksByLength, LayersByContent, CropByCount, Layered):
+    """5.15 and newer."""
 
 
 class ByLength(MasksByLength, CropToLength, Layered):
-    """5.4 to 5.15."""
+    """5.4 to 5.14."""
 
 
 class ByPosition(MasksByPosition, CropToLength, Layered):  # type: ignore[misc] # checked with the newest

@@ -8,7 +8,7 @@ from typing import Any
 
 from sink_patch.compat.shim import Cached
 
-_OWN = "on this transformers it keeps its states in a cache of its own kind, not in a `Cache`"
+OWN = "on this transformers it keeps its past in a form of its own, not in a `Cache`"
 
 
 def dynamic_cache(config: Any) -> Any:
@@ -47,16 +47,16 @@ def no_layers(_config: Any) -> Sequence[Any]:
 
 
 def takes_any_cache(_model_class: type) -> str | None:
-    """5.8 and newer: all models that stream at all take a `Cache`."""
+    """5.5 and newer: all models that stream at all take a `Cache`."""
     return None
 
 
 def keeps_its_own_cache(model_class: Any) -> str | None:
-    """Up to 5.7: models with recurrent states, and those that know tuples only, say so to `generate`."""
+    """Up to 5.4: models with recurrent states, and those that know tuples only, say so to `generate`."""
     if hasattr(model_class, "_supports_default_dynamic_cache"):
         # a class method from 4.54 on; before, a method that reads nothing but class attributes
         blank = model_class.__new__(model_class)
         if not blank._supports_default_dynamic_cache():
-            return _OWN
+            return OWN
     parameters = inspect.signature(model_class.forward).parameters
-    return None if "past_key_values" in parameters else _OWN
+    return None if "past_key_values" in parameters else OWN

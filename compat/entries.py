@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,14 +45,15 @@ _HOLDS = {
 
 def dynamic_layers(config: Any) -> list[Any]:
     """Fresh layers of a `DynamicCache` for a text config (4.56 and newer)."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     layers = list(DynamicCache(config=config).layers)
     if layers or not config.num_hidden_layers:
         return layers
     # up to 5.12 `layer_types[: -num_kv_shared_layers]` leaves nothing where no layer shares another's keys
-    make: Any = DynamicLayer
-    return [make() for _ in range(config.num_hidden_layers)]
+    full: Any = DynamicLayer
+    sliding: Any = functools.partial(DynamicSlidingWindowLayer, sliding_window=getattr(config, "sliding_window", None))
+    return [(sliding if layer_type in _SLIDING else full)() for layer_type in layer_types_of(config)]
 
 
 def entries_of_layers(config: Any) -> list[Entry]:

@@ -1,10 +1,10 @@
-"""transformers 5.16 and newer: `crop` takes the number of tokens to remove."""
+"""transformers 5.15 and newer: `crop` takes the number of tokens to remove."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from sink_patch.compat import v5_12
+from sink_patch.compat import v5_11
 
 
 def _cache_base() -> type:
@@ -13,4 +13,4 @@ def _cache_base() -> type:
     return Newest
 
 
-SHIM = replace(v5_12.SHIM, cache_base=_cache_base)
+SHIM = replace(v5_11.SHIM, cache_base=_cache_base, quirks=())

@@ -8,7 +8,6 @@ from typing import Any
 
 from sink_patch.compat.entries import Entry
 
-Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
 Cached = tuple[Any, Any] | None
 """(keys, values) of one entry of a cache, [rows, heads, tokens, dim] each; None where it holds none."""
 

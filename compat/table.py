@@ -18,10 +18,10 @@ TABLE = (
     (SpecifierSet(">=4.56,<4.57"), "sink_patch.compat.v4_56"),
     (SpecifierSet(">=4.57,<5.0"), "sink_patch.compat.v4_57"),
     (SpecifierSet(">=5.0,<5.4"), "sink_patch.compat.v5_0"),
-    (SpecifierSet(">=5.4,<5.8"), "sink_patch.compat.v5_4"),
-    (SpecifierSet(">=5.8,<5.12"), "sink_patch.compat.v5_8"),
-    (SpecifierSet(">=5.12,<5.16"), "sink_patch.compat.v5_12"),
-    (SpecifierSet(">=5.16,<5.25"), "sink_patch.compat.newest"),
+    (SpecifierSet(">=5.4,<5.5"), "sink_patch.compat.v5_4"),
+    (SpecifierSet(">=5.5,<5.11"), "sink_patch.compat.v5_5"),
+    (SpecifierSet(">=5.11,<5.15"), "sink_patch.compat.v5_11"),
+    (SpecifierSet(">=5.15,<5.25"), "sink_patch.compat.newest"),
 )
 OLDEST, NEWEST = "4.52", "5.24"
 

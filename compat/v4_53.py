@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from sink_patch.compat import places, v4_52
+from sink_patch.compat import caches, places, v4_52
 from sink_patch.compat.entries import Entry, entries_of_types, layer_types_of
+from sink_patch.compat.shim import Quirk
 
 
 def read_entries(config: Any) -> Sequence[Entry]:
@@ -15,10 +16,12 @@ def read_entries(config: Any) -> Sequence[Entry]:
     return entries_of_types(config, layer_types_of(config))
 
 
+FALCON_H1 = Quirk("falcon_h1", refusal=caches.OWN)  # which is not said to `generate` in 4.53 alone
+
 SHIM = replace(
     v4_52.SHIM,
     methods=(*v4_52.SHIM.methods, places.IN_FILE),
     read_entries=read_entries,
     explicit_masks=False,
-    quirks=(v4_52.PHIMOE, v4_52.GEMMA3N),
+    quirks=(v4_52.PHIMOE, v4_52.GEMMA3N, FALCON_H1),
 )

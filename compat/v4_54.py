@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sink_patch.compat import caches, places, v4_53
+from sink_patch.compat import caches, places, v4_52, v4_53
 
 
 def _cache_base() -> type:
@@ -13,4 +13,10 @@ def _cache_base() -> type:
     return ByPositionClassed
 
 
-SHIM = replace(v4_53.SHIM, constants=(places.CHOICES,), cache_base=_cache_base, cached=caches.cached_layers)
+SHIM = replace(
+    v4_53.SHIM,
+    constants=(places.CHOICES,),
+    cache_base=_cache_base,
+    cached=caches.cached_layers,
+    quirks=(v4_52.PHIMOE, v4_52.GEMMA3N),
+)

@@ -1,4 +1,4 @@
-"""transformers 5.4 to 5.7: `cache_position` is gone; masks go by the number of new tokens."""
+"""transformers 5.4: `cache_position` is gone; masks go by the number of new tokens."""
 
 from __future__ import annotations
 

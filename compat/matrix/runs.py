@@ -21,8 +21,8 @@ CHECKOUT = Path(__file__).parent.parent.parent
 RANDOM = "tests/test_oracle.py::test_no_schedule_is_a_counterexample"
 QUICK = (
     *("tests/test_oracle.py", "tests/test_generate.py", "tests/test_same_text.py", "tests/test_private_places.py"),
-    "tests/test_autoload.py::test_with_no_import_of_ours_torch_switches_it_on",
-    "tests/test_pipeline.py::test_a_pipeline_that_knows_only_the_directory_streams",
+    "tests/test_autoload.py::test_with_no_import_of_ours_torch_switches_it_on[import transformers]",
+    "tests/test_pipeline.py::test_a_pipeline_that_knows_only_the_directory_streams[entries]",
     *("--deselect", RANDOM),
 )
 SUITES: dict[str, tuple[str, ...]] = {

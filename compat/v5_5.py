@@ -1,4 +1,4 @@
-"""transformers 5.8 to 5.11: recurrent and convolution states are layers of the common cache."""
+"""transformers 5.5 to 5.10: recurrent and convolution states are layers of the common cache."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sink_patch.compat.shim import Quirk
 STATES = (
     Quirk(
         "bamba falcon_h1 granitemoehybrid lfm2 lfm2_moe mamba2 zamba2",
-        whole_prompts="On transformers up to 5.15 states of this model start anew with each forward of several tokens",
+        whole_prompts="On transformers up to 5.14 states of this model start anew with each forward of several tokens",
     ),
-    Quirk("olmo_hybrid", refusal="on transformers up to 5.15 it keeps its states in a cache of its own kind"),
-    Quirk("nemotron_h", refusal="on transformers up to 5.15 some entries of its cache stay empty"),
+    Quirk("olmo_hybrid", refusal="on transformers up to 5.14 it keeps its states in a cache of its own kind"),
+    Quirk("nemotron_h", refusal="on transformers up to 5.14 some entries of its cache stay empty"),
 )
 
 SHIM = replace(
