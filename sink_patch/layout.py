@@ -105,16 +105,15 @@ class UniformLayout:
 class RaggedLayout:
     """Rows that have seen different numbers of tokens, or bring padding. Built on the CPU, moved once per device.
 
-    Args:
-        alone: whether no other kind of layer reads the same mask. In place, a row that is not full has its gap at the
-            end of the buffer, which others could not follow; otherwise it has it at the start.
+    Read in place, a row that is not full would have its gap at the end, where other kinds of layers cannot follow and
+    where the models of 4.52 suspect padding. So all are read from the right, and in place where there is no gap.
     """
 
-    def __init__(self, kind: LayerKind, plans: Sequence[RowPlan], columns: int, *, alone: bool):
+    def __init__(self, kind: LayerKind, plans: Sequence[RowPlan], columns: int):
         self.kind = kind
         self.filled = [kind.past(plan) + plan.new for plan in plans]  # visible columns of each row
         single_tokens = columns == 1 and not kind.ordered and all(plan.new == 1 for plan in plans)
-        self.in_place = single_tokens and (alone or len(set(self.filled)) == 1)
+        self.in_place = single_tokens and len(set(self.filled)) == 1
         self.length = max(*self.filled, 0 if self.in_place else columns)
         self.all_visible = min(self.filled) == self.length
         triples = [
@@ -174,7 +173,7 @@ def make_layouts(kinds: Sequence[LayerKind], plans: Sequence[RowPlan], columns: 
     first = plans[0]
     if first.new == columns and all(plan == first for plan in plans):
         return {kind: UniformLayout(kind, first, columns) for kind in kinds}
-    return {kind: RaggedLayout(kind, plans, columns, alone=len(kinds) == 1) for kind in kinds}
+    return {kind: RaggedLayout(kind, plans, columns) for kind in kinds}
 
 
 def visible_columns(layouts: Iterable[Layout], columns: int) -> torch.Tensor:
@@ -197,5 +196,4 @@ def visible_columns(layouts: Iterable[Layout], columns: int) -> torch.Tensor:
                 f"{layout.kind.ring} columns or fewer."
             )
     column, count = torch.arange(columns)[None, :], torch.tensor(filled)[:, None]  # [1, columns], [rows, 1]
-    gap_at_the_end = len(ragged) == 1 and ragged[0].in_place
-    return column < count if gap_at_the_end else column >= columns - count
+    return column >= columns - count
