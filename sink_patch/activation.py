@@ -41,8 +41,10 @@ def patch() -> None:
             _enabled = True
             barrier.take_down()
             arm()
-        except BaseException:
+        except BaseException as failure:
             unpatch()
+            if isinstance(failure, UnsupportedTransformersError):
+                barrier.put_up(str(failure))
             raise
 
 

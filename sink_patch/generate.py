@@ -1,6 +1,6 @@
 """What the wrapped methods of `GenerationMixin` do: read the arguments, refuse what cannot be right, make the cache.
 
-Both functions are wrapt wrappers `(wrapped, instance, args, kwargs)`; `instance` is the model.
+The public functions are wrapt wrappers `(wrapped, instance, args, kwargs)`; `instance` is the model.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ def prepare_generation_config(
     given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     request = Request.read(given.get("kwargs", {}), given.get("generation_config"), instance.generation_config)
     kwargs = {name: value for name, value in kwargs.items() if name not in ARGUMENTS}
+    if request.leaves_sink:
+        kwargs["cache_config"] = None  # which 4.52 and 4.53 would give to the other cache, and refuse
     generation_config, model_kwargs = wrapped(*args, **kwargs)
     cache = model_kwargs.get(cache_argument(instance))
     asked = generation_config.cache_implementation
@@ -48,6 +50,7 @@ def prepare_generation_config(
             "A sink cache was asked for together with use_cache=False. Leave out use_cache, or pass "
             "cache_implementation=None and no past_key_values."
         )
+    _check_output(generation_config)
     _check_rows(model_kwargs.get("attention_mask"))
     if isinstance(cache, SinkCache):
         _check_own_cache(cache, request, asked)
@@ -133,6 +136,14 @@ def _check_no_sizes(request: Request, given: Mapping[str, Any], asked: Any) -> N
         raise SinkArgumentError(
             f"{' and '.join(names)} belong to the sink cache, but cache_implementation is {asked!r}. Add "
             f"cache_implementation={NAME!r}, or leave them out."
+        )
+
+
+def _check_output(generation_config: Any) -> None:
+    if generation_config.return_dict_in_generate and getattr(generation_config, "return_legacy_cache", None):
+        raise SinkArgumentError(
+            "return_legacy_cache=True was asked for with a sink cache, which cannot be given back as tuples of keys "
+            "and values: they would not say which tokens they belong to. Leave it out; past_key_values is a SinkCache."
         )
 
 

@@ -26,6 +26,7 @@ class Request:
     said: Sequence[Source]
     stored: Sequence[Source]
     refuses_cache: bool
+    leaves_sink: bool
 
     @classmethod
     def read(cls, arguments: Mapping[str, Any], passed: Any, own: Any) -> Request:
@@ -40,7 +41,7 @@ class Request:
             of_call += _settings(passed)
         refuses = arguments.get("use_cache") is False or getattr(passed, "use_cache", None) is False
         contradictory = own.use_cache is False and own.cache_implementation == NAME
-        return cls(of_call, _settings(own), refuses or contradictory)
+        return cls(of_call, _settings(own), refuses or contradictory, _leaves_sink(arguments, passed, own))
 
     def sizes(self) -> dict[str, Any]:
         """`window_length` and `num_sink_tokens`, not yet checked."""
@@ -50,6 +51,16 @@ class Request:
         """Those that come with the call alone."""
         found = {name: _first(name, self.said, None) for name in ARGUMENTS}
         return {name: value for name, value in found.items() if value is not None}
+
+
+def _leaves_sink(arguments: Mapping[str, Any], passed: Any, own: Any) -> bool:
+    configs = [config for config in (passed, own) if config is not None]
+    stored = next((config for config in configs if config.cache_config is not None), None)
+    if stored is None or stored.cache_implementation != NAME or arguments.get("cache_config") is not None:
+        return False
+    names = [config.cache_implementation for config in configs]
+    asked = arguments.get("cache_implementation", next((name for name in names if name is not None), None))
+    return asked != NAME
 
 
 def _settings(config: Any) -> list[Source]:

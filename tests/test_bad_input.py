@@ -97,6 +97,15 @@ def test_another_cache_beside_it(model):
     assert cache.get_seq_length() == 0
 
 
+@pytest.mark.parametrize("way", ["sink", "cache"])
+def test_tuples_for_an_output(model, way):
+    """4.x makes them of a `DynamicCache` at the very end."""
+    model.generation_config.return_legacy_cache = True
+    asked = {"cache_implementation": "sink"} if way == "sink" else {"past_key_values": SinkCache()}
+    refused(model, SinkArgumentError, "return_legacy_cache=True.*Leave it out", return_dict_in_generate=True, **asked)
+    assert model.generate(PROMPT, max_new_tokens=3, **asked).shape == (1, 9)
+
+
 def test_no_cache_beside_it(model):
     refused(model, SinkArgumentError, "use_cache=False", cache_implementation="sink", use_cache=False)
     refused(model, SinkArgumentError, "use_cache=False", past_key_values=SinkCache(), use_cache=False)

@@ -85,6 +85,19 @@ def test_sizes_may_be_given_in_many_ways(model, way, tmp_path):
     assert model.generation_config.to_dict() == before
 
 
+@pytest.mark.parametrize("other", [None, "dynamic", "static"])
+def test_a_call_may_ask_for_another_cache_than_the_config(model, other):
+    """4.52 and 4.53 would give the other cache the stored sizes of the sink cache, and refuse them."""
+    wanted = run(model).sequences
+    model.generation_config.cache_implementation = "sink"
+    model.generation_config.cache_config = {"window_length": W, "num_sink_tokens": S}
+    before = copy.deepcopy(model.generation_config.to_dict())
+    out = run(model, cache_implementation=other)
+    assert not isinstance(out.past_key_values, SinkCache)
+    assert torch.equal(out.sequences, wanted)
+    assert model.generation_config.to_dict() == before
+
+
 def test_a_config_may_be_passed(model):
     config = GenerationConfig(
         cache_implementation="sink", window_length=W, max_new_tokens=20, return_dict_in_generate=True

@@ -9,6 +9,7 @@ import pytest
 import transformers
 import wrapt
 from sink_patch.compat import choose_shim, table
+from transformers import GenerationConfig
 from transformers.generation import configuration_utils, utils
 from transformers.generation.utils import GenerationMixin
 
@@ -83,6 +84,8 @@ def test_patch_refuses_a_transformers_of_another_shape(change, pristine):
         sink_patch.patch()
     assert not sink_patch.is_patched()
     assert "sink" not in getattr(configuration_utils, "ALL_CACHE_IMPLEMENTATIONS", ())
+    with pytest.raises(UnsupportedTransformersError, match=rf"'sink'.*{missing}"):  # said where it is asked for, too
+        GenerationConfig(cache_implementation="sink")
 
 
 @pytest.mark.parametrize("change", CHANGES)
