@@ -228,6 +228,10 @@ class SinkCache(RowOperations, CacheBase, seam.Streaming):
         """For each layer, whether the model gives it the mask of a sliding window."""
         return [getattr(layer, "is_sliding", False) for layer in self.layers]
 
+    def states_alone(self) -> list[bool]:
+        """For each layer, whether it holds a recurrent or convolution state and no attention."""
+        return [not isinstance(layer, SinkLayer) for layer in self.layers]
+
     def _kind(self, layer_idx: int) -> LayerKind:
         """The kind of a layer; masks are asked for by layer 0 where a model has no full or sliding attention there."""
         kinds = [layer.kind for layer in self.layers[layer_idx:] + self.layers if isinstance(layer, SinkLayer)]

@@ -115,6 +115,10 @@ class SinkLayer:
         local = ", local" if self.kind.local else ""
         return f"SinkLayer(capacity={self.kind.capacity}, num_sink_tokens={self.kind.num_sink_tokens}{local})"
 
+    def get_max_cache_shape(self) -> int:
+        """-1, as of a `DynamicLayer` (up to 5.22): there is no length at which a stream ends."""
+        return -1
+
     @property
     def keys(self) -> torch.Tensor | None:
         """The key buffer, [rows, heads, slots, head_dim], in ring order."""

@@ -9,12 +9,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sink_patch
+from tests.support.lacks import is_newest
 from tests.support.oracle import worst_error
 from tests.support.tiny import FAMILIES, tiny, tokens, variants
 
 TOLERANCE = 1e-5
 WINDOWS = 6  # how many of them a stream is long
 CONTEXT = 48  # so short that the clock is set back in each stream; families with a table of angles keep theirs
+EXAMPLES = 170 if is_newest() else 50  # what schedules bring to light does not depend on transformers
 CASES = [(model_type, name, config) for model_type in FAMILIES for name, config in variants(model_type)]
 
 
@@ -64,7 +66,7 @@ def streams(draw):
 
 @pytest.mark.parametrize("model_type", ["llama", "cohere", "stablelm"])  # half-split, interleaved, partial
 @given(stream=streams())
-@settings(max_examples=170, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_schedule_is_a_counterexample(model_type, stream):
     window, sinks, steps, context, tail = stream
     model = tiny(model_type, attention="sdpa", max_position_embeddings=context)  # a short context forces the clock back

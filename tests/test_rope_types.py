@@ -67,6 +67,15 @@ def test_a_cast_model_turns_by_the_frequencies_that_it_now_has(rope_type, dtype,
     assert torch.equal(found, model.model.rotary_emb.inv_freq.double())
 
 
+def test_an_original_without_values_is_passed_over():
+    """transformers 5 leaves a tensor that is no buffer without values, such as those of users' own modules."""
+    model = copy.deepcopy(model_of("linear"))
+    rotary = model.model.rotary_emb
+    vars(rotary)["original_inv_freq"] = rotary.inv_freq.to("meta")
+    rotary._buffers.pop("original_inv_freq", None)
+    assert torch.equal(sink_patch.rope("half")(model)[0].keys.inv_freq, rotary.inv_freq.double())
+
+
 @pytest.mark.parametrize("rope_type", TYPES)
 def test_the_clock_stays_within_the_original_context(rope_type):
     assert sink_patch.inspect(model_of(rope_type), 24, 4).horizon == 48

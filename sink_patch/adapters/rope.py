@@ -128,6 +128,8 @@ def frequency_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 def _in_use_at_first(module: nn.Module, name: str, buffer: torch.Tensor) -> torch.Tensor:
     """The buffer itself, or what its module holds in it for short texts (modeling_rope_utils.dynamic_rope_update)."""
     original: torch.Tensor = getattr(module, re.sub(r"inv_freq$", "original_inv_freq", name), buffer)
+    if original.is_meta:
+        return buffer  # in 5.x a plain attribute is left without values, so that the model cannot use it
     if "longrope" in str(getattr(module, "rope_type", "")):
         return original  # put into the buffer at each forward
     # in 4.x the original is no buffer, so that casting a model leaves it as it was, and the model does not use it
