@@ -52,7 +52,8 @@ def dynamic_layers(config: Any) -> list[Any]:
         return layers
     # up to 5.12 `layer_types[: -num_kv_shared_layers]` leaves nothing where no layer shares another's keys
     full: Any = DynamicLayer
-    sliding: Any = functools.partial(DynamicSlidingWindowLayer, sliding_window=getattr(config, "sliding_window", None))
+    window: Any = getattr(config, "sliding_window", None)
+    sliding = functools.partial(DynamicSlidingWindowLayer, sliding_window=window)
     return [(sliding if layer_type in _SLIDING else full)() for layer_type in layer_types_of(config)]
 
 

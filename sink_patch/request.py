@@ -60,7 +60,7 @@ def _leaves_sink(arguments: Mapping[str, Any], passed: Any, own: Any) -> bool:
         return False
     names = [config.cache_implementation for config in configs]
     asked = arguments.get("cache_implementation", next((name for name in names if name is not None), None))
-    return asked != NAME
+    return bool(asked != NAME)
 
 
 def _settings(config: Any) -> list[Source]:
