@@ -120,7 +120,7 @@ def test_crop_takes_back_what_is_still_there(model):
 
 
 def test_crop_means_what_the_installed_transformers_means_by_it(model):
-    """Up to 5.15 a positive number is the length that stays."""
+    """Up to 5.14 a positive number is the length that stays."""
     takes_lengths = "max_length" in inspect.signature(DynamicCache.crop).parameters
     stream, cache = tokens(9), SinkCache(W, S, model=model)
     feed(model, cache, stream)
