@@ -19,7 +19,8 @@ TABLE = (
     (SpecifierSet(">=4.57,<5.0"), "sink_patch.compat.v4_57"),
     (SpecifierSet(">=5.0,<5.4"), "sink_patch.compat.v5_0"),
     (SpecifierSet(">=5.4,<5.5"), "sink_patch.compat.v5_4"),
-    (SpecifierSet(">=5.5,<5.11"), "sink_patch.compat.v5_5"),
+    (SpecifierSet(">=5.5,<5.7"), "sink_patch.compat.v5_5"),
+    (SpecifierSet(">=5.7,<5.11"), "sink_patch.compat.v5_7"),
     (SpecifierSet(">=5.11,<5.15"), "sink_patch.compat.v5_11"),
     (SpecifierSet(">=5.15,<5.25"), "sink_patch.compat.newest"),
 )

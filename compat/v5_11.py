@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sink_patch.compat import v5_5
+from sink_patch.compat import v5_7
 
-SHIM = replace(v5_5.SHIM, quirks=v5_5.STATES)
+SHIM = replace(v5_7.SHIM, quirks=v5_7.STATES)

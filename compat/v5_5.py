@@ -1,25 +1,15 @@
-"""transformers 5.5 to 5.10: recurrent and convolution states are layers of the common cache."""
+"""transformers 5.5 and 5.6: delta-rule states start anew, too, with each forward of several tokens."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from sink_patch.compat import caches, v5_0, v5_4
-from sink_patch.compat.entries import dynamic_layers
+from sink_patch.compat import v5_7
 from sink_patch.compat.shim import Quirk
 
-STATES = (
-    Quirk(
-        "bamba falcon_h1 granitemoehybrid lfm2 lfm2_moe mamba2 zamba2",
-        whole_prompts="On transformers up to 5.14 states of this model start anew with each forward of several tokens",
-    ),
-    Quirk("olmo_hybrid", refusal="on transformers up to 5.14 it keeps its states in a cache of its own kind"),
-    Quirk("nemotron_h", refusal="on transformers up to 5.14 some entries of its cache stay empty"),
+DELTA_RULE = Quirk(
+    "qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next",
+    whole_prompts="On transformers up to 5.6 states of this model start anew with each forward of several tokens",
 )
 
-SHIM = replace(
-    v5_4.SHIM,
-    own_layers=dynamic_layers,
-    own_cache=caches.takes_any_cache,
-    quirks=(v5_0.INDEXER, *STATES),
-)
+SHIM = replace(v5_7.SHIM, quirks=(*v5_7.SHIM.quirks, DELTA_RULE))

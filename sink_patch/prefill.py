@@ -13,6 +13,9 @@ from torch import nn
 from sink_patch.cache import SinkCache
 from sink_patch.entries import cache_argument
 
+_OF_STATES = "cache_params"
+"""The name of a cache in models of states alone (up to 5.23), where `generate` does not ask it for its length."""
+
 
 @contextlib.contextmanager
 def fed_in_pieces(
@@ -41,8 +44,12 @@ def fed_in_pieces(
     for piece in pieces:
         seen = cache.get_seq_length() + piece.shape[1]
         _feed(model, cache, piece, None if mask is None else mask[:, :seen])
-    only_new = inputs.shape[1] < length  # then transformers feeds all of it, and not from where the cache has got to
-    cache.fed_ahead = cache.get_seq_length() - fed if only_new else 0
+    if inputs.shape[1] < length:  # new tokens alone: transformers feeds all of them
+        cache.fed_ahead = cache.get_seq_length() - fed
+    elif cache_argument(model) == _OF_STATES:  # a history: all of it as well
+        cache.fed_ahead = cache.get_seq_length()
+    else:  # a history: from where the cache has got to
+        cache.fed_ahead = 0
     try:
         yield
     finally:
