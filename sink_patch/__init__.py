@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sink_patch.activation import is_patched, patch, unpatch
     from sink_patch.adapters import Adapter, no_positions, rope, sinusoidal_table
     from sink_patch.cache import SinkCache
+    from sink_patch.chat import count_sink_tokens
     from sink_patch.errors import (
         AdapterMismatchError,
         CacheStateError,
@@ -39,6 +40,7 @@ _HOMES = {
     "activation": ("is_patched", "patch", "unpatch"),
     "adapters": ("Adapter", "no_positions", "rope", "sinusoidal_table"),
     "cache": ("SinkCache",),
+    "chat": ("count_sink_tokens",),
     "verdicts": ("Coverage", "Verdict", "coverage"),
     "errors": (
         "AdapterMismatchError",
@@ -78,6 +80,7 @@ __all__ = [
     "UnsupportedModelError",
     "UnsupportedTransformersError",
     "Verdict",
+    "count_sink_tokens",
     "coverage",
     "families",
     "inspect",
