@@ -11,7 +11,7 @@ from sink_patch.errors import SinkArgumentError
 Message = Mapping[str, Any]
 
 _INSTRUCTING = ("system", "developer")
-_ANY_WORDS = ("a", "1")  # what a user may say; the two have nothing in common
+_ANY_WORDS = ("a", "1")  # what somebody may say; the two have nothing in common
 
 
 def count_sink_tokens(tokenizer: Any, messages: Sequence[Message], **template: Any) -> int:
@@ -25,47 +25,71 @@ def count_sink_tokens(tokenizer: Any, messages: Sequence[Message], **template: A
 
     Returns:
         Tokens up to the end of the system part. Where a template writes that into the first message of the user (Gemma,
-        Llama 2), or makes one up, tokens up to the user's own words.
+        Llama 2), makes one up, or does not show where it ends, tokens up to the user's own words.
 
     Raises:
-        SinkArgumentError: there are no messages, or the chat template cannot be applied to them.
+        SinkArgumentError: there are no messages, the chat template cannot be applied to them, or it does not write the
+            instructions where sinks are.
     """
     if not messages:
         raise SinkArgumentError("No messages were given. Pass the chat, with its system message first.")
-    whole = _text(tokenizer, messages, template)
-    ids, ids_of_part = (
-        tokenizer(text, add_special_tokens=False)["input_ids"]
-        for text in (whole, whole[: _length(tokenizer, messages, whole, template)])
-    )
+    chat = _Chat(tokenizer, list(messages), template)
+    part = chat.text[: chat.end_of_instructions()]
+    ids, ids_of_part = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (chat.text, part))
     return _common(ids, ids_of_part)  # a token across the border belongs to what follows
 
 
-def _length(tokenizer: Any, messages: Sequence[Message], whole: str, template: Mapping[str, Any]) -> int:
-    """Characters of the chat as text that are its instructions."""
-    leading = list(itertools.takewhile(lambda message: message.get("role") in _INSTRUCTING, messages))
-    if len(leading) == len(messages):
-        return len(whole)
-    try:
-        alone = _text(tokenizer, leading, template)
-    except SinkArgumentError:  # many templates want a message of the user
-        alone = ""
-    if leading and alone and whole.startswith(alone):
-        return len(alone)
-    first = messages[len(leading)]
-    others = [_text(tokenizer, [*leading, {**first, "content": words}], template) for words in _ANY_WORDS]
-    return _common(whole, *others)
+class _Chat:
+    """A chat as its template writes it. Places are counted in characters."""
 
+    def __init__(self, tokenizer: Any, messages: list[Message], template: Mapping[str, Any]):
+        self._tokenizer, self._messages, self._template = tokenizer, messages, template
+        self._leading = len(list(itertools.takewhile(lambda message: message.get("role") in _INSTRUCTING, messages)))
+        self.text = self._written(messages)
 
-def _text(tokenizer: Any, messages: Sequence[Message], template: Mapping[str, Any]) -> str:
-    chat = {**template, "tokenize": False, "add_generation_prompt": False, "continue_final_message": False}
-    try:
-        text: str = tokenizer.apply_chat_template(list(messages), **chat)
-    except Exception as failure:  # templates are programs, and raise what they like
-        raise SinkArgumentError(
-            f"The chat template of this {type(tokenizer).__name__} cannot be applied to the messages: {failure} Pass "
-            "messages that it takes, or num_sink_tokens as a number."
-        ) from failure
-    return text
+    def end_of_instructions(self) -> int:
+        """Where the part that is to be kept ends; with the last of the instructions in it."""
+        if self._leading == 0:
+            return self._where_words_begin(0, self._messages)
+        end = self._end_of_leading()
+        if self._where_words_begin(self._leading - 1, self._messages) >= end:
+            raise SinkArgumentError(
+                f"The chat template of this {type(self._tokenizer).__name__} writes the instructions elsewhere than at "
+                "the start of the chat, or leaves them out, so they cannot be sinks. Put them into the first message "
+                "of the user, or pass num_sink_tokens as a number."
+            )
+        return end
+
+    def _end_of_leading(self) -> int:
+        leading = self._messages[: self._leading]
+        if leading == self._messages:
+            return len(self.text)
+        try:
+            alone = self._written(leading)
+            said = self._where_words_begin(self._leading - 1, leading) < len(alone)
+        except SinkArgumentError:  # many templates want a message of the user
+            said = False
+        if said and self.text.startswith(alone):
+            return len(alone)
+        return self._where_words_begin(self._leading, self._messages[: self._leading + 1])
+
+    def _where_words_begin(self, index: int, messages: list[Message]) -> int:
+        """How far a text is the same, whatever message `index` says; all of it if that is not in it."""
+        others = [
+            [*messages[:index], {**messages[index], "content": words}, *messages[index + 1 :]] for words in _ANY_WORDS
+        ]
+        return _common(*map(self._written, others))
+
+    def _written(self, messages: list[Message]) -> str:
+        asked = {**self._template, "tokenize": False, "add_generation_prompt": False, "continue_final_message": False}
+        try:
+            text: str = self._tokenizer.apply_chat_template(messages, **asked)
+        except Exception as failure:  # templates are programs, and raise what they like
+            raise SinkArgumentError(
+                f"The chat template of this {type(self._tokenizer).__name__} cannot be applied to the messages: "
+                f"{failure} Pass messages that it takes, or num_sink_tokens as a number."
+            ) from failure
+        return text
 
 
 def _common(*sequences: Sequence[Any]) -> int:

@@ -25,6 +25,22 @@ ONE_BY_ONE = (
 WANTS_A_USER = (
     "{% if messages[-1]['role'] == 'system' %}{{ raise_exception('No user.') }}{% endif %}" + ONE_BY_ONE
 )  # what it says of a system message alone is not known, and it goes before the user's all the same
+BEGINS_BY_ITSELF = (  # as Gemma 3 and Mistral have it: a system message alone is the beginning of a text, and no more
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + ' word3 ' %}"
+    "{% set turns = messages[1:] %}{% else %}{% set first = '' %}{% set turns = messages %}{% endif %}"
+    "{% for m in turns %} word1 {{ (first if loop.first else '') + m['content'] }} word2{% endfor %}"
+)
+IN_THE_LAST_TURN = (  # as Mistral Nemo has it
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + ' word3 ' %}"
+    "{% set turns = messages[1:] %}{% else %}{% set first = '' %}{% set turns = messages %}{% endif %}"
+    "{% for m in turns %} word1 {{ (first if loop.last else '') + m['content'] }} word2{% endfor %}"
+)
+THE_LAST_WINS = (
+    "{{ bos_token }}{% set ns = namespace(said='') %}{% for m in messages %}{% if m['role'] == 'system' %}"
+    "{% set ns.said = m['content'] %}{% endif %}{% endfor %}{{ ' ' + ns.said }}"
+    "{% for m in messages %}{% if m['role'] != 'system' %} word1 {{ m['content'] }} word2{% endif %}{% endfor %}"
+)
+ENDS_BY_ITSELF = ONE_BY_ONE + "{{ eos_token }}"  # as Phi 3 has it: the end of a system message alone is an end of text
 IN_THE_FIRST_TURN = (  # as Gemma and Llama 2 have it
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + ' word3 ' %}"
     "{% set turns = messages[1:] %}{% else %}{% set first = '' %}{% set turns = messages %}{% endif %}"
@@ -43,6 +59,10 @@ CASES = {
     "nothing else": (ONE_BY_ONE, [SYSTEM], "<s> word1 system word10 word11 word12 word2"),
     "no user, no text": (WANTS_A_USER, CHAT, "<s> word1 system word10 word11 word12 word2 word1 user"),
     "in the first turn": (IN_THE_FIRST_TURN, CHAT, "<s> word1 word10 word11 word12 word3"),
+    "in the first turn, after a beginning": (BEGINS_BY_ITSELF, CHAT, "<s> word1 word10 word11 word12 word3"),
+    "in the last turn, which is the first": (IN_THE_LAST_TURN, CHAT[:2], "<s> word1 word10 word11 word12 word3"),
+    "the last wins, and is the first": (THE_LAST_WINS, CHAT, "<s> word10 word11 word12"),
+    "an end of text": (ENDS_BY_ITSELF, CHAT, "<s> word1 system word10 word11 word12 word2 word1 user"),
     "made up": (MADE_UP, CHAT[1:], "word1 system word10 word2 <s> word1 user"),
     "none at all": (ONE_BY_ONE, CHAT[1:], "<s> word1 user"),
 }
@@ -70,6 +90,10 @@ def test_more_arguments_reach_the_template():
     [
         ([], ONE_BY_ONE, "No messages were given"),
         (CHAT, None, "cannot be applied"),
+        (CHAT, IN_THE_LAST_TURN, "writes the instructions elsewhere than at the start"),
+        (CHAT, "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}", "or leaves them out"),
+        ([SYSTEM], BEGINS_BY_ITSELF, "or leaves them out"),
+        ([*CHAT, {**SYSTEM, "content": "word40"}], THE_LAST_WINS, "elsewhere"),
         (CHAT, "{{ raise_exception('Roles must alternate.') }}", "Roles must alternate.*num_sink_tokens as a number"),
     ],
 )
