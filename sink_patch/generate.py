@@ -50,11 +50,13 @@ def prepare_generation_config(
             "A sink cache was asked for together with use_cache=False. Leave out use_cache, or pass "
             "cache_implementation=None and no past_key_values."
         )
-    _check_output(generation_config)
+    _check_options(generation_config)
     _check_rows(model_kwargs.get("attention_mask"))
     if isinstance(cache, SinkCache):
-        _check_own_cache(cache, request, asked)
-        generation_config.cache_implementation = None  # the user's cache is what the config asks for
+        _check_own_cache(cache, request)
+        generation_config.cache_implementation = (
+            None  # the user's cache takes the place of what the model's config says
+        )
     else:
         _check_no_other_cache(cache)
         generation_config.cache_config = request.sizes()
@@ -81,6 +83,7 @@ def prepare_cache(
         model_kwargs[cache_argument(instance)] = cache
     else:
         cache.bind(instance)
+        _check_embeds(model_kwargs, cache)
         wrapped(*args, **kwargs)
         _mask_whole_stream(generation_config, model_kwargs, cache, instance)
     _plan_chunks(generation_config, model_kwargs, cache)
@@ -139,7 +142,13 @@ def _check_no_sizes(request: Request, given: Mapping[str, Any], asked: Any) -> N
         )
 
 
-def _check_output(generation_config: Any) -> None:
+def _check_options(generation_config: Any) -> None:
+    if generation_config.guidance_scale not in (None, 1):
+        raise UnsupportedGenerationError(
+            f"guidance_scale={generation_config.guidance_scale} was asked for with a sink cache. The text without the "
+            "prompt, which guidance compares with, has a cache of transformers' own, that grows without end. Leave it "
+            "out, or use another cache."
+        )
     if generation_config.return_dict_in_generate and getattr(generation_config, "return_legacy_cache", None):
         raise SinkArgumentError(
             "return_legacy_cache=True was asked for with a sink cache, which cannot be given back as tuples of keys "
@@ -147,7 +156,8 @@ def _check_output(generation_config: Any) -> None:
         )
 
 
-def _check_own_cache(cache: SinkCache, request: Request, asked: Any) -> None:
+def _check_own_cache(cache: SinkCache, request: Request) -> None:
+    asked = request.implementation
     if asked not in (None, NAME):
         raise SinkArgumentError(
             f"cache_implementation={asked!r} was asked for, together with a SinkCache in past_key_values. Leave one "
@@ -188,6 +198,18 @@ def _check_rows(attention_mask: Any) -> None:
     if bool(empty.any()):
         raise SinkArgumentError(
             f"Row {empty.nonzero()[0].item()} of attention_mask is padding only. Every row needs a token to start from."
+        )
+
+
+def _check_embeds(model_kwargs: Mapping[str, Any], cache: SinkCache) -> None:
+    embeds, mask, fed = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask"), cache.get_seq_length()
+    if embeds is None or not fed:
+        return
+    columns = embeds.shape[1]
+    if columns <= fed or (mask is not None and columns < mask.shape[-1]):
+        raise SinkArgumentError(
+            f"inputs_embeds of {columns} columns were given with a SinkCache that has seen {fed}. transformers takes "
+            "embeddings for the whole history: pass that, or the new tokens as input_ids."
         )
 
 

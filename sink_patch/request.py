@@ -20,11 +20,14 @@ class Request:
     Args:
         said: settings that come with the call, the strongest first: arguments, `cache_config`, and a passed config.
         stored: settings of the model's own generation config.
-        use_cache: whether the call, or a config that asks for the sink cache, says `use_cache=False`.
+        implementation: the `cache_implementation` that comes with the call.
+        refuses_cache: whether the call, or a config that asks for the sink cache, says `use_cache=False`.
+        leaves_sink: whether another cache is asked for while the `cache_config` in effect is for the sink cache.
     """
 
     said: Sequence[Source]
     stored: Sequence[Source]
+    implementation: str | None
     refuses_cache: bool
     leaves_sink: bool
 
@@ -41,7 +44,8 @@ class Request:
             of_call += _settings(passed)
         refuses = arguments.get("use_cache") is False or getattr(passed, "use_cache", None) is False
         contradictory = own.use_cache is False and own.cache_implementation == NAME
-        return cls(of_call, _settings(own), refuses or contradictory, _leaves_sink(arguments, passed, own))
+        said = arguments.get("cache_implementation", getattr(passed, "cache_implementation", None))
+        return cls(of_call, _settings(own), said, refuses or contradictory, _leaves_sink(arguments, passed, own))
 
     def sizes(self) -> dict[str, Any]:
         """`window_length` and `num_sink_tokens`, not yet checked."""

@@ -98,6 +98,28 @@ def test_another_cache_beside_it(model):
 
 
 @pytest.mark.parametrize("way", ["sink", "cache"])
+def test_guidance_by_a_second_text(model, way):
+    """transformers gives it a cache of its own, which has no window."""
+    asked = {"cache_implementation": "sink"} if way == "sink" else {"past_key_values": SinkCache()}
+    refused(model, UnsupportedGenerationError, "guidance_scale=1.5.*Leave it out", guidance_scale=1.5, **asked)
+    assert model.generate(PROMPT, max_new_tokens=3, guidance_scale=1, **asked).shape == (1, 9)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_embeddings_of_new_tokens_alone(model, masked):
+    """transformers takes them for those of the whole history."""
+    cache = model.generate(
+        PROMPT, max_new_tokens=9, cache_implementation="sink", window_length=12, return_dict_in_generate=True
+    ).past_key_values
+    fed = cache.get_seq_length()
+    mask = {"attention_mask": torch.ones(1, fed + 3, dtype=torch.long)} if masked else {}
+    embeds = model.get_input_embeddings()(tokens(3))
+    match = rf"inputs_embeds of 3 columns.*has seen {fed}.*new tokens as input_ids"
+    refused(model, SinkArgumentError, match, inputs=None, inputs_embeds=embeds, past_key_values=cache, **mask)
+    assert cache.get_seq_length() == fed
+
+
+@pytest.mark.parametrize("way", ["sink", "cache"])
 def test_tuples_for_an_output(model, way):
     """4.x makes them of a `DynamicCache` at the very end."""
     model.generation_config.return_legacy_cache = True
@@ -288,6 +310,16 @@ def test_sizes_in_configs_are_never_passed_over(model, call, match):
     if "generation_config" in call:
         call = {**call, "max_new_tokens": None, "do_sample": None}
     refused(model, SinkArgumentError, match, **call)
+
+
+def test_what_the_models_config_alone_says_gives_way_to_a_cache_that_is_passed(model):
+    """4.52 to 4.55 give some models, such as Gemma 2, a config that says "hybrid"."""
+    asked = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True}
+    wanted = model.generate(PROMPT, past_key_values=SinkCache(12, 3), **asked)
+    model.generation_config.cache_implementation = "static"
+    assert torch.equal(model.generate(PROMPT, past_key_values=SinkCache(12, 3), **asked).sequences, wanted.sequences)
+    cache = wanted.past_key_values
+    assert model.generate(wanted.sequences, past_key_values=cache, **asked).past_key_values is cache
 
 
 def test_a_stored_typo_is_found(model):
