@@ -10,7 +10,7 @@ import pytest
 import torch
 from sink_patch.compat import installed_shim
 from torch import nn
-from transformers import DynamicCache, GenerationConfig, PretrainedConfig
+from transformers import DynamicCache, GenerationConfig, PretrainedConfig, cache_utils
 from transformers.generation.utils import GenerationMixin
 
 from sink_patch import SinkCache
@@ -65,6 +65,10 @@ def test_the_rest_of_what_is_read():
     assert callable(GenerationMixin._supports_default_dynamic_cache)
     assert isinstance(nn.Linear(1, 1)._forward_pre_hooks, dict)
     assert "always_call" in parameters(nn.Module.register_forward_hook)
+    if hasattr(DynamicCache, "update_indexer"):
+        assert parameters(DynamicCache.update_indexer) == parameters(SinkCache.update_indexer)
+    if hasattr(cache_utils, "DynamicSlidingWindowLayer"):  # read_entries reads it off, and would take None for full
+        assert cache_utils.DynamicSlidingWindowLayer(sliding_window=7).sliding_window == 7
     cache = SHIM.probe_cache(PretrainedConfig(num_hidden_layers=1))
     states = torch.ones(1, 1, 2, 4)
     cache.update(states, states, 0)
