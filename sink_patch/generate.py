@@ -54,9 +54,8 @@ def prepare_generation_config(
     _check_rows(model_kwargs.get("attention_mask"))
     if isinstance(cache, SinkCache):
         _check_own_cache(cache, request)
-        generation_config.cache_implementation = (
-            None  # the user's cache takes the place of what the model's config says
-        )
+        # the user's cache takes the place of what the model's own config says
+        generation_config.cache_implementation = None
     else:
         _check_no_other_cache(cache)
         generation_config.cache_config = request.sizes()
