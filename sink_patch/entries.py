@@ -28,8 +28,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def decoder_of(model: Any) -> nn.Module:
     """The part that takes the cache and builds masks: `get_decoder()`, except where that finds an output head."""
-    candidates: list[nn.Module] = [model.get_decoder()] if hasattr(model, "get_decoder") else []
-    candidates += [getattr(model, "base_model", model), model]
+    found: Any = model.get_decoder() if hasattr(model, "get_decoder") else model
+    if not isinstance(found, nn.Module):
+        found = found()  # in 4.53 and 4.54 some vision-language models return the method of their inner model
+    candidates: list[nn.Module] = [found, getattr(model, "base_model", model), model]
     return next((one for one in candidates if _names_of_cache(one)), model)
 
 
