@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     ["errors"],
     ["compat"],
-    ["rotation", "arguments", "clock", "entries"],
+    ["rotation", "arguments", "chat", "clock", "entries"],
     ["adapters", "layout", "padding", "seam"],
     ["family", "probe", "step"],
     ["built_in", "layers", "context"],
