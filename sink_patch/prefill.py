@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from sink_patch.cache import SinkCache
-from sink_patch.entries import cache_argument
+from sink_patch.entries import CACHE_NAMES, cache_argument
 
-_OF_STATES = "cache_params"
-"""The name of a cache in models of states alone (up to 5.23), where `generate` does not ask it for its length."""
+_OF_STATES = CACHE_NAMES[-1]
+"""Where a cache has this name (models of states alone, up to 5.23) `generate` does not ask it for its length."""
 
 
 @contextlib.contextmanager
