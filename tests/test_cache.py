@@ -44,8 +44,8 @@ def test_it_says_what_it_is(model):
         True,
         [False],
     )
-    if hasattr(Cache, "get_max_cache_shape"):  # up to 5.22
-        assert cache.get_max_cache_shape() in (None, -1)
+    if hasattr(Cache, "get_max_cache_shape"):  # it asks the layers, and later `get_max_length`
+        assert cache.get_max_cache_shape() in (None, -1, W)
     assert SinkCache().window_length == 256
     assert SinkCache().num_sink_tokens == 4
 
