@@ -116,7 +116,7 @@ class SinkLayer:
         return f"SinkLayer(capacity={self.kind.capacity}, num_sink_tokens={self.kind.num_sink_tokens}{local})"
 
     def get_max_cache_shape(self) -> int:
-        """-1, as of a `DynamicLayer` (up to 5.22): there is no length at which a stream ends."""
+        """-1, as of a `DynamicLayer` (asked for before 5.14): there is no length at which a stream ends."""
         return -1
 
     @property
