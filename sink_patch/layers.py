@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from sink_patch.layout import LayerKind
@@ -12,8 +14,8 @@ from sink_patch.step import Step
 class Ring:
     """A buffer for one cached tensor, with pristine sinks where the tensor turns with position.
 
-    `buffer` is [rows, heads, slots, dim]; it grows by doubling until it has `kind.capacity` slots and stays in place
-    from then on. `pristine` is [rows, heads, num_sink_tokens, dim]: the sinks as the model made them.
+    `buffer` is [rows, heads, slots, dim]; it grows by doubling until it has `kind.slots` and stays in place from then
+    on. `pristine` is [rows, heads, num_sink_tokens, dim]: the sinks as the model made them.
     """
 
     def __init__(self, kind: LayerKind, rotation: Rotation | None):
@@ -59,6 +61,20 @@ class Ring:
     def reset(self) -> None:
         self.buffer = self.pristine = self._shown_turns = None
 
+    @torch.inference_mode(False)
+    def lay_out(self, kind: LayerKind, seen: Sequence[int]) -> None:
+        """Take on a kind with another number of spare slots; rows have seen `seen` tokens, which move to theirs."""
+        held, self.kind, old = self.buffer, kind, self.kind
+        if held is None:
+            return
+        reach = max(min(kind.slots, max(seen)), kind.num_sink_tokens)
+        self.buffer = held.new_zeros(held.shape[0], held.shape[1], reach, held.shape[3])
+        self.buffer[:, :, : kind.num_sink_tokens] = held[:, :, : kind.num_sink_tokens]
+        for row, count in enumerate(seen):
+            first = max(kind.num_sink_tokens, count - min(kind.ring, old.ring))
+            kept = torch.arange(first, max(first, count), device=held.device)  # absolute indices
+            self.buffer[row, :, kind.slots_of(kept)] = held[row, :, old.slots_of(kept)]  # [heads, tokens, dim]
+
     def _show_sinks(self, buffer: torch.Tensor, step: Step) -> None:
         if self.pristine is None or self.rotation is None or step.sink_turns == self._shown_turns:
             return
@@ -77,7 +93,7 @@ class Ring:
     def _grown(self, states: torch.Tensor, slots: int) -> torch.Tensor:
         held = 0 if self.buffer is None else self.buffer.shape[2]
         # the sinks' slots are there from the start, as the sinks are written as one block
-        slots = min(self.kind.capacity, max(slots, 2 * held, self.kind.num_sink_tokens))
+        slots = min(self.kind.slots, max(slots, 2 * held, self.kind.num_sink_tokens))
         grown = states.new_zeros(states.shape[0], states.shape[1], slots, states.shape[3])
         if self.buffer is not None:
             grown[:, :, :held] = self.buffer
@@ -146,6 +162,11 @@ class SinkLayer:
         for ring in self.rings:
             if ring.rotation is not None and ring.buffer is not None:
                 ring.turn(ring.rotation.cos_sin(turns, ring.buffer.device))
+
+    def lay_out(self, kind: LayerKind, seen: Sequence[int]) -> None:
+        self.kind = kind
+        for ring in self.rings:
+            ring.lay_out(kind, seen)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         for ring in self.rings:

@@ -1,7 +1,7 @@
 """Where the tokens of one forward are read and written in the buffers of one kind of layer.
 
 A buffer is a ring behind a few fixed slots: absolute index i lies in slot `i if i < S else S + (i - S) % (C - S)`, with
-C the capacity and S the sinks of the layer's kind. Two layouts share one interface: `UniformLayout` (all rows of the
+C the slots and S the sinks of the layer's kind. Two layouts share one interface: `UniformLayout` (all rows of the
 batch are in step: slices only) and `RaggedLayout` (they are not: index tensors and a mask).
 """
 
@@ -25,24 +25,43 @@ class LayerKind:
 
     A `local` kind is a sliding window shorter than the cache's: it sees its own window, as the model was trained. An
     `ordered` kind is always read in stream order, because the model takes distances from the order of the keys (ALiBi).
+    In `spare` more slots the tokens that have left the window last stay for a while, unseen: they come back when newer
+    ones are taken back.
     """
 
     capacity: int
     num_sink_tokens: int
     local: bool = False
     ordered: bool = False
+    spare: int = 0
+
+    @property
+    def slots(self) -> int:
+        return self.capacity + self.spare
 
     @property
     def ring(self) -> int:
-        return self.capacity - self.num_sink_tokens
+        return self.slots - self.num_sink_tokens
+
+    def slots_of(self, indices: torch.Tensor) -> torch.Tensor:
+        """Where tokens that are no sinks lie, by their absolute indices."""
+        return self.num_sink_tokens + (indices - self.num_sink_tokens) % self.ring
 
     def past(self, plan: RowPlan) -> int:
         """How many cached tokens the forward sees."""
         return min(plan.seen, self.capacity - 1) if self.local else plan.past
 
     def evicts(self, plan: RowPlan) -> bool:
-        """Whether a token that the layer holds is overwritten."""
-        return plan.seen > 0 and plan.total > self.capacity
+        """Whether a token that the layer sees is overwritten."""
+        return plan.seen > 0 and plan.total > self.capacity and plan.new > self.spare
+
+    def is_in_order(self, plan: RowPlan) -> bool:
+        """Whether what the forward sees lies in the first slots, one after the other, when it is stored."""
+        return plan.total <= self.capacity
+
+    def is_the_buffer(self, columns: int) -> bool:
+        """Whether what the forward sees is all that is in the buffer, in whatever order."""
+        return columns == 1 and not self.ordered and not self.spare
 
     def past_runs(self, plan: RowPlan) -> list[tuple[int, int]]:
         """(slot, length) of the visible past in stream order: sinks, then the newest others."""
@@ -79,7 +98,7 @@ class UniformLayout:
 
     def __init__(self, kind: LayerKind, plan: RowPlan, columns: int):
         self.length = kind.past(plan) + columns
-        self.in_place = plan.total <= kind.capacity or (columns == 1 and not kind.ordered)
+        self.in_place = kind.is_in_order(plan) or kind.is_the_buffer(columns)
         self._writes = kind.write_runs(plan, columns)
         self._reads = kind.past_runs(plan)
         self._num_sink_tokens = kind.num_sink_tokens
@@ -112,8 +131,9 @@ class RaggedLayout:
     def __init__(self, kind: LayerKind, plans: Sequence[RowPlan], columns: int):
         self.kind = kind
         self.filled = [kind.past(plan) + plan.new for plan in plans]  # visible columns of each row
+        readable = kind.is_the_buffer(columns) or all(kind.is_in_order(plan) for plan in plans)
         single_tokens = columns == 1 and not kind.ordered and all(plan.new == 1 for plan in plans)
-        self.in_place = single_tokens and len(set(self.filled)) == 1
+        self.in_place = readable and single_tokens and len(set(self.filled)) == 1
         self.length = max(*self.filled, 0 if self.in_place else columns)
         self.all_visible = min(self.filled) == self.length
         triples = [

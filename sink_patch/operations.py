@@ -13,6 +13,33 @@ class RowOperations:
 
     _streams: Streams | None
 
+    def activate_past_recording(self, tokens: int = 0) -> None:
+        """From now on `crop` can take back the tokens of the newest forward, and the newest `tokens` tokens at least.
+
+        What leaves the window for them is kept aside until then, in so many slots more, and single tokens are read with
+        a copy of the window. transformers calls this where it decodes with drafts (cache_utils.py).
+
+        Raises:
+            CacheStateError: the cache is not bound to a model, or holds recurrent states, which cannot be taken back.
+        """
+        self._recordable().record(tokens)
+
+    def deactivate_past_recording(self) -> None:
+        """Give the slots for that back; what has left the window is gone again."""
+        self._recordable().stop_recording()
+
+    def _recordable(self) -> Streams:
+        if self._streams is None:
+            raise CacheStateError(
+                f"{self!r} was asked to record its past, but is not bound to a model. Make it with model=model."
+            )
+        if self._streams.stateful:
+            raise CacheStateError(
+                f"{self!r} was asked to record its past, but holds recurrent states, which cannot be taken back. Feed "
+                "only tokens that are to stay."
+            )
+        return self._streams
+
     def reset(self) -> None:
         """Forget all tokens; stay bound to the model."""
         if self._streams is not None:
@@ -33,13 +60,13 @@ class RowOperations:
             self._streams.select_rows(indices)
 
     def forget(self, count: int, asked: str) -> None:
-        """Take back the newest `count` tokens; possible only while nothing has left the window.
+        """Take back the newest `count` tokens; what had left the window for them comes back.
 
         Raises:
-            CacheStateError: tokens that would have to come back are gone.
+            CacheStateError: what would have to come back is gone.
         """
         if self._streams is not None and not self._streams.crop(count):
             raise CacheStateError(
                 f"{self!r} cannot be cropped by {asked}: that takes newest tokens back, at most as many as there are, "
-                "and only while no token has left the window."
+                "and what has left the window for them is gone. Call activate_past_recording() before they are fed."
             )

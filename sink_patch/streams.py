@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from sink_patch.clock import Row, RowPlan, plan_row
+from sink_patch.clock import Row, RowPlan, Slots, plan_row
 from sink_patch.context import Context
 from sink_patch.errors import CacheStateError, SinkArgumentError
 from sink_patch.family import OneByOne
@@ -15,6 +16,8 @@ from sink_patch.layers import SinkLayer
 from sink_patch.layout import LayerKind
 from sink_patch.padding import new_tokens
 from sink_patch.step import Step
+
+_SPARE_AT_ONCE = 16
 
 
 class Streams:
@@ -46,7 +49,8 @@ class Streams:
         self.layers = layers
         self._sink_layers = [layer for layer in layers if isinstance(layer, SinkLayer)]
         self._other_layers = [layer for layer in layers if not isinstance(layer, SinkLayer)]
-        self.kinds: list[LayerKind] = list(dict.fromkeys(layer.kind for layer in self._sink_layers))
+        self._see_kinds()
+        self.recording = False  # whether what leaves the window must be able to come back
         self.rows: list[Row] | None = None  # None: nothing fed yet
         self.columns = 0  # fed so far, padding counted in
         self.step: Step | None = None
@@ -81,7 +85,8 @@ class Streams:
                 "This forward has stored nothing in the cache that it was given (a model that trains with gradient "
                 "checkpointing does not). Call model.eval() first."
             )
-        self.rows = [plan.after() for plan in step.plans]
+        rows = self.rows or [Row()] * len(step.plans)
+        self.rows = [row.after(plan.new, self._slots) for row, plan in zip(rows, step.plans, strict=True)]
         self.columns += step.columns
 
     def abandon(self) -> None:
@@ -92,6 +97,7 @@ class Streams:
         if self.rows is None:  # the first one: nothing of it need stay
             self.reset()
             return
+        self.rows = [row.spoilt(plan.new, self._slots) for row, plan in zip(self.rows, step.plans, strict=True)]
         overwritten = step.touched and any(kind.evicts(row) for kind in self.kinds for row in step.plans)
         if overwritten or self.stateful:
             self.broken = "A forward with this cache failed half-way, after it had overwritten old tokens."
@@ -100,6 +106,7 @@ class Streams:
         """Forget all tokens."""
         for layer in self.layers:
             layer.reset()
+        self._see_kinds()
         self.rows, self.columns, self.step, self.broken = None, 0, None, None
 
     def select_rows(self, indices: torch.Tensor) -> None:
@@ -117,12 +124,43 @@ class Streams:
         """Forget the newest `count` tokens of each row; False if tokens that would have to come back are gone."""
         if count == 0 or self.rows is None:
             return True
-        full = self.stateful or any(row.seen > kind.capacity for kind in self.kinds for row in self.rows)
-        if count < 0 or full or count > min(row.seen for row in self.rows):
+        if self.stateful or count < 0 or not all(row.can_lose(count) for row in self.rows):
             return False
-        self.rows = [Row(seen=row.seen - count, base=row.base) for row in self.rows]
+        window_length, _, _ = self.sizes
+        self._move_clock([row.without(count, window_length) for row in self.rows])
         self.columns -= count
         return True
+
+    def record(self, tokens: int) -> None:
+        """From now on keep what leaves the window for the newest `tokens` tokens, and for those of any one forward."""
+        self.recording = True
+        self._spare(tokens)
+
+    def stop_recording(self) -> None:
+        """Give the room for that back."""
+        self.recording = False
+        self._lay_out(0)
+
+    def _spare(self, tokens: int) -> None:
+        """Have so many spare slots, and some more, as each change of their number copies the cache."""
+        if tokens > self._slots.spare:
+            self._lay_out(-(-tokens // _SPARE_AT_ONCE) * _SPARE_AT_ONCE)
+
+    def _lay_out(self, spare: int) -> None:
+        if all(kind.spare == spare for kind in self.kinds):
+            return
+        self.broken = "The slots of this cache could not be laid out anew to the end."
+        for layer in self._sink_layers:
+            layer.lay_out(replace(layer.kind, spare=spare), [row.seen for row in self.rows or ()])
+        self._see_kinds()
+        self.rows = None if self.rows is None else [row.spoilt(0, self._slots) for row in self.rows]
+        self.broken = None
+
+    def _see_kinds(self) -> None:
+        self.kinds: list[LayerKind] = list(dict.fromkeys(layer.kind for layer in self._sink_layers))
+        self._slots = Slots(
+            min((kind.slots for kind in self.kinds), default=0), min((kind.spare for kind in self.kinds), default=0)
+        )
 
     def positions_needed(self, columns: int) -> int:
         """RoPE positions that a forward of so many tokens takes up, however the clock is set."""
@@ -149,6 +187,8 @@ class Streams:
         plans = [made[key] for key in zip(held, new, strict=True)]
         self._check_positions(plan.first_position + plan.new for plan in plans)
         self._check_one_by_one(plans, columns)
+        if self.recording:
+            self._spare(columns)
         return Step(plans, columns, self.kinds, device)
 
     def _check_one_by_one(self, plans: Iterable[RowPlan], columns: int) -> None:
@@ -173,11 +213,15 @@ class Streams:
 
     def _set_clock(self, step: Step) -> None:
         """Turn all rings back where the newest position would reach the horizon."""
-        if not any(plan.turn for plan in step.plans):
-            return
-        turns = -torch.tensor([plan.turn for plan in step.plans], dtype=torch.long)  # [rows]
-        self.broken = "The clock of this cache could not be set back to the end."
-        for layer in self._sink_layers:
-            layer.turn(turns)
-        self.rows = [Row(seen=plan.seen, base=plan.base) for plan in step.plans]
-        self.broken = None
+        if self.rows is not None and any(plan.turn for plan in step.plans):
+            self._move_clock([replace(row, base=plan.base) for row, plan in zip(self.rows, step.plans, strict=True)])
+
+    def _move_clock(self, moved: list[Row]) -> None:
+        """Turn all rings by as much as the base of their row moves."""
+        turns = [row.base - new.base for row, new in zip(self.rows or (), moved, strict=True)]
+        if any(turns):
+            self.broken = "The clock of this cache could not be set to the end."
+            for layer in self._sink_layers:
+                layer.turn(torch.tensor(turns, dtype=torch.long))  # [rows]
+            self.broken = None
+        self.rows = moved

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sink_patch.clock import Row, plan_row
+from sink_patch.clock import Row, Slots, plan_row
 from sink_patch.layout import LayerKind, make_layouts
 
 W, S = 12, 3
@@ -48,7 +50,7 @@ def test_positions_stay_below_the_horizon_and_consecutive(window, sinks, spare, 
             assert plan.sink_turn + sinks == plan.first_position - others
         assert plan.turn == plan.base - row.base >= 0
         assert plan.sink_turn >= 0
-        row = plan.after()
+        row = replace(row, base=plan.base).after(new, Slots(window))
     assert row.seen == sum(steps)
 
 
@@ -68,7 +70,7 @@ def test_the_ring_holds_the_first_and_the_newest(capacity, sinks, steps, local):
         assert past == expected_past(row.seen, kind.past(plan), sinks)
         for slot, column, length in kind.write_runs(plan, columns=new):
             slots.update({slot + step: row.seen + column + step for step in range(length)})
-        row = plan.after()
+        row = row.after(new, Slots(capacity))
         held = sorted({*range(min(sinks, row.seen)), *range(max(0, row.seen - (capacity - sinks)), row.seen)})
         assert sorted(slots.values()) == held
         assert make_layouts([kind], [plan], new)[kind].length == kind.past(plan) + new

@@ -70,6 +70,13 @@ class NaiveCache(BareCache):
         self.seen += new
         return logits
 
+    def crop(self, count: int) -> None:
+        """Forget the newest `count` tokens."""
+        self.seen -= count
+        for layer_idx, states in self.stored.items():
+            keys, values = (tensor[:, :, : self.seen] for tensor in states)
+            self.stored[layer_idx] = keys, values
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
