@@ -28,6 +28,7 @@ def prepare_cache(third: str) -> Method:
 
 SAMPLE = Method(_UTILS, "GenerationMixin", "_sample", parameters=_MODEL_KWARGS, role="decode")
 BEAM_SEARCH = Method(_UTILS, "GenerationMixin", "_beam_search", parameters=_MODEL_KWARGS, role="decode")
+ASSISTED = Method(_UTILS, "GenerationMixin", "_assisted_decoding", parameters=_MODEL_KWARGS, role="decode_with_drafts")
 
 INITIAL_CACHE_POSITION = Method(
     *(_UTILS, "GenerationMixin", "_get_initial_cache_position"),

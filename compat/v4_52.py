@@ -65,6 +65,7 @@ SHIM = Shim(
         places.prepare_cache("assistant_model"),
         places.SAMPLE,
         places.BEAM_SEARCH,
+        places.ASSISTED,
         places.INITIAL_CACHE_POSITION,
     ),
     cache_base=_cache_base,

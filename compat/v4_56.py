@@ -18,6 +18,7 @@ METHODS = (
     places.PREPARE_CONFIG,
     places.SAMPLE,
     places.BEAM_SEARCH,
+    places.ASSISTED,
     places.IN_PACKAGE,
 )
 

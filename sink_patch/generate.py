@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sink_patch import drafts
 from sink_patch.arguments import ARGUMENTS
 from sink_patch.cache import SinkCache
 from sink_patch.compat import installed_shim
@@ -23,7 +24,7 @@ from sink_patch.request import NAME, Request
 
 logger = logging.getLogger("sink_patch")
 
-_MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
+_MODES = ("greedy_search", "sample", "beam_search", "beam_sample", drafts.MODE)
 _told_about_chunks: set[str] = set()
 
 
@@ -34,12 +35,16 @@ def prepare_generation_config(
 
     It is the first thing that `generate` does, so a refusal comes before anything is computed.
     """
-    given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-    request = Request.read(given.get("kwargs", {}), given.get("generation_config"), instance.generation_config)
-    kwargs = {name: value for name, value in kwargs.items() if name not in ARGUMENTS}
+    bound = inspect.signature(wrapped).bind(*args, **kwargs)
+    given, asked_for = bound.arguments, bound.arguments.setdefault("kwargs", {})
+    own = drafts.assistants_config(given.get("generation_config"), asked_for)
+    if own is not None:
+        given["generation_config"] = own
+    request = Request.read(asked_for, given.get("generation_config"), instance.generation_config)
+    given["kwargs"] = {name: value for name, value in asked_for.items() if name not in ARGUMENTS}
     if request.leaves_sink:
-        kwargs["cache_config"] = None  # which 4.52 and 4.53 would give to the other cache, and refuse
-    generation_config, model_kwargs = wrapped(*args, **kwargs)
+        given["kwargs"]["cache_config"] = None  # which 4.52 and 4.53 would give to the other cache, and refuse
+    generation_config, model_kwargs = wrapped(*bound.args, **bound.kwargs)
     cache = model_kwargs.get(cache_argument(instance))
     asked = generation_config.cache_implementation
     if asked != NAME and not isinstance(cache, SinkCache):
@@ -75,7 +80,10 @@ def prepare_cache(
     made = generation_config.cache_implementation == NAME
     if not made and not isinstance(cache, SinkCache):
         return wrapped(*args, **kwargs)
-    _check_mode(generation_config, installed_shim().generation_mode(given))
+    mode = installed_shim().generation_mode(given)
+    _check_mode(mode)
+    if mode == drafts.MODE:
+        drafts.check(instance, generation_config)
     _check_rows(model_kwargs.get("attention_mask"))  # transformers makes one from padding tokens where none was given
     if made:
         cache = SinkCache(**generation_config.cache_config, model=instance)
@@ -85,6 +93,7 @@ def prepare_cache(
         _check_embeds(model_kwargs, cache)
         wrapped(*args, **kwargs)
         _mask_whole_stream(generation_config, model_kwargs, cache, instance)
+    drafts.prepare(generation_config, cache, mode)
     _plan_chunks(generation_config, model_kwargs, cache)
     return None
 
@@ -97,6 +106,23 @@ def decode(wrapped: Callable[..., Any], instance: nn.Module, args: tuple[Any, ..
     if not isinstance(cache, SinkCache):
         return wrapped(*args, **kwargs)
     with fed_in_pieces(instance, cache, given["input_ids"], generation_config, model_kwargs):
+        return wrapped(*args, **kwargs)
+
+
+def decode_with_drafts(
+    wrapped: Callable[..., Any], instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Around `_assisted_decoding`: all of the prompt but its last token goes in first, and is never taken back."""
+    given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    generation_config, model_kwargs = given["generation_config"], given.get("model_kwargs", {})
+    cache, input_ids = model_kwargs.get(cache_argument(instance)), given["input_ids"]
+    if not isinstance(cache, SinkCache):
+        return wrapped(*args, **kwargs)
+    drafts.check_inputs(input_ids.shape[1], stream_length(generation_config, model_kwargs) or input_ids.shape[1])
+    with (
+        fed_in_pieces(instance, cache, input_ids, generation_config, model_kwargs, drafting=True),
+        drafts.recorded(cache),
+    ):
         return wrapped(*args, **kwargs)
 
 
@@ -178,15 +204,11 @@ def _check_no_other_cache(cache: Any) -> None:
         )
 
 
-def _check_mode(generation_config: Any, mode: str) -> None:
+def _check_mode(mode: str) -> None:
     if mode not in _MODES:
         raise UnsupportedGenerationError(
-            f"The decoding mode {mode!r} was asked for with a sink cache, which cannot take back tokens that it has "
-            f"already made room for. Use one of {', '.join(_MODES)}, or another cache."
-        )
-    if getattr(generation_config, "is_assistant", None):
-        raise UnsupportedGenerationError(
-            "An assistant model was given a sink cache, which cannot take back rejected tokens. Give it another one."
+            f"The decoding mode {mode!r} was asked for with a sink cache, which it cannot use: it goes back over its "
+            f"cache in ways of its own. Use one of {', '.join(_MODES)}, or another cache."
         )
 
 

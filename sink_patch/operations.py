@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 
 from sink_patch.errors import CacheStateError
@@ -65,7 +67,7 @@ class RowOperations:
         Raises:
             CacheStateError: what would have to come back is gone.
         """
-        if self._streams is not None and not self._streams.crop(count):
+        if self._streams is not None and not self._streams.crop(operator.index(count)):  # some pass a tensor
             raise CacheStateError(
                 f"{self!r} cannot be cropped by {asked}: that takes newest tokens back, at most as many as there are, "
                 "and what has left the window for them is gone. Call activate_past_recording() before they are fed."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from sink_patch.cache import SinkCache
 from sink_patch.entries import CACHE_NAMES, cache_argument
+from sink_patch.seam import FedAhead
 
 _OF_STATES = CACHE_NAMES[-1]
 """Where a cache has this name (models of states alone, up to 5.23) `generate` does not ask it for its length."""
@@ -24,6 +25,8 @@ def fed_in_pieces(
     input_ids: torch.Tensor,
     generation_config: Any,
     model_kwargs: Mapping[str, Any],
+    *,
+    drafting: bool = False,
 ) -> Iterator[None]:
     """Feed all of a prompt but its last piece; inside, the first forward of transformers feeds just that.
 
@@ -33,6 +36,7 @@ def fed_in_pieces(
     Args:
         input_ids: the whole history, or the new tokens alone, [rows, columns].
         generation_config: its `prefill_chunk_size` says how many columns a piece has; None: all go in at once.
+        drafting: leave the last token alone to transformers, whatever the pieces are.
     """
     size, generation_config.prefill_chunk_size = generation_config.prefill_chunk_size, None
     embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
@@ -40,20 +44,27 @@ def fed_in_pieces(
     fed = cache.get_seq_length()
     length = stream_length(generation_config, model_kwargs) or inputs.shape[1]
     new = inputs[:, inputs.shape[1] - (length - fed) :]
-    pieces = () if size is None else new.split(size, dim=1)[:-1]
-    for piece in pieces:
+    for piece in _ahead(new, size, drafting=drafting):
         seen = cache.get_seq_length() + piece.shape[1]
         _feed(model, cache, piece, None if mask is None else mask[:, :seen])
-    if inputs.shape[1] < length:  # new tokens alone: transformers feeds all of them
-        cache.fed_ahead = cache.get_seq_length() - fed
+    if drafting:  # some versions feed all of a history, others from where the cache has got to
+        cache.fed_ahead = FedAhead(cache.get_seq_length(), of_history=True)
+    elif inputs.shape[1] < length:  # new tokens alone: transformers feeds all of them
+        cache.fed_ahead = FedAhead(cache.get_seq_length() - fed)
     elif cache_argument(model) == _OF_STATES:  # a history: all of it as well
-        cache.fed_ahead = cache.get_seq_length()
-    else:  # a history: from where the cache has got to
-        cache.fed_ahead = 0
+        cache.fed_ahead = FedAhead(cache.get_seq_length())
     try:
         yield
     finally:
-        cache.fed_ahead = 0
+        cache.fed_ahead = None
+
+
+def _ahead(new: torch.Tensor, size: int | None, *, drafting: bool) -> Sequence[torch.Tensor]:
+    """The pieces of new columns [rows, columns, ...] that go in ahead of what is left to transformers."""
+    if not drafting:
+        return () if size is None else torch.split(new, size, dim=1)[:-1]
+    head = new[:, :-1]
+    return torch.split(head, size or head.shape[1], dim=1) if head.shape[1] else ()
 
 
 def stream_length(generation_config: Any, model_kwargs: Mapping[str, Any]) -> int:

@@ -14,6 +14,7 @@ import inspect
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,11 +30,29 @@ _OTHER_INPUTS = (
 _installing = threading.Lock()
 
 
+@dataclass(frozen=True)
+class FedAhead:
+    """Columns at the start of a forward that the cache holds already.
+
+    Args:
+        columns: how many.
+        of_history: only where the forward brings all that its mask covers.
+    """
+
+    columns: int
+    of_history: bool = False
+
+    def cut(self, inputs: torch.Tensor, attention_mask: Any) -> torch.Tensor:
+        """The rest of inputs [rows, columns, ...]."""
+        whole = attention_mask is None or inputs.shape[1] == attention_mask.shape[-1]
+        return inputs[:, self.columns :] if whole or not self.of_history else inputs
+
+
 class Streaming(ABC):
     """What a cache must offer to be driven by the hooks."""
 
-    fed_ahead: int
-    """Columns at the start of the next forward that the cache holds already, and that are cut off."""
+    fed_ahead: FedAhead | None
+    """What is cut off at the start of the next forward."""
 
     @abstractmethod
     def begin_forward(self, module: nn.Module, inputs: torch.Tensor, attention_mask: Any) -> dict[str, Any] | None:
@@ -70,8 +89,8 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if named.get(name) is None:
         return None  # the model itself says what it misses
     _check_text_only(module, named)
-    if cache.fed_ahead:
-        named[name], cache.fed_ahead = named[name][:, cache.fed_ahead :], 0
+    if cache.fed_ahead is not None:
+        named[name], cache.fed_ahead = cache.fed_ahead.cut(named[name], named.get("attention_mask")), None
     replaced = cache.begin_forward(module, named[name], named.get("attention_mask"))
     if replaced is None:
         return None

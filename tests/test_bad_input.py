@@ -154,17 +154,17 @@ def test_sizes_that_are_not_those_of_the_cache(model):
 
 @pytest.mark.parametrize(
     "mode",
-    [{"prompt_lookup_num_tokens": 3}, {"assistant_model": "itself"}],
-    ids=str,
+    [
+        ("contrastive_search", {"penalty_alpha": 0.6, "top_k": 4}),
+        ("group_beam_search", {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0}),
+        ("dola_generation", {"dola_layers": "low"}),
+    ],
+    ids=lambda mode: mode[0],
 )
-def test_modes_that_take_tokens_back(model, mode):
-    if "assistant_model" in mode:
-        mode = {"assistant_model": model}
-    sink_patch.inspect(model)
-    with pytest.raises(UnsupportedGenerationError, match="assisted_generation"):
-        model.generate(PROMPT, cache_implementation="sink", max_new_tokens=9, **mode)
-    with pytest.raises(UnsupportedGenerationError, match="assisted_generation"):
-        model.generate(PROMPT, past_key_values=SinkCache(), max_new_tokens=9, **mode)
+def test_modes_with_ways_of_their_own(model, mode):
+    name, settings = mode
+    for given in ({"cache_implementation": "sink"}, {"past_key_values": SinkCache()}):
+        refused(model, UnsupportedGenerationError, f"mode '{name}' was asked for", **given, **settings)
 
 
 def learned_positions(model_type, **settings):
@@ -330,7 +330,7 @@ def test_a_stored_typo_is_found(model):
 def test_a_refused_mode_binds_nothing(model):
     cache, before = SinkCache(), hooks(model)
     with pytest.raises(UnsupportedGenerationError):
-        model.generate(PROMPT, past_key_values=cache, prompt_lookup_num_tokens=3, max_new_tokens=9)
+        model.generate(PROMPT, past_key_values=cache, assistant_early_exit=1, max_new_tokens=9)
     assert not cache.is_bound_to(model)
     assert hooks(model) == before
 

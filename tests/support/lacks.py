@@ -79,6 +79,8 @@ LACKS: tuple[Lack, ...] = (
         "test_bad_input.py::test_gradient_checkpointing_stores_nothing",
     ),
     *_rows("<5.5", _STATES_APART, "test_coverage.py::test_a_long_prompt_is_not_cut_where_states*", "test_states.py::*"),
+    *_rows("<5.5", _STATES_APART, "test_storage.py::test_states*", "test_storage.py::test_what_it_does_not_know*"),
+    *_rows("<4.53", _CUT_MASKS, "test_storage.py::test_it_goes_on_to_the_bit[gemma3_text*"),
     *_rows("<4.56", _NO_GEMMA3N, "test_coverage.py::test_windows_are_kept*[gemma3n_text]"),
     *_rows(">=5.5,<5.7", _NO_MAMBA, "test_coverage.py::*the_oracle_in_each_kind_of_layer[granitemoehybrid]"),
     *_rows(
@@ -98,7 +100,17 @@ LACKS: tuple[Lack, ...] = (
         "test_coverage.py::test_the_counts_and*",
         "test_cli.py::test_families_prints_the_table_of_the_repository",
     ),
-    *_rows("<4.53", _ONE_MASK, "test_many_layers.py::*gemma3*", "test_many_layers.py::*cohere2*"),
+    *_rows(">=4.56", "contrastive search has moved to the Hub", "test_bad_input.py::test_modes*[contrastive*"),
+    *_rows(">=4.57", "these beams have moved to the Hub", "test_bad_input.py::test_modes*[group*"),
+    *_rows(">=4.56", "this mode has moved to the Hub", "test_bad_input.py::test_modes*[dola*"),
+    *_rows("<5.5", _STATES_APART, "test_drafts.py::test_models_with_states*"),
+    *_rows(
+        "<4.53",
+        _ONE_MASK,
+        "test_rollback.py::*naive_cache*[gemma3*",
+        "test_many_layers.py::*gemma3*",
+        "test_many_layers.py::*cohere2*",
+    ),
 )
 
 
