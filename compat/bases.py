@@ -65,7 +65,7 @@ class CropByCount(Ours):
     """5.15 and newer (cache_utils.py): `crop` takes minus the number of tokens to remove."""
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest `-tokens_to_remove` tokens; possible only while nothing has left the window.
+        """Forget the newest `-tokens_to_remove` tokens; what had left the window for them comes back.
 
         Raises:
             CacheStateError: tokens that would have to come back are gone.
@@ -77,7 +77,7 @@ class CropToLength(Ours):
     """Up to 5.14 (cache_utils.py): `crop` takes the length that remains, or minus the number of tokens to remove."""
 
     def crop(self, max_length: int) -> None:
-        """Forget all but the first `max_length` columns, or the newest `-max_length`; while nothing has been evicted.
+        """Forget all but the first `max_length` columns, or the newest `-max_length`; what had left for them comes back.
 
         Raises:
             CacheStateError: tokens that would have to come back are gone.
