@@ -77,7 +77,7 @@ class CropToLength(Ours):
     """Up to 5.14 (cache_utils.py): `crop` takes the length that remains, or minus the number of tokens to remove."""
 
     def crop(self, max_length: int) -> None:
-        """Forget all but the first `max_length` columns, or the newest `-max_length`; what had left for them comes back.
+        """Forget all but the first `max_length` columns, or the newest `-max_length`; what left for them comes back.
 
         Raises:
             CacheStateError: tokens that would have to come back are gone.

@@ -19,6 +19,7 @@ from sink_patch.binding import LayerFacts, ModelFacts, examine, horizon
 from sink_patch.compat import installed_shim
 from sink_patch.entries import own_layers, text_config, unwrapped
 from sink_patch.errors import CacheStateError, UnboundCacheError
+from sink_patch.keeping import Keeping
 from sink_patch.layers import SinkLayer
 from sink_patch.layout import LayerKind
 from sink_patch.operations import RowOperations
@@ -31,7 +32,7 @@ else:
     CacheBase = installed_shim().cache_base()
 
 
-class SinkCache(RowOperations, CacheBase, seam.Streaming):
+class SinkCache(RowOperations, Keeping, CacheBase, seam.Streaming):
     """A cache of fixed size with which a model generates without end.
 
     Args:
@@ -62,7 +63,7 @@ class SinkCache(RowOperations, CacheBase, seam.Streaming):
         self._facts: ModelFacts | None = None
         self._streams: Streams | None = None
         self._entrances: tuple[weakref.ref[nn.Module], ...] = ()
-        self.fed_ahead = 0  # columns at the start of the next forward that are in the cache already (see prefill.py)
+        self.fed_ahead: seam.FedAhead | None = None  # see prefill.py
         self._entered: weakref.ref[nn.Module] | None = None  # the module that began the forward under way
         if model is not None:
             self.bind(model)
@@ -85,9 +86,10 @@ class SinkCache(RowOperations, CacheBase, seam.Streaming):
             return
         self.check(model)
         facts = examine(model)
-        self._streams = self._new_streams(facts, text_config(model))
-        self.layers = list(self._streams.layers)
-        self._facts = facts
+        self._tie(model, facts, self._new_streams(facts, self._new_layers(facts, text_config(model))))
+
+    def _tie(self, model: nn.Module, facts: ModelFacts, streams: Streams) -> None:
+        self._streams, self.layers, self._facts = streams, list(streams.layers), facts
         self._entrances = tuple(weakref.ref(module) for module in seam.install(model))
 
     def check(self, model: nn.Module) -> None:
@@ -112,10 +114,12 @@ class SinkCache(RowOperations, CacheBase, seam.Streaming):
             return True
         return self._streams.positions_needed(columns) <= self._streams.context.length
 
-    def _new_streams(self, facts: ModelFacts, config: Any) -> Streams:
-        sizes = (self.window_length, self.num_sink_tokens)
+    def _new_layers(self, facts: ModelFacts, config: Any) -> list[Any]:
         own = own_layers(config) if any(layer.entry.state for layer in facts.layers) else [None] * len(facts.layers)
-        layers = [self._new_layer(layer, theirs) for layer, theirs in zip(facts.layers, own, strict=True)]
+        return [self._new_layer(layer, theirs) for layer, theirs in zip(facts.layers, own, strict=True)]
+
+    def _new_streams(self, facts: ModelFacts, layers: list[Any]) -> Streams:
+        sizes = (self.window_length, self.num_sink_tokens)
         stateful = any(layer.entry.state for layer in facts.layers)
         clock = horizon(facts, *sizes)
         return Streams(*sizes, facts.context, clock, layers, stateful=stateful, one_by_one=facts.one_by_one)
@@ -256,7 +260,8 @@ class SinkCache(RowOperations, CacheBase, seam.Streaming):
 
     @property
     def is_croppable(self) -> bool:
-        return False
+        """Whether `crop` can take back any forward: only once `activate_past_recording` was called."""
+        return self._streams is not None and self._streams.recording
 
     @property
     def is_initialized(self) -> bool:

@@ -58,6 +58,21 @@ class UnboundCacheError(CacheStateError):
         )
 
 
+class CacheFileError(SinkPatchError, ValueError):
+    """A file holds no `SinkCache`, or none with which this model could go on."""
+
+
+class UnpicklableCacheError(SinkPatchError, TypeError):
+    """A `SinkCache` was to be pickled, which would part it from its model."""
+
+    @classmethod
+    def of(cls, cache: str) -> UnpicklableCacheError:
+        return cls(
+            f"{cache} cannot be pickled: a pickle does not know its model. Use cache.save(path) and "
+            "SinkCache.load(path, model=model); clone() copies it in memory."
+        )
+
+
 class FamilyClashError(SinkPatchError, ValueError):
     """Two different families claim one `model_type`."""
 

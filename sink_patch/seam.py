@@ -70,6 +70,8 @@ def install(model: nn.Module) -> tuple[nn.Module, ...]:
         for module in modules:
             if _enter not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(_enter, with_kwargs=True)
+            # may be missing alone: torch numbers hooks by process, so a new one may replace one that was unpickled
+            if _leave not in module._forward_hooks.values():
                 module.register_forward_hook(_leave, with_kwargs=True, always_call=True)
     return modules
 

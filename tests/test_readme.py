@@ -29,7 +29,8 @@ def model():
     return model
 
 
-def test_the_python_snippets_run_one_after_the_other(model, monkeypatch, capsys):
+def test_the_python_snippets_run_one_after_the_other(model, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
     tokenizer = tiny_tokenizer()
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tokenizer)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: model)
