@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sink_patch.layout import LayerKind
+from sink_patch.layout import LayerKind, Layout
 from sink_patch.rotation import CosSin, Rotation
 from sink_patch.step import Step
 
@@ -23,19 +23,25 @@ class Ring:
         self.rotation = rotation
         self.buffer: torch.Tensor | None = None
         self.pristine: torch.Tensor | None = None
-        self._shown_turns: tuple[int, ...] | None = None  # how far the sinks in the buffer are turned, row by row
 
-    def update(self, states: torch.Tensor, step: Step) -> torch.Tensor:
-        """Store new states [rows, heads, columns, dim]; return what this forward sees, [rows, heads, visible, dim]."""
-        layout = step.layouts[self.kind]
-        stored = states.detach()
+    def update(self, states: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Store new states [rows, heads, columns, dim]; return what this forward sees, [rows, heads, visible, dim].
+
+        The sinks in the buffer have been turned to where it sees them (sinks.py).
+        """
+        stored = states.detach() if states.requires_grad else states
         buffer = self._reserve(stored, layout.reach)
-        self._show_sinks(buffer, step)
         seen = None if layout.in_place else layout.read(buffer, states)
         layout.write(buffer, stored)
-        if self.pristine is not None:
+        if self.pristine is not None and layout.brings_sinks:
             layout.write_sinks(self.pristine, stored)
-        return buffer[:, :, : layout.length] if seen is None else seen
+        if seen is not None:
+            return seen
+        return buffer if layout.length == buffer.shape[2] else buffer[:, :, : layout.length]
+
+    @property
+    def has_turning_sinks(self) -> bool:
+        return self.rotation is not None and self.kind.num_sink_tokens > 0
 
     @property
     def nbytes(self) -> int:
@@ -54,12 +60,9 @@ class Ring:
             self.buffer = self.buffer.index_select(0, rows.to(self.buffer.device))
         if self.pristine is not None:
             self.pristine = self.pristine.index_select(0, rows.to(self.pristine.device))
-        self._shown_turns = (
-            None if self._shown_turns is None else tuple(self._shown_turns[row] for row in rows.tolist())
-        )
 
     def reset(self) -> None:
-        self.buffer = self.pristine = self._shown_turns = None
+        self.buffer = self.pristine = None
 
     @torch.inference_mode(False)
     def lay_out(self, kind: LayerKind, seen: Sequence[int]) -> None:
@@ -74,14 +77,6 @@ class Ring:
             first = max(kind.num_sink_tokens, count - min(kind.ring, old.ring))
             kept = torch.arange(first, max(first, count), device=held.device)  # absolute indices
             self.buffer[row, :, kind.slots_of(kept)] = held[row, :, old.slots_of(kept)]  # [heads, tokens, dim]
-
-    def _show_sinks(self, buffer: torch.Tensor, step: Step) -> None:
-        if self.pristine is None or self.rotation is None or step.sink_turns == self._shown_turns:
-            return
-        if self._shown_turns is not None or any(step.sink_turns):
-            cos_sin = step.sink_turn(self.rotation, buffer.device)
-            buffer[:, :, : self.kind.num_sink_tokens] = self.rotation.apply(self.pristine, cos_sin)
-            self._shown_turns = step.sink_turns
 
     def _reserve(self, states: torch.Tensor, slots: int) -> torch.Tensor:
         """The buffer, with at least `slots` slots; in most forwards it has them."""
@@ -98,7 +93,7 @@ class Ring:
         if self.buffer is not None:
             grown[:, :, :held] = self.buffer
         self.buffer = grown
-        if self.pristine is None and self.rotation is not None and self.kind.num_sink_tokens > 0:
+        if self.pristine is None and self.has_turning_sinks:
             self.pristine = torch.zeros_like(self.buffer[:, :, : self.kind.num_sink_tokens])
         return self.buffer
 
@@ -155,7 +150,8 @@ class SinkLayer:
         """Store [rows, heads, columns, head_dim] and return the keys and values that this forward attends to."""
         step.touched = True
         keys, values = self.rings
-        return keys.update(key_states, step), values.update(value_states, step)
+        layout = step.layouts[self.kind]
+        return keys.update(key_states, layout), values.update(value_states, layout)
 
     def turn(self, turns: torch.Tensor) -> None:
         """Turn what is cached by `turns` positions, an int64 tensor of shape [rows]."""

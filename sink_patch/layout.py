@@ -102,12 +102,14 @@ class UniformLayout:
         self._writes = kind.write_runs(plan, columns)
         self._reads = kind.past_runs(plan)
         self._num_sink_tokens = kind.num_sink_tokens
+        self.brings_sinks = any(slot < kind.num_sink_tokens for slot, _, _ in self._writes)
         self.reach = max((slot + length for slot, _, length in self._writes), default=0)
 
     def write(self, buffer: torch.Tensor, states: torch.Tensor) -> None:
         """Copy the tokens that stay from states [rows, heads, columns, dim] to buffer [rows, heads, slots, dim]."""
         for slot, column, length in self._writes:
-            buffer[:, :, slot : slot + length] = states[:, :, column : column + length]
+            stays = states if length == states.shape[2] else states[:, :, column : column + length]
+            buffer[:, :, slot : slot + length] = stays
 
     def write_sinks(self, pristine: torch.Tensor, states: torch.Tensor) -> None:
         """The same for the sinks alone, into a tensor [rows, heads, num_sink_tokens, dim]."""
@@ -144,6 +146,7 @@ class RaggedLayout:
         ]
         self._writes = torch.tensor(triples, dtype=torch.long).reshape(-1, 3)  # [tokens, (row, slot, column)]
         self._num_sink_tokens = kind.num_sink_tokens
+        self.brings_sinks = any(slot < kind.num_sink_tokens for _, slot, _ in triples)
         self.reach = max((slot + 1 for _, slot, _ in triples), default=0)
         self._sources = None if self.in_place else self._source_index(kind, plans, columns)  # [rows, length]
         self._devices: dict[torch.device, tuple[torch.Tensor, ...]] = {}
@@ -153,9 +156,8 @@ class RaggedLayout:
         buffer[rows, :, slots] = states[rows, :, columns]  # [tokens, heads, dim]
 
     def write_sinks(self, pristine: torch.Tensor, states: torch.Tensor) -> None:
-        if self._sink_writes.numel():
-            rows, slots, columns = self._sink_writes.to(pristine.device).unbind(1)
-            pristine[rows, :, slots] = states[rows, :, columns]  # [tokens, heads, dim]
+        rows, slots, columns = self._sink_writes.to(pristine.device).unbind(1)
+        pristine[rows, :, slots] = states[rows, :, columns]  # [tokens, heads, dim]
 
     def read(self, buffer: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """Each row right-aligned: filler, visible past in stream order, new tokens: [rows, heads, length, dim]."""

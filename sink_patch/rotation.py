@@ -58,31 +58,33 @@ class Rotation:
         angles = angles[:, None, None, :]  # [rows, 1, 1, r/2]
         return angles.cos().float(), angles.sin().float()
 
-    def apply(self, states: torch.Tensor, cos_sin: CosSin) -> torch.Tensor:
+    def apply(self, states: torch.Tensor, cos_sin: CosSin, out: torch.Tensor | None = None) -> torch.Tensor:
         """`states` turned, in their own dtype.
 
         Args:
-            states: shape [rows, heads, tokens, head_dim].
+            states: shape [..., rows, heads, tokens, head_dim].
             cos_sin: what `cos_sin` returned.
+            out: where the result goes, another tensor of the same shape and dtype; None: a new one.
         """
         cos, sin = cos_sin
+        if out is None:
+            out = torch.empty_like(states)
+        if self.rotary_dim < states.shape[-1]:
+            out.copy_(states)
+        first, second = self._pairs(states)  # [..., rows, heads, tokens, r/2] each
+        first, second = first.float(), second.float()
+        turned_first, turned_second = self._pairs(out)
+        turned_first.copy_(first * cos - second * sin)
+        turned_second.copy_(second * cos + first * sin)
+        return out
+
+    def _pairs(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first and the second of each pair of rotary dims, as views."""
         stop = self.start + self.rotary_dim
-        first, second = self._split(states[..., self.start : stop].float())  # [rows, heads, tokens, r/2] each
-        turned = self._join(first * cos - second * sin, second * cos + first * sin).to(states.dtype)
-        if self.rotary_dim == states.shape[-1]:
-            return turned
-        return torch.cat((states[..., : self.start], turned, states[..., stop:]), dim=-1)
-
-    def _split(self, rotary: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.pairing == "half":
-            first, second = rotary.chunk(2, dim=-1)
-            return first, second
-        return rotary[..., ::2], rotary[..., 1::2]
-
-    def _join(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        if self.pairing == "half":
-            return torch.cat((first, second), dim=-1)
-        return torch.stack((first, second), dim=-1).flatten(-2)
+            middle = self.start + self.rotary_dim // 2
+            return states[..., self.start : middle], states[..., middle:stop]
+        return states[..., self.start : stop : 2], states[..., self.start + 1 : stop : 2]
 
     def _on(self, device: torch.device) -> torch.Tensor:
         """`inv_freq` on a device; float32 where the device has no float64 (Apple's MPS)."""

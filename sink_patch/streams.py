@@ -15,6 +15,7 @@ from sink_patch.family import OneByOne
 from sink_patch.layers import SinkLayer
 from sink_patch.layout import LayerKind
 from sink_patch.padding import new_tokens
+from sink_patch.sinks import Sinks
 from sink_patch.step import Step
 
 _SPARE_AT_ONCE = 16
@@ -49,6 +50,7 @@ class Streams:
         self.layers = layers
         self._sink_layers = [layer for layer in layers if isinstance(layer, SinkLayer)]
         self._other_layers = [layer for layer in layers if not isinstance(layer, SinkLayer)]
+        self._sinks = Sinks([ring for layer in self._sink_layers for ring in layer.rings if ring.has_turning_sinks])
         self._see_kinds()
         self.recording = False  # whether what leaves the window must be able to come back
         self.rows: list[Row] | None = None  # None: nothing fed yet
@@ -68,6 +70,7 @@ class Streams:
             raise CacheStateError(f"{self.broken} Call reset() and feed the text again, or use a new SinkCache.")
         step = self._plan(inputs.shape[0], inputs.shape[1], attention_mask, inputs.device)
         self._set_clock(step)
+        self._sinks.show(step)
         self.step = step
         return step
 

@@ -22,7 +22,7 @@ FLOORS = [
     ["adapters", "layout", "padding", "seam"],
     ["family", "probe", "step"],
     ["built_in", "layers", "context"],
-    ["hybrid"],
+    ["hybrid", "sinks"],
     ["registry"],
     ["binding"],
     ["streams", "fingerprint"],
