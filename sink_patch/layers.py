@@ -54,6 +54,7 @@ class Ring:
             ring = self.buffer[:, :, self.kind.num_sink_tokens :]  # [rows, heads, ring, dim]
             ring.copy_(self.rotation.apply(ring, cos_sin))
 
+    @torch.inference_mode(False)  # as in `_grown`
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep the rows `rows`, in that order (beams, batch operations)."""
         if self.buffer is not None:
@@ -64,7 +65,7 @@ class Ring:
     def reset(self) -> None:
         self.buffer = self.pristine = None
 
-    @torch.inference_mode(False)
+    @torch.inference_mode(False)  # as in `_grown`
     def lay_out(self, kind: LayerKind, seen: Sequence[int]) -> None:
         """Take on a kind with another number of spare slots; rows have seen `seen` tokens, which move to theirs."""
         held, self.kind, old = self.buffer, kind, self.kind

@@ -104,6 +104,15 @@ def _alone(model, row):
     return cache
 
 
+def test_rows_that_are_selected_in_inference_mode_stream_on_outside_it(model):
+    cache, stream = SinkCache(W, S, model=model), tokens(40, rows=2)
+    with torch.inference_mode():
+        feed(model, cache, stream[:, :30])
+        cache.reorder_cache(torch.tensor([1, 0]))
+    expected = torch.cat([feed(model, _alone(model, row[:30]), row[None, 30:31]) for row in stream.flip(0)])
+    assert relative_error(feed(model, cache, stream.flip(0)[:, 30:31]), expected) < 1e-5
+
+
 def test_crop_takes_back_what_is_still_there(model):
     stream = tokens(30)
     cache = SinkCache(W, S, model=model)
