@@ -114,8 +114,9 @@ class Plain(Cache):
     def __len__(self) -> int:
         return len(self.layers)
 
-    def get_max_cache_shape(self) -> None:
-        """None, as of a `DynamicCache`: there is no length at which a stream ends."""
+    def get_max_cache_shape(self) -> int | None:
+        """None, as of a `DynamicCache`: there is no length at which a stream ends. In a graph, the width of its mask."""
+        return cast(Any, self).get_max_length() if self.is_compileable else None
 
 
 class Newest(MasksByLength, LayersByContent, CropByCount, Layered):
