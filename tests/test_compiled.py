@@ -18,6 +18,9 @@ from tests.support.oracle import relative_error, visible_tokens
 from tests.support.replay import cache_name
 from tests.support.tiny import tiny, tokens
 
+# of torch itself, where it traces the masks of transformers 4.53 to 4.57
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
 W, S = 12, 3
 CONTEXT = 48  # so short that the clock is set back
 SINK = {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S}
