@@ -30,6 +30,7 @@ class FixedLayout:
         self.length = self.reach = kind.capacity
         self.slots = torch.zeros(rows, dtype=torch.long, device=device)
         self.visible = torch.zeros(rows, kind.capacity, dtype=torch.long, device=device)
+        self._rows = torch.arange(rows, device=device)
         self._held: list[int] | None = None  # tokens of each row that `visible` shows; None: not known
 
     def prepare(self, plans: Sequence[RowPlan]) -> None:
@@ -48,7 +49,7 @@ class FixedLayout:
 
     def write(self, buffer: torch.Tensor, states: torch.Tensor) -> None:
         """Copy states [rows, heads, 1, dim] into buffer [rows, heads, length, dim]."""
-        buffer.scatter_(2, self.slots[:, None, None, None].expand_as(states), states)
+        buffer[self._rows, :, self.slots] = states[:, :, 0]  # [rows, heads, dim], which inductor does in place
 
     def write_sinks(self, pristine: torch.Tensor, states: torch.Tensor) -> None:
         """The sinks are in before such a step."""
@@ -59,12 +60,18 @@ class FixedLayout:
 
 
 class FixedStep(Step):
-    """A step that is used again and again, for caches with one kind of layer."""
+    """A step that is used again and again, for caches with one kind of layer.
+
+    Args:
+        kind, rows, device: of the cache.
+        buffers: the keys of all layers, by which it is known whether the cache still lies where it lay.
+    """
 
     is_fixed = True
 
-    def __init__(self, kind: LayerKind, rows: int, device: torch.device):
+    def __init__(self, kind: LayerKind, rows: int, device: torch.device, buffers: Sequence[torch.Tensor | None]):
         super().__init__((), 1, (), device)
+        self.buffers = buffers
         self._layout = FixedLayout(kind, rows, device)
         self._positions = torch.zeros(rows, 1, dtype=torch.long, device=device)
 

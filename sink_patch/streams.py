@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -91,14 +92,23 @@ class Streams:
         """Whether the next one may: all sinks are in, and nothing is kept that is not seen."""
         if not self.can_be_fixed or self.recording or self._slots.spare or self.rows is None:
             return False
-        devices = {layer.keys.device for layer in self._sink_layers if layer.keys is not None}
-        return len(devices) == 1 and all(row.seen >= self.kinds[0].num_sink_tokens for row in self.rows)
+        if any(row.seen < self.kinds[0].num_sink_tokens for row in self.rows):
+            return False
+        return self._is_laid_out() or len({key.device for key in self._keys() if key is not None}) == 1
+
+    def _keys(self) -> list[torch.Tensor | None]:
+        return [layer.keys for layer in self._sink_layers]
+
+    def _is_laid_out(self) -> bool:
+        """Whether all buffers are those that the fixed step knows."""
+        laid_out = None if self._fixed is None else self._fixed.buffers
+        return laid_out is not None and all(map(operator.is_, self._keys(), laid_out))
 
     def _fix(self, plans: Sequence[RowPlan], device: torch.device) -> FixedStep:
-        if self._fixed is None or len(self._fixed.plans) != len(plans):
-            self._fixed = FixedStep(self.kinds[0], len(plans), device)
-        for layer in self._sink_layers:
-            layer.fix()
+        if self._fixed is None or not self._is_laid_out():
+            for layer in self._sink_layers:
+                layer.fix()
+            self._fixed = FixedStep(self.kinds[0], len(plans), device, self._keys())
         self._fixed.prepare(plans)
         return self._fixed
 
