@@ -87,6 +87,18 @@ class CropToLength(Ours):
         self.forget(count, f"max_length={max_length}")
 
 
+class Endless(Ours):
+    """Up to 5.14 (cache_utils.py): a cache is asked for the length at which it ends."""
+
+    no_end: int | None = -1
+    """What a `DynamicCache` says."""
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int | None:  # noqa: ARG002 - as in transformers
+        """`no_end`: there is no length at which a stream ends. In a graph, the width of its mask."""
+        this = cast(Any, self)
+        return this.get_max_length() if this.is_compileable else self.no_end
+
+
 class Layered(Cache):
     """4.56 and newer: a cache is made of layers that it is given."""
 
@@ -114,25 +126,24 @@ class Plain(Cache):
     def __len__(self) -> int:
         return len(self.layers)
 
-    def get_max_cache_shape(self) -> None:
-        """None, as of a `DynamicCache`: there is no length at which a stream ends."""
-
 
 class Newest(MasksByLength, LayersByContent, CropByCount, Layered):
     """5.15 and newer."""
 
 
-class ByLength(MasksByLength, CropToLength, Layered):
+class ByLength(MasksByLength, CropToLength, Endless, Layered):
     """5.4 to 5.14."""
 
 
-class ByPosition(MasksByPosition, CropToLength, Layered):  # type: ignore[misc] # checked with the newest
+class ByPosition(MasksByPosition, CropToLength, Endless, Layered):  # type: ignore[misc] # checked with the newest
     """4.56 to 5.3."""
 
 
-class ByPositionClassed(MasksByPosition, CropToLength, Classed):  # type: ignore[misc]
+class ByPositionClassed(MasksByPosition, CropToLength, Endless, Classed):  # type: ignore[misc]
     """4.54 and 4.55."""
 
 
-class ByPositionPlain(MasksByPosition, CropToLength, Plain):  # type: ignore[misc]
+class ByPositionPlain(MasksByPosition, CropToLength, Endless, Plain):  # type: ignore[misc]
     """4.53, and 4.52, where models build their masks themselves."""
+
+    no_end = None

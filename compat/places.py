@@ -30,6 +30,15 @@ SAMPLE = Method(_UTILS, "GenerationMixin", "_sample", parameters=_MODEL_KWARGS, 
 BEAM_SEARCH = Method(_UTILS, "GenerationMixin", "_beam_search", parameters=_MODEL_KWARGS, role="decode")
 ASSISTED = Method(_UTILS, "GenerationMixin", "_assisted_decoding", parameters=_MODEL_KWARGS, role="decode_with_drafts")
 
+COMPILE = (
+    Method(
+        *(_UTILS, "GenerationMixin", "_valid_auto_compile_criteria"),
+        parameters=("model_kwargs", "generation_config"),
+        role="may_compile",
+    ),
+    Method("transformers.modeling_utils", "PreTrainedModel", "get_compiled_call", ("compile_config",), "compiled_call"),
+)
+
 INITIAL_CACHE_POSITION = Method(
     *(_UTILS, "GenerationMixin", "_get_initial_cache_position"),
     parameters=("seq_length", "device", "model_kwargs"),

@@ -66,6 +66,7 @@ SHIM = Shim(
         places.SAMPLE,
         places.BEAM_SEARCH,
         places.ASSISTED,
+        *places.COMPILE,
         places.INITIAL_CACHE_POSITION,
     ),
     cache_base=_cache_base,

@@ -19,6 +19,7 @@ METHODS = (
     places.SAMPLE,
     places.BEAM_SEARCH,
     places.ASSISTED,
+    *places.COMPILE,
     places.IN_PACKAGE,
 )
 

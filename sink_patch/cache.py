@@ -64,6 +64,8 @@ class SinkCache(RowOperations, Keeping, CacheBase, seam.Streaming):
         self._streams: Streams | None = None
         self._entrances: tuple[weakref.ref[nn.Module], ...] = ()
         self.fed_ahead: seam.FedAhead | None = None  # see prefill.py
+        self.says_compileable = False  # see graph.py
+        self.begun_in_graph = False  # see seam.py
         self._entered: weakref.ref[nn.Module] | None = None  # the module that began the forward under way
         if model is not None:
             self.bind(model)
@@ -140,13 +142,14 @@ class SinkCache(RowOperations, Keeping, CacheBase, seam.Streaming):
         return partial(StatefulSinkLayer, number_of_states=number_of_states)
 
     def begin_forward(
-        self, module: nn.Module, inputs: torch.Tensor, attention_mask: Any
+        self, module: nn.Module, inputs: torch.Tensor, attention_mask: Any, *, fixed: bool = False
     ) -> dict[str, torch.Tensor | None] | None:
         """Make room, set the clock, and say what the model is to receive.
 
         Args:
             inputs: token ids [rows, columns] or embeddings [rows, columns, hidden].
             attention_mask: None, or [rows, columns ever fed + columns], 1 for real tokens.
+            fixed: at fixed shapes and addresses, for a graph that is compiled once.
 
         Returns:
             `position_ids`, `attention_mask` and, where this transformers has it, `cache_position` for the model; or
@@ -154,11 +157,11 @@ class SinkCache(RowOperations, Keeping, CacheBase, seam.Streaming):
         """
         if self._streams is None or self._facts is None or not self.is_bound_to(module):
             raise self._not_bound_to(type(module).__name__)
-        if self._is_under_way(module, columns=inputs.shape[1]):
+        if self._is_inside(module, columns=inputs.shape[1]):
             return None
-        step = self._streams.begin(inputs, attention_mask)
+        step = self._streams.begin(inputs, attention_mask, fixed=fixed)
         self._entered = weakref.ref(module)
-        if not step.layouts:  # states alone: what is padding in this forward is all that matters
+        if not self._streams.kinds:  # states alone: what is padding in this forward is all that matters
             own = attention_mask is None or step.columns == 1
             return {"attention_mask": None if own else attention_mask[:, -step.columns :]}
         mask = step.attention_mask(explicit=self._facts.explicit_mask)
@@ -166,7 +169,7 @@ class SinkCache(RowOperations, Keeping, CacheBase, seam.Streaming):
         positions = {"position_ids": step.position_ids()} if self._facts.position_source == "position_ids" else {}
         return {"attention_mask": mask, **positions, **coordinates}
 
-    def _is_under_way(self, module: nn.Module, columns: int) -> bool:
+    def _is_inside(self, module: nn.Module, columns: int) -> bool:
         """Whether `module` is a part of the one that has begun this forward (and not of one that was interrupted)."""
         step = None if self._streams is None else self._streams.step
         outer = None if self._entered is None else self._entered()
@@ -180,6 +183,10 @@ class SinkCache(RowOperations, Keeping, CacheBase, seam.Streaming):
             self._streams.commit()
         else:
             self._streams.abandon()
+
+    @property
+    def is_under_way(self) -> bool:
+        return self._streams is not None and self._streams.step is not None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
@@ -256,7 +263,24 @@ class SinkCache(RowOperations, Keeping, CacheBase, seam.Streaming):
 
     @property
     def is_compileable(self) -> bool:
-        return False
+        """Whether a graph of the model may be compiled with it: where `generate` asks that, and in the graph itself."""
+        if self._streams is not None and self._streams.step is not None:
+            return self._streams.step.is_fixed
+        return self.says_compileable and self._facts_can_be_fixed
+
+    @property
+    def can_be_fixed_now(self) -> bool:
+        """Whether the next token may go through such a graph."""
+        return self._facts_can_be_fixed and self._streams is not None and self._streams.can_be_fixed_now
+
+    @property
+    def _facts_can_be_fixed(self) -> bool:
+        return (
+            self._facts is not None
+            and self._facts.position_source == "position_ids"
+            and self._streams is not None
+            and self._streams.can_be_fixed
+        )
 
     @property
     def is_croppable(self) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -40,9 +41,14 @@ def cache_argument(module: nn.Module) -> str:
     return next(iter(_names_of_cache(module)), CACHE_NAMES[0])
 
 
-def _names_of_cache(module: nn.Module) -> list[str]:
-    parameters = inspect.signature(module.forward).parameters
-    return [name for name in CACHE_NAMES if name in parameters]
+def _names_of_cache(module: nn.Module) -> Sequence[str]:
+    return _names_in(type(module).forward)
+
+
+@functools.lru_cache(maxsize=256)
+def _names_in(forward: Callable[..., Any]) -> Sequence[str]:
+    parameters = inspect.signature(forward).parameters
+    return tuple(name for name in CACHE_NAMES if name in parameters)
 
 
 def own_layers(config: Any) -> Sequence[Any]:

@@ -5,6 +5,7 @@ The public functions are wrapt wrappers `(wrapped, instance, args, kwargs)`; `in
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sink_patch import drafts
+from sink_patch import drafts, graph
 from sink_patch.arguments import ARGUMENTS
 from sink_patch.cache import SinkCache
 from sink_patch.compat import installed_shim
@@ -124,6 +125,23 @@ def decode_with_drafts(
         drafts.recorded(cache),
     ):
         return wrapped(*args, **kwargs)
+
+
+def may_compile(wrapped: Callable[..., Any], instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around `_valid_auto_compile_criteria`: a sink cache is compiled where that is asked for, never by itself."""
+    given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    cache = given["model_kwargs"].get(cache_argument(instance))
+    if not isinstance(cache, SinkCache) or given["generation_config"].compile_config is None:
+        return wrapped(*args, **kwargs)
+    with graph.said_compileable(cache):
+        return wrapped(*args, **kwargs)
+
+
+def compiled_call(
+    wrapped: Callable[..., Any], instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Around `get_compiled_call`: what it returns begins the step of a sink cache first."""
+    return functools.partial(graph.decode, instance, wrapped(*args, **kwargs))
 
 
 def initial_cache_position(

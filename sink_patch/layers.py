@@ -48,6 +48,11 @@ class Ring:
         held = [tensor for tensor in (self.buffer, self.pristine) if tensor is not None]
         return sum(tensor.nbytes for tensor in held)
 
+    def fix(self) -> None:
+        """Take all slots at once: from now on the buffer stays where it is."""
+        if self.buffer is not None and self.buffer.shape[2] < self.kind.slots:
+            self._grown(self.buffer, self.kind.slots)
+
     def turn(self, cos_sin: CosSin) -> None:
         """Turn all keys of the ring (not the sinks, which are shown anew in each forward)."""
         if self.rotation is not None and self.buffer is not None:
@@ -151,8 +156,12 @@ class SinkLayer:
         """Store [rows, heads, columns, head_dim] and return the keys and values that this forward attends to."""
         step.touched = True
         keys, values = self.rings
-        layout = step.layouts[self.kind]
+        layout = step.layout_of(self.kind)
         return keys.update(key_states, layout), values.update(value_states, layout)
+
+    def fix(self) -> None:
+        for ring in self.rings:
+            ring.fix()
 
     def turn(self, turns: torch.Tensor) -> None:
         """Turn what is cached by `turns` positions, an int64 tensor of shape [rows]."""

@@ -54,8 +54,23 @@ class Streaming(ABC):
     fed_ahead: FedAhead | None
     """What is cut off at the start of the next forward."""
 
+    begun_in_graph: bool
+    """Whether the forward under way was begun in a break of a graph, and ends in one."""
+
+    @property
     @abstractmethod
-    def begin_forward(self, module: nn.Module, inputs: torch.Tensor, attention_mask: Any) -> dict[str, Any] | None:
+    def is_under_way(self) -> bool:
+        """Whether a forward has begun and not ended."""
+
+    @property
+    @abstractmethod
+    def can_be_fixed_now(self) -> bool:
+        """Whether the next token may be fed at fixed shapes and addresses."""
+
+    @abstractmethod
+    def begin_forward(
+        self, module: nn.Module, inputs: torch.Tensor, attention_mask: Any, *, fixed: bool = False
+    ) -> dict[str, Any] | None:
         """Prepare for a forward of `module`; returns the arguments to replace, or None if one is under way."""
 
     @abstractmethod
@@ -83,6 +98,16 @@ def entrances(model: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
+    if torch.compiler.is_compiling():
+        caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Streaming)]
+        # mostly the step was begun before the graph runs; in `torch.compile(model)` it is begun in a break of it
+        return _begin_apart(module, args, kwargs) if caches and not caches[0].is_under_way else None
+    return _begin(module, args, kwargs)
+
+
+def _begin(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, in_graph: bool = False
+) -> tuple[tuple[()], dict[str, Any]] | None:
     cache = _sink_cache(module, args, kwargs)
     if cache is None:
         return None
@@ -93,14 +118,23 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     _check_text_only(module, named)
     if cache.fed_ahead is not None:
         named[name], cache.fed_ahead = cache.fed_ahead.cut(named[name], named.get("attention_mask")), None
-    replaced = cache.begin_forward(module, named[name], named.get("attention_mask"))
-    if replaced is None:
-        return None
-    accepted = _parameters(type(module).forward)
+    fixed = (in_graph or _is_compiled(module)) and named[name].shape[1] == 1 and cache.can_be_fixed_now
+    replaced = cache.begin_forward(module, named[name], named.get("attention_mask"), fixed=fixed)
+    cache.begun_in_graph = in_graph
+    return None if replaced is None else ((), named | accepted(module, replaced))
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether `model.forward = torch.compile(model.forward)` was said: then what is in the graph begins below us."""
+    return hasattr(module.forward, "_torchdynamo_orig_callable")
+
+
+def accepted(module: nn.Module, replaced: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments that the forward of a module takes."""
+    parameters = _parameters(type(module).forward)
     # "cache_position" among the others would reach attention functions that know nothing of it
-    takes_any = {"position_ids", "attention_mask"} if _takes_any(accepted) else set()
-    named.update({name: value for name, value in replaced.items() if name in accepted or name in takes_any})
-    return (), named
+    takes_any = {"position_ids", "attention_mask"} if _takes_any(parameters) else set()
+    return {name: value for name, value in replaced.items() if name in parameters or name in takes_any}
 
 
 def _takes_any(parameters: dict[str, inspect.Parameter]) -> bool:
@@ -123,9 +157,22 @@ def _is_given(value: Any) -> bool:
 
 
 def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    if torch.compiler.is_compiling():
+        caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Streaming)]
+        if caches and caches[0].begun_in_graph:
+            _end_apart(module, args, kwargs, output)
+        return
+    _end(module, args, kwargs, output)
+
+
+def _end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     cache = _sink_cache(module, args, kwargs)
     if cache is not None:
         cache.end_forward(module, completed=output is not None)
+
+
+_begin_apart: Callable[..., Any] = torch.compiler.disable(functools.partial(_begin, in_graph=True))  # type: ignore[no-untyped-call]
+_end_apart: Callable[..., None] = torch.compiler.disable(_end)  # type: ignore[no-untyped-call]
 
 
 def _sink_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streaming | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from sink_patch.clock import RowPlan
-from sink_patch.layout import LayerKind, UniformLayout, make_layouts, visible_columns
+from sink_patch.layout import LayerKind, Layout, UniformLayout, make_layouts, visible_columns
 from sink_patch.rotation import CosSin, Rotation
 
 
@@ -21,14 +21,25 @@ class Step:
         device: where the model wants `position_ids` and `attention_mask`.
     """
 
+    is_fixed = False  # whether its shapes and addresses are those of the step before
+
     def __init__(self, plans: Sequence[RowPlan], columns: int, kinds: Sequence[LayerKind], device: torch.device):
-        self.plans = tuple(plans)
         self.columns = columns
         self.device = device
         self.touched = False  # whether a layer has stored anything
-        self.layouts = make_layouts(kinds, self.plans, columns)
+        self._take(plans)
+        self.layouts: dict[LayerKind, Layout] = make_layouts(kinds, self.plans, columns) if kinds else {}
+        lengths = [layout.length for layout in self.layouts.values()]
+        self._past_columns = max(lengths, default=columns) - columns
+
+    def _take(self, plans: Sequence[RowPlan]) -> None:
+        self.plans = tuple(plans)
         self.sink_turns = tuple(plan.sink_turn for plan in self.plans)
         self._turned: dict[tuple[int, torch.device], CosSin] = {}
+
+    def layout_of(self, kind: LayerKind) -> Layout:
+        """Where a kind of layer reads and writes."""
+        return self.layouts[kind]
 
     def position_ids(self) -> torch.Tensor:
         """RoPE positions: [1, columns] where all rows are in step, else [rows, columns] with 0 for padding."""
@@ -56,7 +67,7 @@ class Step:
 
     def past_columns(self) -> int:
         """Mask coordinate of the first new token: visible columns before it, in the kind of layer that sees most."""
-        return max((layout.length for layout in self.layouts.values()), default=self.columns) - self.columns
+        return self._past_columns
 
     def mask_coordinates(self) -> torch.Tensor:
         """Of the new tokens, [columns]: `cache_position` of transformers up to 5.3."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ from sink_patch.clock import Row, RowPlan, Slots, plan_row
 from sink_patch.context import Context
 from sink_patch.errors import CacheStateError, SinkArgumentError
 from sink_patch.family import OneByOne
+from sink_patch.fixed import FixedStep
 from sink_patch.layers import SinkLayer
 from sink_patch.layout import LayerKind
 from sink_patch.padding import new_tokens
@@ -56,10 +58,15 @@ class Streams:
         self.rows: list[Row] | None = None  # None: nothing fed yet
         self.columns = 0  # fed so far, padding counted in
         self.step: Step | None = None
+        self._fixed: FixedStep | None = None  # used again and again
         self.broken: str | None = None  # why the rings cannot be trusted any more
 
-    def begin(self, inputs: torch.Tensor, attention_mask: Any) -> Step:
+    def begin(self, inputs: torch.Tensor, attention_mask: Any, *, fixed: bool = False) -> Step:
         """Plan a forward of `inputs` [rows, columns, ...]; the clock is set back first where that is due.
+
+        Args:
+            inputs, attention_mask: as in `SinkCache.begin_forward`.
+            fixed: plan it at fixed shapes and addresses, which must be possible (`can_be_fixed_now`).
 
         Raises:
             CacheStateError: another batch size, more positions than there are, or rings spoilt by a failed forward.
@@ -68,11 +75,42 @@ class Streams:
         self.abandon()  # a forward that ended in an interrupt, past all hooks
         if self.broken is not None:
             raise CacheStateError(f"{self.broken} Call reset() and feed the text again, or use a new SinkCache.")
-        step = self._plan(inputs.shape[0], inputs.shape[1], attention_mask, inputs.device)
+        plans = self._plan(inputs.shape[0], inputs.shape[1], attention_mask)
+        step = self._fix(plans, inputs.device) if fixed else Step(plans, inputs.shape[1], self.kinds, inputs.device)
         self._set_clock(step)
         self._sinks.show(step)
         self.step = step
         return step
+
+    @property
+    def can_be_fixed(self) -> bool:
+        """Whether single tokens may go through a graph that is compiled once: layers share a mask, in any order."""
+        return len(self.kinds) == 1 and not self.kinds[0].ordered and not self.stateful
+
+    @property
+    def can_be_fixed_now(self) -> bool:
+        """Whether the next one may: all sinks are in, and nothing is kept that is not seen."""
+        if not self.can_be_fixed or self.recording or self._slots.spare or self.rows is None:
+            return False
+        if any(row.seen < self.kinds[0].num_sink_tokens for row in self.rows):
+            return False
+        return self._is_laid_out() or len({key.device for key in self._keys() if key is not None}) == 1
+
+    def _keys(self) -> list[torch.Tensor | None]:
+        return [layer.keys for layer in self._sink_layers]
+
+    def _is_laid_out(self) -> bool:
+        """Whether all buffers are those that the fixed step knows."""
+        laid_out = None if self._fixed is None else self._fixed.buffers
+        return laid_out is not None and all(map(operator.is_, self._keys(), laid_out))
+
+    def _fix(self, plans: Sequence[RowPlan], device: torch.device) -> FixedStep:
+        if self._fixed is None or not self._is_laid_out():
+            for layer in self._sink_layers:
+                layer.fix()
+            self._fixed = FixedStep(self.kinds[0], len(plans), device, self._keys())
+        self._fixed.prepare(plans)
+        return self._fixed
 
     def commit(self) -> None:
         """What the forward has stored counts as seen.
@@ -172,7 +210,7 @@ class Streams:
             return window_length
         return columns + min(num_sink_tokens, max((row.seen for row in self.rows or ()), default=0))
 
-    def _plan(self, rows: int, columns: int, attention_mask: Any, device: torch.device) -> Step:
+    def _plan(self, rows: int, columns: int, attention_mask: Any) -> list[RowPlan]:
         held = self.rows if self.rows is not None else [Row()] * rows
         if len(held) != rows:
             raise CacheStateError(
@@ -192,7 +230,7 @@ class Streams:
         self._check_one_by_one(plans, columns)
         if self.recording:
             self._spare(columns)
-        return Step(plans, columns, self.kinds, device)
+        return plans
 
     def _check_one_by_one(self, plans: Iterable[RowPlan], columns: int) -> None:
         if self.one_by_one is None or not self.columns or columns == 1:

@@ -1,0 +1,40 @@
+"""Decoding through a graph that is compiled once: the step is begun before it runs, and ended after."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from sink_patch import seam
+from sink_patch.cache import SinkCache
+from sink_patch.entries import cache_argument
+
+
+@contextlib.contextmanager
+def said_compileable(cache: SinkCache) -> Iterator[None]:
+    """Inside, the cache says that it can be compiled; elsewhere transformers would make masks of its own for it."""
+    cache.says_compileable = True
+    try:
+        yield
+    finally:
+        cache.says_compileable = False
+
+
+def decode(model: nn.Module, compiled: Callable[..., Any], **inputs: Any) -> Any:
+    """A forward of `model` for which transformers would call `compiled`, which is the graph of it."""
+    cache, input_ids = inputs.get(cache_argument(model)), inputs.get("input_ids")
+    if not isinstance(cache, SinkCache):
+        return compiled(**inputs)
+    if input_ids is None or input_ids.shape[1] != 1 or not cache.can_be_fixed_now:
+        return model(**inputs)
+    replaced = cache.begin_forward(model, input_ids, inputs.get("attention_mask"), fixed=True)
+    completed = False
+    try:
+        output = compiled(**inputs | seam.accepted(model, replaced or {}))
+        completed = True
+    finally:
+        cache.end_forward(model, completed=completed)
+    return output

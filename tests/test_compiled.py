@@ -1,0 +1,204 @@
+"""Decoding through a graph: compiled once, for all tokens of all streams, and right."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+
+import pytest
+import torch
+import torch._dynamo
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
+
+from sink_patch import SinkCache
+from tests.support import zoo
+from tests.support.lacks import is_newest, skip_what_is_to_come
+from tests.support.oracle import relative_error, visible_tokens
+from tests.support.replay import cache_name
+from tests.support.tiny import tiny, tokens
+
+# of torch itself, where it traces the masks of transformers 4.53 to 4.57
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+W, S = 12, 3
+CONTEXT = 48  # so short that the clock is set back
+SINK = {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S}
+MODELS = {
+    "llama": {},
+    "cohere": {},  # interleaved
+    "gptj": {"n_positions": CONTEXT, "n_ctx": CONTEXT},  # a table of angles
+    "phi": {},  # partial
+    "mistral": {"sliding_window": 128},
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_graphs():
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch._dynamo.reset()
+
+
+def graph_config(backend="eager"):
+    config = CompileConfig(backend=backend, mode=None, fullgraph=True, dynamic=False)
+    config._compile_all_devices = True  # else on GPUs only
+    return config
+
+
+def run(model, ids, **settings):
+    asked = {"do_sample": False, "max_new_tokens": 5 * W, "return_dict_in_generate": True, "output_logits": True}
+    return model.generate(ids, **{**asked, **SINK, **settings})
+
+
+def graphs():
+    """How many were made, and at how many places one was broken."""
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+def assert_same(found, wanted):
+    assert torch.equal(found.sequences, wanted.sequences)
+    for one, other in zip(found.logits, wanted.logits, strict=True):
+        assert relative_error(one, other) < 1e-5
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("model_type", MODELS)
+def test_one_graph_serves_all_tokens_of_three_streams(model_type, attention):
+    context = {} if model_type == "gptj" else {"max_position_embeddings": CONTEXT}
+    if model_type == "gptj" and attention == "sdpa":
+        pytest.skip("transformers has no sdpa for gptj")
+    model = tiny(model_type, layers=2, attention=attention, **context, **MODELS[model_type])
+    for prompt in (1, 6, 2 * W):
+        ids = tokens(prompt, seed=prompt)
+        found = run(model, ids, compile_config=graph_config())
+        assert_same(found, run(model, ids))
+        assert graphs() == (1, 0)
+        assert not found.past_key_values.is_compileable  # masks outside the graph are not transformers' business
+
+
+def test_each_token_is_the_oracles():
+    model, ids = tiny("llama", attention="sdpa", max_position_embeddings=CONTEXT), tokens(6)
+    out = run(model, ids, compile_config=graph_config())
+    for step, logits in enumerate(out.logits[1:]):
+        seen = ids.shape[1] + step
+        with torch.no_grad():
+            wanted = model(visible_tokens(out.sequences, seen, 1, W, S), use_cache=False).logits[:, -1]
+        assert relative_error(logits, wanted) < 1e-5
+
+
+def test_rows_of_different_lengths_and_a_second_turn():
+    model = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT)
+    ids, mask = tokens(14, rows=2), torch.ones(2, 14, dtype=torch.long)
+    mask[1, :9] = 0
+    more = {"attention_mask": mask, "pad_token_id": 0}
+    found, wanted = (run(model, ids, **more, **compiled) for compiled in ({"compile_config": graph_config()}, {}))
+    assert_same(found, wanted)
+    history = torch.cat((found.sequences, tokens(5, rows=2, seed=1)), dim=1)
+    more["attention_mask"] = torch.cat((mask, torch.ones(2, history.shape[1] - 14, dtype=torch.long)), dim=1)
+    turns = []
+    for first, compiled in ((found, {"compile_config": graph_config()}), (wanted, {})):
+        resumed = {"past_key_values": first.past_key_values, "cache_implementation": None, **compiled}
+        turns.append(run(model, history, **more, **resumed))
+    assert_same(*turns)
+    assert graphs() == (1, 0)
+
+
+def test_beams_are_compiled_too():
+    model = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT)
+    more = {"num_beams": 3, "output_scores": True}
+    found, wanted = (run(model, tokens(6), **more, **compiled) for compiled in ({"compile_config": graph_config()}, {}))
+    assert torch.equal(found.sequences, wanted.sequences)
+
+
+def test_nothing_is_compiled_unless_that_is_asked_for():
+    run(tiny("llama", layers=2, attention="sdpa"), tokens(6))
+    assert graphs() == (0, 0)
+
+
+def test_a_compiled_forward_is_a_graph_for_prompts_and_one_for_tokens():
+    model = copy.copy(tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT))
+    wanted = [run(model, tokens(6, seed=seed)) for seed in range(3)]
+    with torch._dynamo.config.patch(error_on_recompile=False):  # prompts have another shape than tokens
+        model.forward = torch.compile(model.forward, backend="eager", fullgraph=True, dynamic=False)
+        for seed in range(3):
+            assert_same(run(model, tokens(6, seed=seed)), wanted[seed])
+    assert graphs() == (2, 0)
+
+
+@torch.no_grad()
+def test_a_compiled_model_in_a_loop_of_ones_own_is_right():
+    model = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT)
+    stream, plain, cache = tokens(5 * W), SinkCache(W, S, model=model), SinkCache(W, S, model=model)
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        compiled = torch.compile(model, backend="eager", dynamic=False)
+        for start, count in ((0, 6), *((start, 1) for start in range(6, 5 * W))):
+            new = stream[:, start : start + count]
+            found = compiled(new, **{cache_name(model): cache}).logits
+            assert relative_error(found, model(new, past_key_values=plain).logits) < 1e-5
+    assert cache.get_seq_length() == 5 * W
+
+
+@torch.no_grad()
+def test_other_caches_of_a_model_that_has_streamed_are_compiled_as_ever():
+    model = tiny("llama", layers=2, attention="sdpa")
+    SinkCache(W, S, model=model)
+    asked = {"cache_implementation": "static", "do_sample": False, "max_new_tokens": 20}
+    wanted = model.generate(tokens(6), **asked)
+    assert torch.equal(model.generate(tokens(6), **asked, compile_config=graph_config()), wanted)
+    assert graphs() == (1, 0)
+
+
+REFUSED = {
+    "two kinds of layers": lambda: tiny(
+        "gemma3_text", layers=2, layer_types=["sliding_attention", "full_attention"], sliding_window=7
+    ),
+    "biases by the order of keys": lambda: tiny("falcon", alibi=True),
+    "recurrent states": lambda: (skip_what_is_to_come("qwen3_next"), zoo.build("qwen3_next"))[1],
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_one_graph_cannot_serve_is_not_compiled(name):
+    model = REFUSED[name]()
+    wanted = run(model, tokens(6))
+    assert_same(run(model, tokens(6), compile_config=graph_config()), wanted)
+    assert graphs() == (0, 0)
+
+
+def test_a_graph_that_fails_leaves_a_cache_that_says_so():
+    model = tiny("llama", layers=2, attention="sdpa")
+    first = run(model, tokens(6))
+    cache, fails = first.past_key_values, [True]
+
+    def backend(graph, _):
+        def call(*inputs):
+            out = graph.forward(*inputs)
+            if fails:
+                raise MemoryError
+            return out
+
+        return call
+
+    history = torch.cat((first.sequences, tokens(1)), dim=1)
+    resumed = {"past_key_values": cache, "cache_implementation": None, "compile_config": graph_config(backend)}
+    with pytest.raises(MemoryError):
+        run(model, history, **resumed)
+    fails.clear()
+    with pytest.raises(RuntimeError, match=r"failed half-way.*reset\(\)"):
+        run(model, history, **resumed)
+    cache.reset()
+    assert torch.equal(run(model, tokens(6), **resumed).sequences, first.sequences)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler: g++")
+@pytest.mark.skipif(not is_newest(), reason="what inductor makes of a graph does not depend on transformers")
+@pytest.mark.slow
+def test_inductor_makes_the_same_of_it():
+    model = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT)
+    for seed in range(3):
+        ids = tokens(6, seed=seed)
+        assert_same(run(model, ids, compile_config=graph_config("inductor")), run(model, ids))
+    assert graphs() == (1, 0)
