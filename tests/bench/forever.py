@@ -1,9 +1,9 @@
 """A stream of millions of tokens, against the oracle: `python -m tests.bench.forever [--tokens 4000000] [--json PATH]`.
 
-A random Llama of one layer decodes random tokens one by one, compiled (`--eager`: not compiled), with a window of 64 and
-a context of 256, so that its clock is set back every few hundred tokens. At random points of each stretch the logits are
-compared with a fresh forward over the tokens that the cache stands for (tests/support/oracle.py). Memory is what the
-process holds at the end of the stretch.
+A random Llama of one layer decodes random tokens one by one, compiled (`--eager`: not compiled), with a window of 64
+and a context of 256, so that its clock is set back every few hundred tokens. At random points of each stretch the
+logits are compared with a fresh forward over the tokens that the cache stands for (tests/support/oracle.py). Memory is
+what the process holds at the end of the stretch.
 """
 
 from __future__ import annotations
