@@ -1,0 +1,172 @@
+"""Tokens a second of a real model: `python -m tests.bench.decode [--model DIR] [--window 256] [--json PATH]`.
+
+The model (without `--model`: SmolLM2-135M-Instruct, see sink_patch/evaluate/models.py) decodes one row, in float32 on
+one core of a CPU, or on `--device cuda` in `--dtype bfloat16`. Peers, in blocks of tokens that are interleaved in one
+process:
+
+* ours after W, 1,000, 10,000 and 100,000 tokens, which went in by pieces, and ours compiled (`--no-compile`: not);
+* transformers' DynamicCache at a context of W, and its StaticCache of length W, compiled;
+* a sliding window with recomputation: a forward over the newest W tokens for each token.
+
+Figures are medians; ratios are those of blocks beside each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import DynamicCache, StaticCache
+
+import sink_patch
+from sink_patch.evaluate.models import load
+
+SINKS = 4
+POINTS = (1_000, 10_000, 100_000)
+RATIOS = (
+    ("ours", "dynamic", "a DynamicCache at a context of W"),
+    ("ours compiled", "static compiled", "a compiled StaticCache of length W"),
+    ("ours", "recomputed", "a window with recomputation"),
+)
+
+
+class Bench:
+    """The peers of one model; each is a function that decodes a token."""
+
+    def __init__(self, model: Any, window: int, *, compiled: bool):
+        self.model, self.window = model, window
+        self.token = torch.tensor([[7]], device=model.device)
+        self.compiled = torch.compile(model.forward, dynamic=False) if compiled else None
+        self.peers: dict[str, Callable[[], Any]] = {}
+
+    def add_ours(self, longest: int) -> None:
+        cache, text = sink_patch.SinkCache(self.window, SINKS, model=self.model), self._text(longest)
+        fed, piece = 0, self.window - SINKS
+        for point in (self.window, *(point for point in POINTS if self.window < point <= longest)):
+            while fed < point:
+                new = text[:, fed : min(fed + (piece if fed else self.window), point)]
+                self.model(new, past_key_values=cache, logits_to_keep=1)
+                fed += new.shape[1]
+            self._add_cache("ours" if point == self.window else f"ours after {point}", cache.clone())
+        if self.compiled is not None:
+            self._add_cache("ours compiled", cache.clone(), compiled=True)
+
+    def add_others(self) -> None:
+        text = self._text(self.window)
+        grown = DynamicCache(config=self.model.config)
+        self.model(text[:, 1:], past_key_values=grown, logits_to_keep=1)
+
+        def dynamic() -> None:
+            self.model(self.token, past_key_values=grown)
+            grown.crop(-1)
+
+        self.peers["dynamic"] = dynamic
+        self.peers["recomputed"] = lambda: self.model(text, use_cache=False, logits_to_keep=1)
+        if self.compiled is not None:
+            self._add_static(text)
+
+    def _add_static(self, text: torch.Tensor) -> None:
+        cache = StaticCache(config=self.model.config, max_cache_len=self.window)
+        self.model(text[:, 1:], past_key_values=cache, logits_to_keep=1)
+        mask = torch.ones(1, self.window, dtype=torch.long, device=self.model.device)
+        position_ids = torch.tensor([[self.window - 1]], device=self.model.device)
+
+        def static() -> None:
+            self._forward(self.token, past_key_values=cache, attention_mask=mask, position_ids=position_ids)
+            cache.crop(-1)
+
+        self.peers["static compiled"] = static
+
+    def _add_cache(self, name: str, cache: sink_patch.SinkCache, *, compiled: bool = False) -> None:
+        forward = self._forward if compiled else self.model
+        self.peers[name] = lambda: forward(self.token, past_key_values=cache)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        """A forward through the graph, as after `model.forward = torch.compile(model.forward)`."""
+        self.model.forward = self.compiled
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            del self.model.forward
+
+    def _text(self, count: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(1000, (1, count), generator=generator).to(self.model.device)
+
+    def seconds(self, name: str, count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            self.peers[name]()
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / count
+
+
+@torch.no_grad()
+def run(bench: Bench, longest: int, rounds: int, block: int) -> dict[str, Any]:
+    bench.add_ours(longest)
+    bench.add_others()
+    for name in bench.peers:
+        bench.seconds(name, 3)
+    found: dict[str, list[float]] = {name: [] for name in bench.peers}
+    for number in range(rounds):
+        for name, times in found.items():
+            if name != "recomputed" or number < 5:
+                times.append(bench.seconds(name, 1 if name == "recomputed" else block))
+    result = {"tokens_a_second": {name: round(1 / statistics.median(times), 2) for name, times in found.items()}}
+    result["speed"] = {
+        f"{one} against {words}": ratio(found, one, other) for one, other, words in RATIOS if one in found
+    }
+    for name in found:
+        if name.startswith("ours after"):
+            result["speed"][f"{name} tokens against after {bench.window}"] = ratio(found, name, "ours")
+    return result
+
+
+def ratio(found: dict[str, list[float]], one: str, other: str) -> float:
+    """How many times as fast as the other."""
+    return round(statistics.median(b / a for a, b in zip(found[one], found[other], strict=False)), 3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--longest", type=int, default=100_000)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--block", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    loaded = load(arguments.model, arguments.dtype)
+    bench = Bench(loaded.model.to(arguments.device), arguments.window, compiled=not arguments.no_compile)
+    record = {
+        "model": loaded.name,
+        "window_length": arguments.window,
+        "device": arguments.device,
+        "dtype": arguments.dtype,
+        "machine": platform.machine(),
+        "threads": 1,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        **run(bench, arguments.longest, arguments.rounds, arguments.block),
+    }
+    print(json.dumps(record, indent=1))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
