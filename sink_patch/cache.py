@@ -64,6 +64,7 @@ class SinkCache(RowOperations, Keeping, CacheBase, seam.Streaming):
         self._streams: Streams | None = None
         self._entrances: tuple[weakref.ref[nn.Module], ...] = ()
         self.fed_ahead: seam.FedAhead | None = None  # see prefill.py
+        self.prompt_columns: int | None = None  # while `generate` decodes: single tokens after them are never padding
         self.says_compileable = False  # see graph.py
         self.begun_in_graph = False  # see seam.py
         self._entered: weakref.ref[nn.Module] | None = None  # the module that began the forward under way
@@ -159,7 +160,8 @@ class SinkCache(RowOperations, Keeping, CacheBase, seam.Streaming):
             raise self._not_bound_to(type(module).__name__)
         if self._is_inside(module, columns=inputs.shape[1]):
             return None
-        step = self._streams.begin(inputs, attention_mask, fixed=fixed)
+        generated = self.prompt_columns is not None and self._streams.columns >= self.prompt_columns
+        step = self._streams.begin(inputs, attention_mask, fixed=fixed, all_real=generated)
         self._entered = weakref.ref(module)
         if not self._streams.kinds:  # states alone: what is padding in this forward is all that matters
             own = attention_mask is None or step.columns == 1

@@ -53,10 +53,11 @@ def fed_in_pieces(
         cache.fed_ahead = FedAhead(cache.get_seq_length() - fed)
     elif cache_argument(model) == _OF_STATES:  # a history: all of it as well
         cache.fed_ahead = FedAhead(cache.get_seq_length())
+    cache.prompt_columns = length
     try:
         yield
     finally:
-        cache.fed_ahead = None
+        cache.fed_ahead = cache.prompt_columns = None
 
 
 def _ahead(new: torch.Tensor, size: int | None, *, drafting: bool) -> Sequence[torch.Tensor]:

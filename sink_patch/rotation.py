@@ -44,17 +44,21 @@ class Rotation:
         same_shape = (self.pairing, self.start, self.sign) == (other.pairing, other.start, other.sign)
         return same_shape and torch.equal(self.inv_freq, other.inv_freq)
 
-    def cos_sin(self, delta: torch.Tensor, device: torch.device) -> CosSin:
+    def cos_sin(self, delta: torch.Tensor | int, device: torch.device) -> CosSin:
         """Cosine and sine of a turn by `delta` positions, in float32.
 
         Args:
-            delta: int64 tensor of shape [rows], on any device; one row stands for all rows of a batch.
+            delta: int64 tensor of shape [rows], on any device; or one number for all rows, which needs no copy from the
+                host.
 
         Returns:
             Two tensors of shape [rows, 1, 1, rotary_dim / 2] on `device`.
         """
         inv_freq = self._on(device)
-        angles = delta.to(device=device, dtype=inv_freq.dtype)[:, None] * (self.sign * inv_freq)  # [rows, r/2]
+        if isinstance(delta, int):
+            angles = (inv_freq * (self.sign * delta))[None, :]  # [1, r/2]
+        else:
+            angles = delta.to(device=device, dtype=inv_freq.dtype)[:, None] * (self.sign * inv_freq)  # [rows, r/2]
         angles = angles[:, None, None, :]  # [rows, 1, 1, r/2]
         return angles.cos().float(), angles.sin().float()
 

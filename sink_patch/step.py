@@ -83,6 +83,6 @@ class Step:
         key = (id(rotation), device)
         if key not in self._turned:
             same = all(turn == self.sink_turns[0] for turn in self.sink_turns)
-            turns = self.sink_turns[:1] if same else self.sink_turns
-            self._turned[key] = rotation.cos_sin(torch.tensor(turns, dtype=torch.long), device)
+            turns = self.sink_turns[0] if same else torch.tensor(self.sink_turns, dtype=torch.long)
+            self._turned[key] = rotation.cos_sin(turns, device)
         return self._turned[key]

@@ -61,12 +61,13 @@ class Streams:
         self._fixed: FixedStep | None = None  # used again and again
         self.broken: str | None = None  # why the rings cannot be trusted any more
 
-    def begin(self, inputs: torch.Tensor, attention_mask: Any, *, fixed: bool = False) -> Step:
+    def begin(self, inputs: torch.Tensor, attention_mask: Any, *, fixed: bool = False, all_real: bool = False) -> Step:
         """Plan a forward of `inputs` [rows, columns, ...]; the clock is set back first where that is due.
 
         Args:
             inputs, attention_mask: as in `SinkCache.begin_forward`.
             fixed: plan it at fixed shapes and addresses, which must be possible (`can_be_fixed_now`).
+            all_real: whether a single token is real, whatever the mask says: to look would wait for the device.
 
         Raises:
             CacheStateError: another batch size, more positions than there are, or rings spoilt by a failed forward.
@@ -75,7 +76,8 @@ class Streams:
         self.abandon()  # a forward that ended in an interrupt, past all hooks
         if self.broken is not None:
             raise CacheStateError(f"{self.broken} Call reset() and feed the text again, or use a new SinkCache.")
-        plans = self._plan(inputs.shape[0], inputs.shape[1], attention_mask)
+        known = all_real and inputs.shape[1] == 1 and self.rows is not None
+        plans = self._plan(inputs.shape[0], inputs.shape[1], None if known else attention_mask)
         step = self._fix(plans, inputs.device) if fixed else Step(plans, inputs.shape[1], self.kinds, inputs.device)
         self._set_clock(step)
         self._sinks.show(step)
@@ -154,12 +156,14 @@ class Streams:
         """Keep the rows `indices`, in that order; a boolean mask over the rows will do too."""
         if self.rows is None:
             return
-        chosen = torch.arange(len(self.rows))[indices.cpu()]
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero()[:, 0]
         for layer in self._sink_layers:
-            layer.select_rows(chosen)
+            layer.select_rows(indices)
         for layer in self._other_layers:
-            layer.reorder_cache(chosen)
-        self.rows = [self.rows[row] for row in chosen.tolist()]
+            layer.reorder_cache(indices)
+        alike = all(row == self.rows[0] for row in self.rows)  # then there is no need to ask the device
+        self.rows = [self.rows[0 if alike else row] for row in (range(len(indices)) if alike else indices.tolist())]
 
     def crop(self, count: int) -> bool:
         """Forget the newest `count` tokens of each row; False if tokens that would have to come back are gone."""
