@@ -175,7 +175,8 @@ class SinkCache(RowOperations, Keeping, CacheBase, seam.Streaming):
         """Whether `module` is a part of the one that has begun this forward (and not of one that was interrupted)."""
         step = None if self._streams is None else self._streams.step
         outer = None if self._entered is None else self._entered()
-        return step is not None and not step.touched and step.columns == columns and outer not in (None, module)
+        inside = step is not None and not step.touched and step.columns == columns and outer not in (None, module)
+        return inside and self._is_running()
 
     def end_forward(self, module: nn.Module, *, completed: bool) -> None:
         if self._streams is None or self._entered is None or self._entered() is not module:
@@ -186,9 +187,10 @@ class SinkCache(RowOperations, Keeping, CacheBase, seam.Streaming):
         else:
             self._streams.abandon()
 
-    @property
-    def is_under_way(self) -> bool:
-        return self._streams is not None and self._streams.step is not None
+    def has_begun(self, module: nn.Module) -> bool:
+        if self._streams is None or self._streams.step is None:
+            return False
+        return not self.begun_in_graph or self._entered is None or self._entered() is not module
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
@@ -216,7 +218,13 @@ class SinkCache(RowOperations, Keeping, CacheBase, seam.Streaming):
         """
         if self._streams is None:
             return 0
-        return self._streams.columns if self._streams.step is None else self._streams.step.past_columns()
+        if self._streams.step is None or not self._is_running():
+            return self._streams.columns
+        return self._streams.step.past_columns()
+
+    def _is_running(self) -> bool:
+        """Whether the forward under way is not one that was interrupted."""
+        return torch.compiler.is_compiling() or seam.is_running(None if self._entered is None else self._entered())
 
     def mask_of_past(self) -> torch.Tensor:
         """An attention mask over all columns fed so far, int64 [rows, columns]: padding counts as the oldest ones."""

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from sink_patch.compat import Entry, installed_shim
@@ -71,3 +72,8 @@ def read_entries(model: nn.Module) -> Sequence[Entry]:
                 "are known."
             )
     return entries
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model wants its inputs; the CPU, where accelerate has put its weights away and takes inputs on."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device

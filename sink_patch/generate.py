@@ -18,8 +18,9 @@ from sink_patch import drafts, graph
 from sink_patch.arguments import ARGUMENTS
 from sink_patch.cache import SinkCache
 from sink_patch.compat import installed_shim
-from sink_patch.entries import cache_argument
+from sink_patch.entries import cache_argument, input_device
 from sink_patch.errors import SinkArgumentError, UnsupportedGenerationError
+from sink_patch.padding import check_left_padded
 from sink_patch.prefill import fed_in_pieces, stream_length
 from sink_patch.request import NAME, Request
 
@@ -238,6 +239,7 @@ def _check_rows(attention_mask: Any) -> None:
         raise SinkArgumentError(
             f"Row {empty.nonzero()[0].item()} of attention_mask is padding only. Every row needs a token to start from."
         )
+    check_left_padded(attention_mask[:, -2:] != 0, to_the_end=True)
 
 
 def _check_embeds(model_kwargs: Mapping[str, Any], cache: SinkCache) -> None:
@@ -262,8 +264,8 @@ def _mask_whole_stream(generation_config: Any, model_kwargs: dict[str, Any], cac
         return
     past, mask = cache.mask_of_past(), model_kwargs.get("attention_mask")  # [rows, fed], [rows, length]
     new = past.new_ones(past.shape[0], length) if mask is None else mask.to(past)
-    model_kwargs["attention_mask"] = torch.cat((past, new), dim=1).to(model.device)  # [rows, fed + length]
-    model_kwargs["position_ids"] = torch.arange(fed + length, device=model.device)[None, :]
+    model_kwargs["attention_mask"] = torch.cat((past, new), dim=1).to(input_device(model))  # [rows, fed + length]
+    model_kwargs["position_ids"] = torch.arange(fed + length, device=input_device(model))[None, :]
 
 
 def _plan_chunks(generation_config: Any, model_kwargs: Mapping[str, Any], cache: SinkCache) -> None:

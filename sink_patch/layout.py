@@ -49,7 +49,7 @@ class LayerKind:
 
     def past(self, plan: RowPlan) -> int:
         """How many cached tokens the forward sees."""
-        return min(plan.seen, self.capacity - 1) if self.local else plan.past
+        return min(plan.seen, self.capacity - min(plan.new, 1)) if self.local else plan.past
 
     def evicts(self, plan: RowPlan) -> bool:
         """Whether a token that the layer sees is overwritten."""

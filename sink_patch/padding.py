@@ -40,10 +40,7 @@ def new_tokens(attention_mask: Any, seen: Sequence[int], fed: int, columns: int)
     if bool(real.all()) and columns == 1:
         return [1] * rows
     counts: list[int] = real.sum(dim=1).tolist()
-    if bool((real[:, :-1] & ~real[:, 1:]).any()):
-        raise SinkArgumentError(
-            "attention_mask has padding to the right of a token. Pad to the left: tokenizer.padding_side = 'left'."
-        )
+    check_left_padded(real)
     if attention_mask.shape[1] > columns and (attention_mask[:, :fed] != 0).sum(dim=1).tolist() != list(seen):
         raise SinkArgumentError(
             "attention_mask calls other tokens of the past real than those that were fed: the stream has "
@@ -56,3 +53,19 @@ def _describe(attention_mask: Any) -> str:
     if isinstance(attention_mask, torch.Tensor):
         return f"a tensor of shape {list(attention_mask.shape)}"
     return f"a {type(attention_mask).__name__}"
+
+
+def check_left_padded(real: torch.Tensor, *, to_the_end: bool = False) -> None:
+    """Refuse real tokens [rows, columns] that have padding behind them.
+
+    Args:
+        real: which of the columns hold tokens.
+        to_the_end: whether the last of the columns must be one in each row.
+
+    Raises:
+        SinkArgumentError: padding to the right of a token.
+    """
+    if bool((real[:, :-1] & ~real[:, 1:]).any()) or (to_the_end and not bool(real[:, -1].all())):
+        raise SinkArgumentError(
+            "attention_mask has padding to the right of a token. Pad to the left: tokenizer.padding_side = 'left'."
+        )

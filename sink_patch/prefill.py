@@ -12,6 +12,7 @@ from torch import nn
 
 from sink_patch.cache import SinkCache
 from sink_patch.entries import CACHE_NAMES, cache_argument
+from sink_patch.padding import check_left_padded
 from sink_patch.seam import FedAhead
 
 _OF_STATES = CACHE_NAMES[-1]
@@ -44,6 +45,8 @@ def fed_in_pieces(
     fed = cache.get_seq_length()
     length = stream_length(generation_config, model_kwargs) or inputs.shape[1]
     new = inputs[:, inputs.shape[1] - (length - fed) :]
+    if mask is not None:
+        check_left_padded(mask[:, mask.shape[1] - new.shape[1] :] != 0)
     for piece in _ahead(new, size, drafting=drafting):
         seen = cache.get_seq_length() + piece.shape[1]
         _feed(model, cache, piece, None if mask is None else mask[:, :seen])

@@ -18,7 +18,7 @@ from torch import nn
 from sink_patch.adapters import Adapter, no_positions
 from sink_patch.adapters.rope import frequency_buffers
 from sink_patch.compat import Cached, Entry, installed_shim
-from sink_patch.entries import cache_argument, decoder_of, text_config
+from sink_patch.entries import cache_argument, decoder_of, input_device, text_config
 from sink_patch.errors import AdapterMismatchError, UnsupportedModelError
 from sink_patch.rotation import Rotation
 
@@ -200,7 +200,7 @@ def _tokens(model: nn.Module) -> torch.Tensor:
     ids = [(2 * row + 1) * vocab_size // (2 * _NUM_TOKENS) for row in range(_NUM_TOKENS)]
     padding = getattr(text_config(model), "pad_token_id", None)
     ids = [(token + 1) % vocab_size if token == padding else token for token in ids]
-    return torch.tensor(ids, device=model.device)[:, None]  # type: ignore[arg-type]
+    return torch.tensor(ids, device=input_device(model))[:, None]
 
 
 @contextlib.contextmanager

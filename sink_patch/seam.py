@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -57,10 +59,9 @@ class Streaming(ABC):
     begun_in_graph: bool
     """Whether the forward under way was begun in a break of a graph, and ends in one."""
 
-    @property
     @abstractmethod
-    def is_under_way(self) -> bool:
-        """Whether a forward has begun and not ended."""
+    def has_begun(self, module: nn.Module) -> bool:
+        """Whether what `module` is called for in a graph was begun before (and not in a call of it that broke off)."""
 
     @property
     @abstractmethod
@@ -97,11 +98,24 @@ def entrances(model: nn.Module) -> tuple[nn.Module, ...]:
     return (model,) if decoder is model else (model, decoder)
 
 
+def is_running(module: nn.Module | None) -> bool:
+    """Whether a call of a module is under way in this thread.
+
+    An interrupt goes past all hooks of torch (nn/modules/module.py, `_call_impl`), so that none of them can tell.
+    """
+    frame: FrameType | None = None if module is None else sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
     if torch.compiler.is_compiling():
         caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Streaming)]
         # mostly the step was begun before the graph runs; in `torch.compile(model)` it is begun in a break of it
-        return _begin_apart(module, args, kwargs) if caches and not caches[0].is_under_way else None
+        return None if not caches or caches[0].has_begun(module) else _begin_apart(module, args, kwargs)
     return _begin(module, args, kwargs)
 
 

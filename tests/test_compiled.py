@@ -202,3 +202,31 @@ def test_inductor_makes_the_same_of_it():
         ids = tokens(6, seed=seed)
         assert_same(run(model, ids, compile_config=graph_config("inductor")), run(model, ids))
     assert graphs() == (1, 0)
+
+
+@torch.no_grad()
+def test_a_compiled_model_goes_on_after_an_interrupt():
+    """torch runs no hooks then, so what was begun is still there when the model is called again."""
+    model = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT)
+    stream, plain, cache = tokens(40), SinkCache(W, S, model=model), SinkCache(W, S, model=model)
+    interrupts = []
+
+    def backend(graph, _):
+        def call(*inputs):
+            if interrupts:
+                raise interrupts.pop()
+            return graph.forward(*inputs)
+
+        return call
+
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        compiled = torch.compile(model, backend=backend, dynamic=False)
+        for start, count in ((0, 4), *((start, 1) for start in range(4, 30))):
+            new = stream[:, start : start + count]
+            if start == 7:  # the window is not full, so nothing is overwritten
+                interrupts.append(KeyboardInterrupt())
+                with pytest.raises(KeyboardInterrupt):
+                    compiled(new, **{cache_name(model): cache})
+                assert cache.get_seq_length() == 7
+            found = compiled(new, **{cache_name(model): cache}).logits
+            assert relative_error(found, model(new, past_key_values=plain).logits) < 1e-5
