@@ -1,0 +1,71 @@
+"""All benchmarks one after the other, and their pictures: `python -m tests.bench [--old PYTHON] [--only NAME ...]`.
+
+`--old` is a python with transformers 4.52.4 beside this torch, such as .matrix/4.52.4/bin/python of `compat.matrix`
+(the old SinkCache is measured there). What each does, and what it prints, stands in its file; records go to results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One run.
+
+    Args:
+        name: for `--only`.
+        module: of tests.bench.
+        record: where its numbers go.
+        arguments: of the module.
+        old: whether it needs the old SinkCache.
+    """
+
+    name: str
+    module: str
+    record: str
+    arguments: tuple[str, ...] = ()
+    old: bool = False
+
+
+BENCHMARKS = (
+    Benchmark("update", "update", "update-cpu.json"),
+    Benchmark("update-old", "update", "update-4.52.4-cpu.json", ("--rounds", "5"), old=True),
+    Benchmark("decode", "decode", "decode-smollm2-w256-cpu.json", ("--window", "256")),
+    Benchmark("decode-1024", "decode", "decode-smollm2-w1024-cpu.json", ("--window", "1024", "--longest", "10000")),
+    Benchmark("precision", "precision", "precision-100000-cpu.json", old=True),
+    Benchmark("prefill", "prefill", "prefill-cpu.json"),
+    Benchmark("stream", "stream", "stream-20000-cpu.json"),
+    Benchmark("forever", "forever", "stream-4000000-cpu.json"),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--old", metavar="PYTHON")
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=[one.name for one in BENCHMARKS])
+    arguments = parser.parse_args()
+    failed = []
+    for one in BENCHMARKS:
+        python = arguments.old if one.old else sys.executable
+        if python is None or one.name not in (arguments.only or [one.name]):
+            print(f"left out: {one.name}")
+            continue
+        print(f"== {one.name}", flush=True)
+        command = [python, "-W", "ignore", "-m", f"tests.bench.{one.module}", *one.arguments]
+        done = subprocess.run([*command, "--json", str(RESULTS / one.record)], check=False)
+        failed += [one.name] if done.returncode else []
+    if not arguments.only:
+        subprocess.run([sys.executable, "-m", "tests.bench.plots"], check=True)
+    print(f"failed: {failed or 'none'}")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
