@@ -39,7 +39,8 @@ def drift(axes: Axes) -> None:
                 [row["tokens"] for row in mine], [row["worst_error"] for row in mine], style, color=colour, label=label
             )
     axes.set(xlabel="tokens", ylabel="worst relative error of a key", title="Drift of cached keys in 16 bits")
-    axes.legend()
+    axes.set_ylim(3e-4, 1)
+    axes.legend(loc="upper right", ncols=2)
 
 
 def forever(axes: Axes) -> None:
