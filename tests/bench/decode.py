@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -23,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import DynamicCache, StaticCache
 
 import sink_patch
 from sink_patch.evaluate.models import load
+from tests.bench import records
 
 SINKS = 4
 POINTS = (1_000, 10_000, 100_000)
@@ -151,21 +150,16 @@ def main() -> None:
     torch.set_num_threads(1)
     loaded = load(arguments.model, arguments.dtype)
     bench = Bench(loaded.model.to(arguments.device), arguments.window, compiled=not arguments.no_compile)
-    record = {
-        "model": loaded.name,
-        "window_length": arguments.window,
-        "device": arguments.device,
-        "dtype": arguments.dtype,
-        "machine": platform.machine(),
-        "threads": 1,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        **run(bench, arguments.longest, arguments.rounds, arguments.block),
-    }
-    print(json.dumps(record, indent=1))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    figures = run(bench, arguments.longest, arguments.rounds, arguments.block)
+    print(json.dumps(figures, indent=1))
+    records.write(
+        arguments.json,
+        model=loaded.name,
+        window_length=arguments.window,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        **figures,
+    )
 
 
 if __name__ == "__main__":

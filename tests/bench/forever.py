@@ -10,26 +10,23 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import platform
 import random
 import time
 from pathlib import Path
 
 import psutil
 import torch
-import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sink_patch
+from tests.bench import records
 from tests.support.oracle import relative_error
 
 WINDOW, SINKS, STRETCH, POINTS = 64, 4, 100_000, 20
 
 
-def make_model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
+def make_config() -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=97,
         hidden_size=64,
         intermediate_size=64,
@@ -38,7 +35,11 @@ def make_model() -> LlamaForCausalLM:
         num_key_value_heads=2,
         max_position_embeddings=256,
     )
-    return LlamaForCausalLM(config).eval()
+
+
+def make_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(make_config()).eval()
 
 
 class Stream:
@@ -99,21 +100,15 @@ def main() -> None:
     for _ in range(arguments.tokens // STRETCH):
         rows.append(stretch(model, fresh, cache, stream))
         print("  ".join(f"{name} {value:>12.7g}" for name, value in rows[-1].items()), flush=True)
-    if arguments.json is not None:
-        record = {
-            "window_length": WINDOW,
-            "num_sink_tokens": SINKS,
-            "compiled": not arguments.eager,
-            "points_a_stretch": POINTS,
-            "machine": platform.machine(),
-            "threads": 1,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "resident_mb_with_a_window_full": round(start, 2),
-            "rows": rows,
-        }
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    records.write(
+        arguments.json,
+        window_length=WINDOW,
+        num_sink_tokens=SINKS,
+        compiled=not arguments.eager,
+        points_a_stretch=POINTS,
+        resident_mb_with_a_window_full=round(start, 2),
+        rows=rows,
+    )
 
 
 if __name__ == "__main__":

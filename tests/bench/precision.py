@@ -10,17 +10,16 @@ in bfloat16 and 2^-11 = 4.9e-4 in float16.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import sink_patch
+from tests.bench import forever, records
 from tests.test_precision import exactly_rotated, keys_of, off
 
 WINDOW, SINKS = 64, 4
@@ -29,17 +28,7 @@ POINTS = (1_000, 10_000, 100_000)
 
 
 def make_model(dtype: torch.dtype) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-    )
-    made = LlamaForCausalLM(config)
+    made, config = forever.make_model(), forever.make_config()
     setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", dtype)
     model = LlamaForCausalLM._from_config(config, attn_implementation="eager").eval()  # frequencies stay in float32
     model.load_state_dict(made.state_dict())
@@ -118,16 +107,7 @@ def main() -> None:
     rows = [
         row for dtype in (torch.bfloat16, torch.float16) for kind in kinds for row in run(kind, dtype, arguments.tokens)
     ]
-    if arguments.json is not None:
-        record = {
-            "window_length": WINDOW,
-            "num_sink_tokens": SINKS,
-            "machine": platform.machine(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "rows": rows,
-        }
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    records.write(arguments.json, window_length=WINDOW, num_sink_tokens=SINKS, rows=rows)
 
 
 if __name__ == "__main__":

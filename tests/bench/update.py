@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
-import platform
 import statistics
 import time
 import warnings
@@ -23,6 +21,7 @@ import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import sink_patch
+from tests.bench import records
 
 LAYERS, HEADS, DIM, SINKS = 30, 3, 64, 4
 WINDOWS = (256, 1024, 4096, 16384)
@@ -165,17 +164,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = run(arguments.device, arguments.rounds)
-    if arguments.json is not None:
-        record = {
-            "device": arguments.device,
-            "machine": platform.machine(),
-            "threads": 1,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "rows": rows,
-        }
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    records.write(arguments.json, device=arguments.device, rows=rows)
 
 
 if __name__ == "__main__":
