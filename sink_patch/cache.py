@@ -66,7 +66,7 @@ class SinkCache(RowOperations, Keeping, CacheBase, seam.Streaming):
         self.fed_ahead: seam.FedAhead | None = None  # see prefill.py
         self.prompt_columns: int | None = None  # while `generate` decodes: single tokens after them are never padding
         self.says_compileable = False  # see graph.py
-        self.begun_in_graph = False  # see seam.py
+        self.begun_ahead = False  # see graph.py
         self._entered: weakref.ref[nn.Module] | None = None  # the module that began the forward under way
         if model is not None:
             self.bind(model)
@@ -158,7 +158,7 @@ class SinkCache(RowOperations, Keeping, CacheBase, seam.Streaming):
         """
         if self._streams is None or self._facts is None or not self.is_bound_to(module):
             raise self._not_bound_to(type(module).__name__)
-        if self._is_inside(module, columns=inputs.shape[1]):
+        if self.begun_ahead or self._is_inside(module, columns=inputs.shape[1]):
             return None
         generated = self.prompt_columns is not None and self._streams.columns >= self.prompt_columns
         step = self._streams.begin(inputs, attention_mask, fixed=fixed, all_real=generated)
@@ -175,11 +175,12 @@ class SinkCache(RowOperations, Keeping, CacheBase, seam.Streaming):
         """Whether `module` is a part of the one that has begun this forward (and not of one that was interrupted)."""
         step = None if self._streams is None else self._streams.step
         outer = None if self._entered is None else self._entered()
-        inside = step is not None and not step.touched and step.columns == columns and outer not in (None, module)
-        return inside and self._is_running()
+        if step is None or step.columns != columns or outer in (None, module):
+            return False
+        return (step.is_fixed or not step.touched) and self._is_running()
 
     def end_forward(self, module: nn.Module, *, completed: bool) -> None:
-        if self._streams is None or self._entered is None or self._entered() is not module:
+        if self._streams is None or not self.was_begun_by(module):
             return
         self._entered = None
         if completed:
@@ -188,9 +189,12 @@ class SinkCache(RowOperations, Keeping, CacheBase, seam.Streaming):
             self._streams.abandon()
 
     def has_begun(self, module: nn.Module) -> bool:
-        if self._streams is None or self._streams.step is None:
-            return False
-        return not self.begun_in_graph or self._entered is None or self._entered() is not module
+        if self.begun_ahead:
+            return True
+        return self._streams is not None and self._streams.step is not None and not self.was_begun_by(module)
+
+    def was_begun_by(self, module: nn.Module) -> bool:
+        return not self.begun_ahead and self._entered is not None and self._entered() is module
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
@@ -224,7 +228,11 @@ class SinkCache(RowOperations, Keeping, CacheBase, seam.Streaming):
 
     def _is_running(self) -> bool:
         """Whether the forward under way is not one that was interrupted."""
-        return torch.compiler.is_compiling() or seam.is_running(None if self._entered is None else self._entered())
+        return (
+            torch.compiler.is_dynamo_compiling()
+            or self.begun_ahead
+            or seam.is_running(None if self._entered is None else self._entered())
+        )
 
     def mask_of_past(self) -> torch.Tensor:
         """An attention mask over all columns fed so far, int64 [rows, columns]: padding counts as the oldest ones."""

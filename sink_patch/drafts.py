@@ -41,11 +41,20 @@ def check(model: nn.Module, generation_config: Any) -> None:
                 f"{name} was asked for with drafts and a sink cache, which takes the prompt in before transformers "
                 "looks at its outputs. Leave it out, or decode without drafts."
             )
+    check_model(model)
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model, or an assistant, that cannot take tokens back.
+
+    Raises:
+        UnsupportedGenerationError: with the reason.
+    """
     facts = examine(unwrapped(model))
     if facts.one_by_one is not None or any(layer.entry.state for layer in facts.layers):
         raise UnsupportedGenerationError(
-            f"{facts.model_class} ({facts.model_type}) cannot decode with drafts: its recurrent states, or its masks, "
-            "cannot take tokens back. Decode without an assistant_model and prompt_lookup_num_tokens."
+            f"{facts.model_class} ({facts.model_type}) can neither make drafts nor decode with them: its recurrent "
+            "states, or its masks, cannot take tokens back. Use another assistant_model, or decode without drafts."
         )
 
 

@@ -25,6 +25,7 @@ class FixedLayout:
     all_visible = False
     brings_sinks = False
 
+    @torch.inference_mode(False)  # else what was made in inference mode could not be changed outside it
     def __init__(self, kind: LayerKind, rows: int, device: torch.device):
         self.kind = kind
         self.length = self.reach = kind.capacity
@@ -69,6 +70,7 @@ class FixedStep(Step):
 
     is_fixed = True
 
+    @torch.inference_mode(False)
     def __init__(self, kind: LayerKind, rows: int, device: torch.device, buffers: Sequence[torch.Tensor | None]):
         super().__init__((), 1, (), device)
         self.buffers = buffers

@@ -86,6 +86,7 @@ def prepare_cache(
     _check_mode(mode)
     if mode == drafts.MODE:
         drafts.check(instance, generation_config)
+        _check_assistant(given)
     _check_rows(model_kwargs.get("attention_mask"))  # transformers makes one from padding tokens where none was given
     if made:
         cache = SinkCache(**generation_config.cache_config, model=instance)
@@ -120,6 +121,7 @@ def decode_with_drafts(
     cache, input_ids = model_kwargs.get(cache_argument(instance)), given["input_ids"]
     if not isinstance(cache, SinkCache):
         return wrapped(*args, **kwargs)
+    _check_assistant(given)
     drafts.check_inputs(input_ids.shape[1], stream_length(generation_config, model_kwargs) or input_ids.shape[1])
     with (
         fed_in_pieces(instance, cache, input_ids, generation_config, model_kwargs, drafting=True),
@@ -229,6 +231,12 @@ def _check_mode(mode: str) -> None:
             f"The decoding mode {mode!r} was asked for with a sink cache, which it cannot use: it goes back over its "
             f"cache in ways of its own. Use one of {', '.join(_MODES)}, or another cache."
         )
+
+
+def _check_assistant(given: Mapping[str, Any]) -> None:
+    """Versions say who it is in different places."""
+    if isinstance(given.get("assistant_model"), nn.Module):
+        drafts.check_model(given["assistant_model"])
 
 
 def _check_rows(attention_mask: Any) -> None:

@@ -23,18 +23,20 @@ def said_compileable(cache: SinkCache) -> Iterator[None]:
         cache.says_compileable = False
 
 
-def decode(model: nn.Module, compiled: Callable[..., Any], **inputs: Any) -> Any:
+def decode(model: nn.Module, compiled: Callable[..., Any], /, *args: Any, **inputs: Any) -> Any:
     """A forward of `model` for which transformers would call `compiled`, which is the graph of it."""
     cache, input_ids = inputs.get(cache_argument(model)), inputs.get("input_ids")
-    if not isinstance(cache, SinkCache):
-        return compiled(**inputs)
+    if args or not isinstance(cache, SinkCache):
+        return compiled(*args, **inputs)
     if input_ids is None or input_ids.shape[1] != 1 or not cache.can_be_fixed_now:
         return model(**inputs)
     replaced = cache.begin_forward(model, input_ids, inputs.get("attention_mask"), fixed=True)
-    completed = False
+    forward = compiled if cache.is_compileable else model  # a row may bring nothing, which no graph knows
+    completed, cache.begun_ahead = False, True
     try:
-        output = compiled(**inputs | seam.accepted(model, replaced or {}))
+        output = forward(**inputs | seam.accepted(model, replaced or {}))
         completed = True
     finally:
+        cache.begun_ahead = False
         cache.end_forward(model, completed=completed)
     return output

@@ -56,12 +56,13 @@ class Streaming(ABC):
     fed_ahead: FedAhead | None
     """What is cut off at the start of the next forward."""
 
-    begun_in_graph: bool
-    """Whether the forward under way was begun in a break of a graph, and ends in one."""
-
     @abstractmethod
     def has_begun(self, module: nn.Module) -> bool:
         """Whether what `module` is called for in a graph was begun before (and not in a call of it that broke off)."""
+
+    @abstractmethod
+    def was_begun_by(self, module: nn.Module) -> bool:
+        """Whether the forward under way was begun where `module` was called, and ends with that call."""
 
     @property
     @abstractmethod
@@ -112,7 +113,7 @@ def is_running(module: nn.Module | None) -> bool:
 
 
 def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():  # `is_compiling` is true in other threads as well
         caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Streaming)]
         # mostly the step was begun before the graph runs; in `torch.compile(model)` it is begun in a break of it
         return None if not caches or caches[0].has_begun(module) else _begin_apart(module, args, kwargs)
@@ -134,7 +135,6 @@ def _begin(
         named[name], cache.fed_ahead = cache.fed_ahead.cut(named[name], named.get("attention_mask")), None
     fixed = (in_graph or _is_compiled(module)) and named[name].shape[1] == 1 and cache.can_be_fixed_now
     replaced = cache.begin_forward(module, named[name], named.get("attention_mask"), fixed=fixed)
-    cache.begun_in_graph = in_graph
     return None if replaced is None else ((), named | accepted(module, replaced))
 
 
@@ -171,9 +171,9 @@ def _is_given(value: Any) -> bool:
 
 
 def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Streaming)]
-        if caches and caches[0].begun_in_graph:
+        if caches and caches[0].was_begun_by(module):
             _end_apart(module, args, kwargs, output)
         return
     _end(module, args, kwargs, output)

@@ -66,23 +66,33 @@ class Streams:
 
         Args:
             inputs, attention_mask: as in `SinkCache.begin_forward`.
-            fixed: plan it at fixed shapes and addresses, which must be possible (`can_be_fixed_now`).
+            fixed: plan it at fixed shapes and addresses, which must be possible (`can_be_fixed_now`); it is not where a
+                row brings no token.
             all_real: whether a single token is real, whatever the mask says: to look would wait for the device.
 
         Raises:
             CacheStateError: another batch size, more positions than there are, or rings spoilt by a failed forward.
             SinkArgumentError: a mask that does not fit.
         """
-        self.abandon()  # a forward that ended in an interrupt, past all hooks
-        if self.broken is not None:
-            raise CacheStateError(f"{self.broken} Call reset() and feed the text again, or use a new SinkCache.")
+        self._settle()
         known = all_real and inputs.shape[1] == 1 and self.rows is not None
         plans = self._plan(inputs.shape[0], inputs.shape[1], None if known else attention_mask)
+        fixed = fixed and all(plan.new == 1 for plan in plans)
         step = self._fix(plans, inputs.device) if fixed else Step(plans, inputs.shape[1], self.kinds, inputs.device)
         self._set_clock(step)
         self._sinks.show(step)
         self.step = step
         return step
+
+    def _settle(self) -> None:
+        """Forget a forward that ended in an interrupt, past all hooks.
+
+        Raises:
+            CacheStateError: the rings are spoilt.
+        """
+        self.abandon()
+        if self.broken is not None:
+            raise CacheStateError(f"{self.broken} Call reset() and feed the text again, or use a new SinkCache.")
 
     @property
     def can_be_fixed(self) -> bool:
@@ -149,13 +159,18 @@ class Streams:
         """Forget all tokens."""
         for layer in self.layers:
             layer.reset()
+        for layer in self._sink_layers:  # some may have been laid out anew, and others not
+            layer.lay_out(replace(layer.kind, spare=self._slots.spare), ())
         self._see_kinds()
+        self._fixed = None
         self.rows, self.columns, self.step, self.broken = None, 0, None, None
 
     def select_rows(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices`, in that order; a boolean mask over the rows will do too."""
+        self.abandon()
         if self.rows is None:
             return
+        self._fixed = None
         if indices.dtype == torch.bool:
             indices = indices.nonzero()[:, 0]
         for layer in self._sink_layers:
@@ -167,6 +182,7 @@ class Streams:
 
     def crop(self, count: int) -> bool:
         """Forget the newest `count` tokens of each row; False if tokens that would have to come back are gone."""
+        self._settle()
         if count == 0 or self.rows is None:
             return True
         if self.stateful or count < 0 or not all(row.can_lose(count) for row in self.rows):
@@ -178,11 +194,13 @@ class Streams:
 
     def record(self, tokens: int) -> None:
         """From now on keep what leaves the window for the newest `tokens` tokens, and for those of any one forward."""
+        self._settle()
         self.recording = True
         self._spare(tokens)
 
     def stop_recording(self) -> None:
         """Give the room for that back."""
+        self.abandon()
         self.recording = False
         self._lay_out(0)
 
@@ -194,12 +212,13 @@ class Streams:
     def _lay_out(self, spare: int) -> None:
         if all(kind.spare == spare for kind in self.kinds):
             return
-        self.broken = "The slots of this cache could not be laid out anew to the end."
+        before, self.broken = self.broken, "The slots of this cache could not be laid out anew to the end."
+        self._fixed = None
         for layer in self._sink_layers:
             layer.lay_out(replace(layer.kind, spare=spare), [row.seen for row in self.rows or ()])
         self._see_kinds()
         self.rows = None if self.rows is None else [row.spoilt(0, self._slots) for row in self.rows]
-        self.broken = None
+        self.broken = before
 
     def _see_kinds(self) -> None:
         self.kinds: list[LayerKind] = list(dict.fromkeys(layer.kind for layer in self._sink_layers))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import threading
 
 import pytest
 import torch
@@ -230,3 +231,81 @@ def test_a_compiled_model_goes_on_after_an_interrupt():
                 assert cache.get_seq_length() == 7
             found = compiled(new, **{cache_name(model): cache}).logits
             assert relative_error(found, model(new, past_key_values=plain).logits) < 1e-5
+
+
+@pytest.mark.parametrize("how", ["compile_config", "forward"])
+def test_where_torch_gives_up_and_runs_a_graph_without_compiling_the_text_is_the_same(how):
+    """As after too many prompts of different lengths."""
+    model = copy.copy(tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT))
+    wanted = run(model, tokens(6))
+    if how == "forward":
+        model.forward = torch.compile(model.forward, backend="eager", dynamic=False)
+    with torch.compiler.set_stance("force_eager"):
+        settings = {"compile_config": graph_config()} if how == "compile_config" else {}
+        assert_same(run(model, tokens(6), **settings), wanted)
+
+
+def test_what_was_compiled_in_inference_mode_goes_on_outside_it():
+    model = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT)
+    wanted = run(model, tokens(6))
+    with torch.inference_mode():
+        first = run(model, tokens(6), compile_config=graph_config(), max_new_tokens=20)
+    resumed = {"past_key_values": first.past_key_values, "cache_implementation": None, "max_new_tokens": 5 * W - 20}
+    with torch._dynamo.config.patch(error_on_recompile=False):  # the mode is another one
+        second = run(model, first.sequences.clone(), compile_config=graph_config(), **resumed)
+    assert torch.equal(second.sequences, wanted.sequences)
+
+
+@torch.no_grad()
+def test_a_row_may_bring_no_token():
+    model = copy.copy(tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT))
+    stream, caches = tokens(40, rows=2), [SinkCache(W, S, model=model) for _ in range(2)]
+    steps = [(0, 20, [1, 1]), *((at, at + 1, [1, at % 2]) for at in range(20, 30))]
+    compiled, logits = torch.compile(model.forward, backend="eager", dynamic=False), []
+    with torch._dynamo.config.patch(error_on_recompile=False, recompile_limit=32):
+        for cache, forward in zip(caches, (None, compiled), strict=True):
+            mask = torch.empty(2, 0, dtype=torch.long)
+            if forward is not None:
+                model.forward = forward
+            for start, end, real in steps:
+                mask = torch.cat((mask, torch.tensor(real)[:, None].expand(2, end - start)), dim=1)
+                logits.append(model(stream[:, start:end], attention_mask=mask, past_key_values=cache).logits[:, -1])
+    for (*_, real), found, wanted in zip(steps, logits, logits[len(steps) :], strict=False):
+        rows = torch.tensor(real, dtype=torch.bool)
+        assert relative_error(found[rows], wanted[rows]) < 1e-5
+
+
+def test_a_graph_that_is_called_by_hand_takes_what_it_always_took():
+    model = tiny("llama", layers=2, attention="sdpa")
+    with torch.no_grad():
+        assert torch.equal(model.get_compiled_call(graph_config())(tokens(3)).logits, model(tokens(3)).logits)
+
+
+@torch.no_grad()
+def test_a_thread_that_compiles_something_else_does_not_disturb_a_stream():
+    """`torch.compiler.is_compiling` is true in all threads then."""
+    model, started, done = tiny("llama", layers=2), threading.Event(), threading.Event()
+    cache, plain, stream = SinkCache(W, S, model=model), SinkCache(W, S, model=model), tokens(8)
+
+    def backend(graph, _):
+        started.set()
+        done.wait(60)
+        return graph.forward
+
+    def start(*_):
+        if not thread.is_alive() and not started.is_set():
+            thread.start()
+            started.wait(60)
+
+    thread = threading.Thread(target=lambda: torch.compile(torch.nn.Linear(4, 4), backend=backend)(torch.ones(1, 4)))
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(start)
+    try:
+        model(stream[:, :5], past_key_values=cache)
+    finally:
+        handle.remove()
+        done.set()
+        thread.join()
+    assert cache.get_seq_length() == 5
+    model(stream[:, :5], past_key_values=plain)
+    found, wanted = (model(stream[:, 5:6], past_key_values=one).logits for one in (cache, plain))
+    assert torch.equal(found, wanted)

@@ -210,3 +210,11 @@ def test_models_with_states_are_refused():
     skip_what_is_to_come("qwen3_next")
     with pytest.raises((NotImplementedError, ValueError), match="states|stateful"):  # transformers may be faster
         run(zoo.build("qwen3_next"), **SINK, prompt_lookup_num_tokens=3)
+
+
+def test_an_assistant_that_cannot_take_tokens_back_is_refused_before_anything_is_fed(model):
+    skip_what_is_to_come("qwen3_next")
+    cache = SinkCache(W, S, model=model)
+    with pytest.raises(UnsupportedGenerationError, match="Qwen3NextForCausalLM.*can neither make drafts"):
+        run(model, past_key_values=cache, assistant_model=zoo.build("qwen3_next"))
+    assert cache.get_seq_length() == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import pytest
@@ -207,3 +208,48 @@ def test_a_forward_that_fails_while_the_past_is_recorded_overwrites_nothing_that
     for start in range(38, 50):
         found, wanted = (model(stream[:, start : start + 1], past_key_values=one).logits for one in (cache, plain))
         assert relative_error(found, wanted) <= 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_spoilt_cache_stays_spoilt_whatever_is_asked_of_its_past(kind):
+    model = tiny("llama", layers=2)
+    for ask in (
+        lambda cache: cache.activate_past_recording(4),
+        lambda cache: cache.deactivate_past_recording(),
+        lambda cache: cache.crop(-1),
+        lambda cache: cache.batch_select_indices(torch.tensor([0])),
+    ):
+        cache = SinkCache(W, S, model=model)
+        model(tokens(30), past_key_values=cache)
+        fail_once(model, kind)
+        with pytest.raises(kind):
+            model(tokens(4), past_key_values=cache)
+        with contextlib.suppress(CacheStateError):
+            ask(cache)
+        with pytest.raises(CacheStateError, match=r"failed half-way.*reset\(\)"):
+            model(tokens(1), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_after_an_interrupt_no_more_is_taken_back_than_is_there():
+    model = tiny("llama", layers=2)
+    cache = SinkCache(W, S, model=model)
+    cache.activate_past_recording(16)
+    for token in tokens(50).T:
+        model(token[None], past_key_values=cache)
+    fail_once(model, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(tokens(4), past_key_values=cache)
+    with pytest.raises(CacheStateError, match="is gone"):
+        cache.crop(-13)
+    cache.crop(-12)
+    assert cache.get_seq_length() == 38
+
+
+def fail_once(model, kind):
+    def fail(*_):
+        handle.remove()
+        raise kind
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(fail)
