@@ -236,9 +236,10 @@ def test_a_compiled_model_goes_on_after_an_interrupt():
 @pytest.mark.parametrize("how", ["compile_config", "forward"])
 def test_where_torch_gives_up_and_runs_a_graph_without_compiling_the_text_is_the_same(how):
     """As after too many prompts of different lengths."""
-    model = copy.copy(tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT))
+    model = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT)
     wanted = run(model, tokens(6))
     if how == "forward":
+        model = copy.copy(model)
         model.forward = torch.compile(model.forward, backend="eager", dynamic=False)
     with torch.compiler.set_stance("force_eager"):
         settings = {"compile_config": graph_config()} if how == "compile_config" else {}
