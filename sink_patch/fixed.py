@@ -22,8 +22,7 @@ class FixedLayout:
     """
 
     in_place = True
-    all_visible = False
-    brings_sinks = False
+    brings_sinks = False  # they are in before such a step
 
     @torch.inference_mode(False)  # else what was made in inference mode could not be changed outside it
     def __init__(self, kind: LayerKind, rows: int, device: torch.device):
@@ -51,13 +50,6 @@ class FixedLayout:
     def write(self, buffer: torch.Tensor, states: torch.Tensor) -> None:
         """Copy states [rows, heads, 1, dim] into buffer [rows, heads, length, dim]."""
         buffer[self._rows, :, self.slots] = states[:, :, 0]  # [rows, heads, dim], which inductor does in place
-
-    def write_sinks(self, pristine: torch.Tensor, states: torch.Tensor) -> None:
-        """The sinks are in before such a step."""
-
-    def read(self, buffer: torch.Tensor, states: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
-        """All of the buffer."""
-        return buffer
 
 
 class FixedStep(Step):

@@ -23,7 +23,11 @@ class Sinks:
 
     def __init__(self, rings: Sequence[Ring]):
         self._rings = rings
-        self._buffers: list[torch.Tensor | None] = [None for _ in rings]
+        self.forget()
+
+    def forget(self) -> None:
+        """Hold no buffer any more: the rings have got others, or none."""
+        self._buffers: list[torch.Tensor | None] = [None for _ in self._rings]
         self._groups: list[_Group] = []
         self._shown: tuple[int, ...] | None = None  # how far they are turned, row by row; None: not known
 

@@ -77,6 +77,8 @@ class Streams:
         self._settle()
         known = all_real and inputs.shape[1] == 1 and self.rows is not None
         plans = self._plan(inputs.shape[0], inputs.shape[1], None if known else attention_mask)
+        if self.recording:
+            self._spare(inputs.shape[1])
         fixed = fixed and all(plan.new == 1 for plan in plans)
         step = self._fix(plans, inputs.device) if fixed else Step(plans, inputs.shape[1], self.kinds, inputs.device)
         self._set_clock(step)
@@ -162,7 +164,7 @@ class Streams:
         for layer in self._sink_layers:  # some may have been laid out anew, and others not
             layer.lay_out(replace(layer.kind, spare=self._slots.spare), ())
         self._see_kinds()
-        self._fixed = None
+        self._forget_buffers()
         self.rows, self.columns, self.step, self.broken = None, 0, None, None
 
     def select_rows(self, indices: torch.Tensor) -> None:
@@ -170,7 +172,7 @@ class Streams:
         self.abandon()
         if self.rows is None:
             return
-        self._fixed = None
+        self._forget_buffers()
         if indices.dtype == torch.bool:
             indices = indices.nonzero()[:, 0]
         for layer in self._sink_layers:
@@ -213,12 +215,17 @@ class Streams:
         if all(kind.spare == spare for kind in self.kinds):
             return
         before, self.broken = self.broken, "The slots of this cache could not be laid out anew to the end."
-        self._fixed = None
+        self._forget_buffers()
         for layer in self._sink_layers:
             layer.lay_out(replace(layer.kind, spare=spare), [row.seen for row in self.rows or ()])
         self._see_kinds()
         self.rows = None if self.rows is None else [row.spoilt(0, self._slots) for row in self.rows]
         self.broken = before
+
+    def _forget_buffers(self) -> None:
+        """Keep none alive that the layers are about to give up."""
+        self._fixed = None
+        self._sinks.forget()
 
     def _see_kinds(self) -> None:
         self.kinds: list[LayerKind] = list(dict.fromkeys(layer.kind for layer in self._sink_layers))
@@ -251,8 +258,6 @@ class Streams:
         plans = [made[key] for key in zip(held, new, strict=True)]
         self._check_positions(plan.first_position + plan.new for plan in plans)
         self._check_one_by_one(plans, columns)
-        if self.recording:
-            self._spare(columns)
         return plans
 
     def _check_one_by_one(self, plans: Iterable[RowPlan], columns: int) -> None:

@@ -104,6 +104,22 @@ def _alone(model, row):
     return cache
 
 
+def test_old_keys_are_given_up_at_once(model):
+    """Not with the next forward: who resets a cache may want its memory."""
+    for give_up in (
+        lambda cache: cache.reset(),
+        lambda cache: cache.batch_select_indices(torch.tensor([0])),
+        lambda cache: cache.activate_past_recording(4),
+    ):
+        cache = SinkCache(W, S, model=model)
+        for _ in range(2):
+            feed(model, cache, tokens(20, rows=2))
+        gone = weakref.ref(cache.layers[0].keys)
+        give_up(cache)
+        gc.collect()
+        assert gone() is None
+
+
 def test_rows_that_are_selected_in_inference_mode_stream_on_outside_it(model):
     cache, stream = SinkCache(W, S, model=model), tokens(40, rows=2)
     with torch.inference_mode():
