@@ -84,6 +84,7 @@ def install(model: nn.Module) -> tuple[nn.Module, ...]:
     """Put the hooks on a model and its decoder, once; returns the hooked modules."""
     modules = entrances(model)
     with _installing:
+        _set_apart()
         for module in modules:
             if _enter not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(_enter, with_kwargs=True)
@@ -185,8 +186,18 @@ def _end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
         cache.end_forward(module, completed=output is not None)
 
 
-_begin_apart: Callable[..., Any] = torch.compiler.disable(functools.partial(_begin, in_graph=True))  # type: ignore[no-untyped-call]
-_end_apart: Callable[..., None] = torch.compiler.disable(_end)  # type: ignore[no-untyped-call]
+_begin_apart: Callable[..., Any] = functools.partial(_begin, in_graph=True)
+_end_apart: Callable[..., None] = _end
+_is_apart = False
+
+
+def _set_apart() -> None:
+    """Keep dynamo out of both; not at import, as that would load dynamo where nobody has (transformers 4.52)."""
+    global _begin_apart, _end_apart, _is_apart
+    if not _is_apart:
+        _begin_apart = torch.compiler.disable(_begin_apart)  # type: ignore[no-untyped-call]
+        _end_apart = torch.compiler.disable(_end_apart)  # type: ignore[no-untyped-call]
+        _is_apart = True
 
 
 def _sink_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streaming | None:
