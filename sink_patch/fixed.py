@@ -1,7 +1,9 @@
 """One forward of a single token at fixed shapes and addresses, for a graph that is compiled once.
 
 All that changes from token to token is in tensors, and is changed before the graph runs: where the token is written,
-which slots are seen, its position. What the graph reads of Python is the same in each step.
+which slots are seen, its position. What the graph reads of Python is the same in each step. A CUDA graph replays what
+it was recorded with, so all tensors here and the cache's buffers are said to stay where they are
+(`mark_static_address`); those of another cache are recorded anew, and not compiled anew.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ from collections.abc import Sequence
 import torch
 
 from sink_patch.clock import RowPlan
+from sink_patch.layers import SinkLayer
 from sink_patch.layout import LayerKind
 from sink_patch.step import Step
+from sink_patch.transfer import moved, on_device
 
 
 class FixedLayout:
@@ -24,7 +28,6 @@ class FixedLayout:
     in_place = True
     brings_sinks = False  # they are in before such a step
 
-    @torch.inference_mode(False)  # else what was made in inference mode could not be changed outside it
     def __init__(self, kind: LayerKind, rows: int, device: torch.device):
         self.kind = kind
         self.length = self.reach = kind.capacity
@@ -32,6 +35,8 @@ class FixedLayout:
         self.visible = torch.zeros(rows, kind.capacity, dtype=torch.long, device=device)
         self._rows = torch.arange(rows, device=device)
         self._held: list[int] | None = None  # tokens of each row that `visible` shows; None: not known
+        for tensor in (self.slots, self.visible, self._rows):
+            torch._dynamo.mark_static_address(tensor, guard=False)
 
     def prepare(self, plans: Sequence[RowPlan]) -> None:
         """Say where the next token of each row goes."""
@@ -39,11 +44,8 @@ class FixedLayout:
         slots = [self.kind.write_runs(plan, columns=1)[0][0] for plan in plans]
         if self._held != seen:
             filled = torch.tensor([min(count, self.length) for count in seen])[:, None]  # [rows, 1]
-            self.visible.copy_(torch.arange(self.length)[None, :] < filled)
-        if len(set(slots)) == 1:
-            self.slots.fill_(slots[0])  # a number, which needs no copy from the host
-        else:
-            self.slots.copy_(torch.tensor(slots))
+            self.visible.copy_(moved((torch.arange(self.length)[None, :] < filled).long(), self.visible.device))
+        fill(self.slots, slots)
         self.visible.scatter_(1, self.slots[:, None], 1)
         self._held = [plan.total for plan in plans]
 
@@ -53,35 +55,55 @@ class FixedLayout:
 
 
 class FixedStep(Step):
-    """A step that is used again and again, for caches with one kind of layer.
+    """A step that is used again and again.
 
     Args:
-        kind, rows, device: of the cache.
-        buffers: the keys of all layers, by which it is known whether the cache still lies where it lay.
+        kinds: the kinds of layers of the cache. All read one mask, each its last columns: so where there are several,
+            all their slots must be full (`is_ready`).
+        rows, device: of the cache.
+        layers: those with rings, which get all their slots, and by whose keys it is known whether they lie where they
+            lay.
     """
 
     is_fixed = True
 
-    @torch.inference_mode(False)
-    def __init__(self, kind: LayerKind, rows: int, device: torch.device, buffers: Sequence[torch.Tensor | None]):
+    @torch.inference_mode(False)  # else what was made in inference mode could not be changed outside it
+    def __init__(self, kinds: Sequence[LayerKind], rows: int, device: torch.device, layers: Sequence[SinkLayer]):
         super().__init__((), 1, (), device)
-        self.buffers = buffers
-        self._layout = FixedLayout(kind, rows, device)
+        for layer in layers:
+            layer.fix()
+        self._buffers = [layer.keys for layer in layers]
+        # numbers, as a graph knows no keys of other kinds
+        self._layouts = {(kind.capacity, kind.num_sink_tokens): FixedLayout(kind, rows, device) for kind in kinds}
+        self._widest = max(self._layouts.values(), key=lambda layout: layout.length)
         self._positions = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        torch._dynamo.mark_static_address(self._positions, guard=False)
+
+    @staticmethod
+    def is_possible(kinds: Sequence[LayerKind]) -> bool:
+        """Whether layers of these kinds can ever be read at fixed shapes, and so in any order."""
+        return len(kinds) > 0 and not any(kind.ordered for kind in kinds)
+
+    @staticmethod
+    def is_ready(kinds: Sequence[LayerKind], seen: Sequence[int]) -> bool:
+        """Whether they can be now that the rows have seen so many tokens: all sinks are in, nothing unseen is held."""
+        enough = max(kind.num_sink_tokens if len(kinds) == 1 else kind.capacity for kind in kinds)
+        return min(seen) >= enough and not any(kind.spare for kind in kinds)
+
+    def knows(self, layers: Sequence[SinkLayer]) -> bool:
+        """Whether the cache still lies where it lay."""
+        return all(layer.keys is buffer for layer, buffer in zip(layers, self._buffers, strict=True))
 
     def prepare(self, plans: Sequence[RowPlan]) -> None:
         """Take the plans of the next token."""
         self._take(plans)
-        self._layout.prepare(plans)
-        first = [plan.first_position for plan in plans]
-        if len(set(first)) == 1:
-            self._positions.fill_(first[0])
-        else:
-            self._positions.copy_(torch.tensor(first)[:, None])
+        for layout in self._layouts.values():
+            layout.prepare(plans)
+        fill(self._positions, [plan.first_position for plan in plans])
         self.touched = True  # by what the graph will do
 
-    def layout_of(self, kind: LayerKind) -> FixedLayout:  # type: ignore[override] # noqa: ARG002
-        return self._layout
+    def layout_of(self, kind: LayerKind) -> FixedLayout:  # type: ignore[override]
+        return self._layouts[kind.capacity, kind.num_sink_tokens]
 
     def position_ids(self) -> torch.Tensor:
         """[rows, 1], always at the same address."""
@@ -89,10 +111,18 @@ class FixedStep(Step):
 
     def attention_mask(self, *, explicit: bool = False) -> torch.Tensor:  # noqa: ARG002
         """[rows, length], always at the same address."""
-        return self._layout.visible
+        return self._widest.visible
 
     def past_columns(self) -> int:
-        return self._layout.length - 1
+        return self._widest.length - 1
 
-    def mask_sizes(self, kind: LayerKind) -> tuple[int, int]:  # noqa: ARG002
-        return self._layout.length, 0
+    def mask_sizes(self, kind: LayerKind) -> tuple[int, int]:
+        return kind.capacity, self._widest.length - kind.capacity
+
+
+def fill(tensor: torch.Tensor, numbers: Sequence[int]) -> None:
+    """Set a tensor [rows] or [rows, 1]; one number for all needs no copy from the host."""
+    if len(set(numbers)) == 1:
+        tensor.fill_(numbers[0])
+    else:
+        tensor.copy_(on_device(numbers, tensor.device).view_as(tensor))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from sink_patch.layout import LayerKind, Layout
-from sink_patch.rotation import CosSin, Rotation
+from sink_patch.rotation import Rotation, Turn
 from sink_patch.step import Step
 
 
@@ -49,15 +49,15 @@ class Ring:
         return sum(tensor.nbytes for tensor in held)
 
     def fix(self) -> None:
-        """Take all slots at once: from now on the buffer stays where it is."""
-        if self.buffer is not None and self.buffer.shape[2] < self.kind.slots:
-            self._grown(self.buffer, self.kind.slots)
+        """Take all slots at once: from now on the buffer stays where it is, as the compiler is told."""
+        if self.buffer is not None:
+            torch._dynamo.mark_static_address(self._reserve(self.buffer, self.kind.slots), guard=False)
 
-    def turn(self, cos_sin: CosSin) -> None:
+    def turn(self, turn: Turn) -> None:
         """Turn all keys of the ring (not the sinks, which are shown anew in each forward)."""
         if self.rotation is not None and self.buffer is not None:
             ring = self.buffer[:, :, self.kind.num_sink_tokens :]  # [rows, heads, ring, dim]
-            ring.copy_(self.rotation.apply(ring, cos_sin))
+            ring.copy_(self.rotation.apply(ring, turn.cos_sin(self.rotation, ring.device)))
 
     @torch.inference_mode(False)  # as in `_grown`
     def select_rows(self, rows: torch.Tensor) -> None:
@@ -163,11 +163,10 @@ class SinkLayer:
         for ring in self.rings:
             ring.fix()
 
-    def turn(self, turns: torch.Tensor) -> None:
-        """Turn what is cached by `turns` positions, an int64 tensor of shape [rows]."""
+    def turn(self, turn: Turn) -> None:
+        """Turn what is cached."""
         for ring in self.rings:
-            if ring.rotation is not None and ring.buffer is not None:
-                ring.turn(ring.rotation.cos_sin(turns, ring.buffer.device))
+            ring.turn(turn)
 
     def lay_out(self, kind: LayerKind, seen: Sequence[int]) -> None:
         self.kind = kind

@@ -15,6 +15,7 @@ import torch
 
 from sink_patch.clock import RowPlan
 from sink_patch.errors import CacheStateError
+from sink_patch.transfer import moved
 
 Run = tuple[int, int, int]  # (first slot, first column of the forward, length)
 
@@ -156,7 +157,7 @@ class RaggedLayout:
         buffer[rows, :, slots] = states[rows, :, columns]  # [tokens, heads, dim]
 
     def write_sinks(self, pristine: torch.Tensor, states: torch.Tensor) -> None:
-        rows, slots, columns = self._sink_writes.to(pristine.device).unbind(1)
+        rows, slots, columns = moved(self._sink_writes, pristine.device).unbind(1)
         pristine[rows, :, slots] = states[rows, :, columns]  # [tokens, heads, dim]
 
     def read(self, buffer: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
@@ -183,7 +184,7 @@ class RaggedLayout:
     def _on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         if device not in self._devices:
             sources = self._writes[:0] if self._sources is None else self._sources
-            self._devices[device] = (self._writes.to(device), sources.to(device))
+            self._devices[device] = (moved(self._writes, device), moved(sources, device))
         return self._devices[device]
 
 

@@ -6,10 +6,13 @@ Rotating a key that a model placed at position p by `delta` gives the key at pos
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+
+from sink_patch.transfer import moved, on_device
 
 Pairing = Literal["half", "interleaved"]
 CosSin = tuple[torch.Tensor, torch.Tensor]
@@ -49,7 +52,7 @@ class Rotation:
 
         Args:
             delta: int64 tensor of shape [rows], on any device; or one number for all rows, which needs no copy from the
-                host.
+                host (`Turn` chooses).
 
         Returns:
             Two tensors of shape [rows, 1, 1, rotary_dim / 2] on `device`.
@@ -94,5 +97,21 @@ class Rotation:
         """`inv_freq` on a device; float32 where the device has no float64 (Apple's MPS)."""
         if device not in self._per_device:
             dtype = torch.float32 if device.type == "mps" else torch.float64
-            self._per_device[device] = self.inv_freq.to(device=device, dtype=dtype)
+            self._per_device[device] = moved(self.inv_freq.to(dtype), device)
         return self._per_device[device]
+
+
+class Turn:
+    """By how many positions each row turns; angles are computed once for a rotation and a device."""
+
+    def __init__(self, rows: Sequence[int]):
+        self.rows = tuple(rows)
+        self._made: dict[tuple[int, torch.device], CosSin] = {}
+
+    def cos_sin(self, rotation: Rotation, device: torch.device) -> CosSin:
+        """What `Rotation.cos_sin` returns."""
+        key = (id(rotation), device)
+        if key not in self._made:
+            same = len(set(self.rows)) == 1
+            self._made[key] = rotation.cos_sin(self.rows[0] if same else on_device(self.rows, device), device)
+        return self._made[key]

@@ -35,12 +35,12 @@ class Sinks:
         """Turn the sinks to where the forward sees them."""
         if any(ring.buffer is not held for ring, held in zip(self._rings, self._buffers, strict=True)):
             self._gather()
-        if self._shown == step.sink_turns:
+        if self._shown == step.sink_turn.rows:
             return
         self._shown = None
         for group in self._groups:
             group.show(step)
-        self._shown = step.sink_turns
+        self._shown = step.sink_turn.rows
 
     def _gather(self) -> None:
         self._shown = None
@@ -59,7 +59,8 @@ class _Group:
     def __init__(self, rings: Sequence[Ring]):
         self._rotation = rings[0].rotation
         self._pristine = torch.stack([ring.pristine for ring in rings if ring.pristine is not None])
-        self._turned = torch.empty_like(self._pristine)
+        turned = torch.empty_like(self._pristine)  # [rings, rows, heads, num_sink_tokens, dim]
+        self._turned, self._of_rings = turned, list(turned)
         self._shown_in = []  # [rows, heads, num_sink_tokens, dim] each
         for ring, pristine in zip(rings, self._pristine, strict=True):
             ring.pristine = pristine
@@ -68,7 +69,6 @@ class _Group:
     def show(self, step: Step) -> None:
         if self._rotation is None:
             return
-        cos_sin = step.sink_turn(self._rotation, self._pristine.device)
-        self._rotation.apply(self._pristine, cos_sin, self._turned)  # [rings, rows, heads, num_sink_tokens, dim]
-        for shown_in, states in zip(self._shown_in, self._turned, strict=True):
-            shown_in.copy_(states)
+        cos_sin = step.sink_turn.cos_sin(self._rotation, self._pristine.device)
+        self._rotation.apply(self._pristine, cos_sin, self._turned)
+        torch._foreach_copy_(self._shown_in, self._of_rings)

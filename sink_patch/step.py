@@ -8,7 +8,8 @@ import torch
 
 from sink_patch.clock import RowPlan
 from sink_patch.layout import LayerKind, Layout, UniformLayout, make_layouts, visible_columns
-from sink_patch.rotation import CosSin, Rotation
+from sink_patch.rotation import Turn
+from sink_patch.transfer import moved, on_device
 
 
 class Step:
@@ -29,17 +30,18 @@ class Step:
         self.touched = False  # whether a layer has stored anything
         self._take(plans)
         self.layouts: dict[LayerKind, Layout] = make_layouts(kinds, self.plans, columns) if kinds else {}
+        # a token asks for it in each layer, and looking a kind up takes time
+        self._only_layout = next(iter(self.layouts.values())) if len(self.layouts) == 1 else None
         lengths = [layout.length for layout in self.layouts.values()]
         self._past_columns = max(lengths, default=columns) - columns
 
     def _take(self, plans: Sequence[RowPlan]) -> None:
         self.plans = tuple(plans)
-        self.sink_turns = tuple(plan.sink_turn for plan in self.plans)
-        self._turned: dict[tuple[int, torch.device], CosSin] = {}
+        self.sink_turn = Turn([plan.sink_turn for plan in self.plans])  # to where this forward sees them
 
     def layout_of(self, kind: LayerKind) -> Layout:
         """Where a kind of layer reads and writes."""
-        return self.layouts[kind]
+        return self._only_layout or self.layouts[kind]
 
     def position_ids(self) -> torch.Tensor:
         """RoPE positions: [1, columns] where all rows are in step, else [rows, columns] with 0 for padding."""
@@ -47,8 +49,8 @@ class Step:
         if all(isinstance(layout, UniformLayout) for layout in self.layouts.values()):
             return (columns + self.plans[0].first_position)[None, :]
         first = [plan.first_position - (self.columns - plan.new) for plan in self.plans]
-        padding = torch.tensor([self.columns - plan.new for plan in self.plans], device=self.device)
-        position_ids = torch.tensor(first, device=self.device)[:, None] + columns[None, :]  # [rows, columns]
+        padding = on_device([self.columns - plan.new for plan in self.plans], self.device)
+        position_ids = on_device(first, self.device)[:, None] + columns[None, :]  # [rows, columns]
         return position_ids.masked_fill(columns[None, :] < padding[:, None], 0)
 
     def attention_mask(self, *, explicit: bool = False) -> torch.Tensor | None:
@@ -62,8 +64,7 @@ class Step:
             if not explicit:
                 return None
             return torch.ones(len(self.plans), columns, dtype=torch.long, device=self.device)
-        visible = visible_columns(self.layouts.values(), columns)
-        return visible.to(device=self.device, dtype=torch.long)  # [rows, visible columns]
+        return moved(visible_columns(self.layouts.values(), columns).long(), self.device)  # [rows, visible columns]
 
     def past_columns(self) -> int:
         """Mask coordinate of the first new token: visible columns before it, in the kind of layer that sees most."""
@@ -77,12 +78,3 @@ class Step:
         """(visible columns, mask coordinate of the first of them) for a layer of this kind: the last ones of all."""
         length = self.layouts[kind].length
         return length, self.past_columns() + self.columns - length
-
-    def sink_turn(self, rotation: Rotation, device: torch.device) -> CosSin:
-        """Cosine and sine that take the pristine sinks to where this forward sees them; computed once a step."""
-        key = (id(rotation), device)
-        if key not in self._turned:
-            same = all(turn == self.sink_turns[0] for turn in self.sink_turns)
-            turns = self.sink_turns[0] if same else torch.tensor(self.sink_turns, dtype=torch.long)
-            self._turned[key] = rotation.cos_sin(turns, device)
-        return self._turned[key]

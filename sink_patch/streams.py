@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +16,7 @@ from sink_patch.fixed import FixedStep
 from sink_patch.layers import SinkLayer
 from sink_patch.layout import LayerKind
 from sink_patch.padding import new_tokens
+from sink_patch.rotation import Turn
 from sink_patch.sinks import Sinks
 from sink_patch.step import Step
 
@@ -98,31 +98,23 @@ class Streams:
 
     @property
     def can_be_fixed(self) -> bool:
-        """Whether single tokens may go through a graph that is compiled once: layers share a mask, in any order."""
-        return len(self.kinds) == 1 and not self.kinds[0].ordered and not self.stateful
+        """Whether single tokens may go through a graph that is compiled once."""
+        return FixedStep.is_possible(self.kinds) and not self.stateful
 
     @property
     def can_be_fixed_now(self) -> bool:
-        """Whether the next one may: all sinks are in, and nothing is kept that is not seen."""
-        if not self.can_be_fixed or self.recording or self._slots.spare or self.rows is None:
+        """Whether the next one may."""
+        if not self.can_be_fixed or self.recording or self.rows is None:
             return False
-        if any(row.seen < self.kinds[0].num_sink_tokens for row in self.rows):
+        if not FixedStep.is_ready(self.kinds, [row.seen for row in self.rows]):
             return False
-        return self._is_laid_out() or len({key.device for key in self._keys() if key is not None}) == 1
-
-    def _keys(self) -> list[torch.Tensor | None]:
-        return [layer.keys for layer in self._sink_layers]
-
-    def _is_laid_out(self) -> bool:
-        """Whether all buffers are those that the fixed step knows."""
-        laid_out = None if self._fixed is None else self._fixed.buffers
-        return laid_out is not None and all(map(operator.is_, self._keys(), laid_out))
+        if self._fixed is not None and self._fixed.knows(self._sink_layers):
+            return True
+        return len({layer.keys.device for layer in self._sink_layers if layer.keys is not None}) == 1
 
     def _fix(self, plans: Sequence[RowPlan], device: torch.device) -> FixedStep:
-        if self._fixed is None or not self._is_laid_out():
-            for layer in self._sink_layers:
-                layer.fix()
-            self._fixed = FixedStep(self.kinds[0], len(plans), device, self._keys())
+        if self._fixed is None or not self._fixed.knows(self._sink_layers):
+            self._fixed = FixedStep(self.kinds, len(plans), device, self._sink_layers)
         self._fixed.prepare(plans)
         return self._fixed
 
@@ -287,10 +279,10 @@ class Streams:
 
     def _move_clock(self, moved: list[Row]) -> None:
         """Turn all rings by as much as the base of their row moves."""
-        turns = [row.base - new.base for row, new in zip(self.rows or (), moved, strict=True)]
-        if any(turns):
+        turn = Turn([row.base - new.base for row, new in zip(self.rows or (), moved, strict=True)])
+        if any(turn.rows):
             self.broken = "The clock of this cache could not be set to the end."
             for layer in self._sink_layers:
-                layer.turn(torch.tensor(turns, dtype=torch.long))  # [rows]
+                layer.turn(turn)
             self.broken = None
         self.rows = moved

@@ -31,6 +31,9 @@ MODELS = {
     "gptj": {"n_positions": CONTEXT, "n_ctx": CONTEXT},  # a table of angles
     "phi": {},  # partial
     "mistral": {"sliding_window": 128},
+    # two kinds of layers, which share a mask once both are full
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7},
+    "gpt_oss": {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 7},
 }
 
 
@@ -69,8 +72,8 @@ def assert_same(found, wanted):
 @pytest.mark.parametrize("model_type", MODELS)
 def test_one_graph_serves_all_tokens_of_three_streams(model_type, attention):
     context = {} if model_type == "gptj" else {"max_position_embeddings": CONTEXT}
-    if model_type == "gptj" and attention == "sdpa":
-        pytest.skip("transformers has no sdpa for gptj")
+    if model_type in ("gptj", "gpt_oss") and attention == "sdpa":
+        pytest.skip(f"transformers has no sdpa for {model_type}")
     model = tiny(model_type, layers=2, attention=attention, **context, **MODELS[model_type])
     for prompt in (1, 6, 2 * W):
         ids = tokens(prompt, seed=prompt)
@@ -105,6 +108,42 @@ def test_rows_of_different_lengths_and_a_second_turn():
         turns.append(run(model, history, **more, **resumed))
     assert_same(*turns)
     assert graphs() == (1, 0)
+
+
+def test_two_kinds_of_layers_in_rows_of_different_lengths():
+    model = tiny("gemma3_text", layers=2, attention="sdpa", max_position_embeddings=CONTEXT, **MODELS["gemma3_text"])
+    ids, mask = tokens(10, rows=2), torch.ones(2, 10, dtype=torch.long)
+    mask[1, :7] = 0
+    more = {"attention_mask": mask, "pad_token_id": 0}
+    found, wanted = (run(model, ids, **more, **compiled) for compiled in ({"compile_config": graph_config()}, {}))
+    assert_same(found, wanted)
+    assert graphs() == (1, 0)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_what_a_graph_writes_to_stays_where_it_is_and_is_said_to(model_type):
+    """Else CUDA graphs are given up (torch/_inductor/cudagraph_utils.py, on mutated inputs)."""
+    model = tiny(model_type, layers=2, attention="sdpa", max_position_embeddings=CONTEXT, **MODELS[model_type])
+    addresses = []
+
+    def backend(graph, _):
+        inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        static = ["_dynamo_static_input_type" in node.meta.get("tensor_dict", {}) for node in inputs]
+
+        def call(*given):
+            before = [tensor._version for tensor in given]
+            out = graph.forward(*given)
+            written = [tensor._version != version for tensor, version in zip(given, before, strict=True)]
+            assert sum(written) == 4  # keys and values of two layers
+            assert all(said for said, is_written in zip(static, written, strict=True) if is_written)
+            addresses.append([tensor.data_ptr() for tensor, said in zip(given, static, strict=True) if said])
+            return out
+
+        return call
+
+    run(model, tokens(6), compile_config=graph_config(backend))
+    assert len(addresses) > 4 * W
+    assert all(here == addresses[0] for here in addresses)
 
 
 def test_beams_are_compiled_too():
@@ -153,9 +192,6 @@ def test_other_caches_of_a_model_that_has_streamed_are_compiled_as_ever():
 
 
 REFUSED = {
-    "two kinds of layers": lambda: tiny(
-        "gemma3_text", layers=2, layer_types=["sliding_attention", "full_attention"], sliding_window=7
-    ),
     "biases by the order of keys": lambda: tiny("falcon", alibi=True),
     "recurrent states": lambda: (skip_what_is_to_come("qwen3_next"), zoo.build("qwen3_next"))[1],
 }

@@ -1,10 +1,10 @@
-"""Tokens a second of a real model: `python -m tests.bench.decode [--model DIR] [--window 256] [--json PATH]`.
+"""Tokens a second of a model: `python -m tests.bench.decode [--model NAME] [--window 256] [--json PATH]`.
 
-The model (without `--model`: SmolLM2-135M-Instruct, see sink_patch/evaluate/models.py) decodes one row, in float32 on
-one core of a CPU, or on `--device cuda` in `--dtype bfloat16`. Peers, in blocks of tokens that are interleaved in one
-process:
+The model (tests/bench/models.py) decodes one row, in float32 on one core of a CPU, or on `--device cuda` in `--dtype
+bfloat16`. Peers, in blocks of tokens that are interleaved in one process:
 
-* ours after W, 1,000, 10,000 and 100,000 tokens, which went in by pieces, and ours compiled (`--no-compile`: not);
+* ours after W, 1,000, 10,000 and 100,000 tokens, which went in by pieces, and ours compiled (`--no-compile`: not; on a
+  GPU into CUDA graphs);
 * transformers' DynamicCache at a context of W, and its StaticCache of length W, compiled;
 * a sliding window with recomputation: a forward over the newest W tokens for each token.
 
@@ -25,8 +25,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import sink_patch
-from sink_patch.evaluate.models import load
-from tests.bench import records
+from tests.bench import models, records
 
 SINKS = 4
 POINTS = (1_000, 10_000, 100_000)
@@ -43,7 +42,8 @@ class Bench:
     def __init__(self, model: Any, window: int, *, compiled: bool):
         self.model, self.window = model, window
         self.token = torch.tensor([[7]], device=model.device)
-        self.compiled = torch.compile(model.forward, dynamic=False) if compiled else None
+        mode = "reduce-overhead" if model.device.type == "cuda" else None
+        self.compiled = torch.compile(model.forward, dynamic=False, mode=mode) if compiled else None
         self.peers: dict[str, Callable[[], Any]] = {}
 
     def add_ours(self, longest: int) -> None:
@@ -114,7 +114,7 @@ def run(bench: Bench, longest: int, rounds: int, block: int) -> dict[str, Any]:
     bench.add_ours(longest)
     bench.add_others()
     for name in bench.peers:
-        bench.seconds(name, 3)
+        bench.seconds(name, 5)
     found: dict[str, list[float]] = {name: [] for name in bench.peers}
     for number in range(rounds):
         for name, times in found.items():
@@ -137,7 +137,7 @@ def ratio(found: dict[str, list[float]], one: str, other: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model")
+    parser.add_argument("--model", help=models.HELP)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--longest", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=20)
@@ -148,13 +148,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    loaded = load(arguments.model, arguments.dtype)
-    bench = Bench(loaded.model.to(arguments.device), arguments.window, compiled=not arguments.no_compile)
+    name, model = models.load(arguments.model, arguments.device, arguments.dtype)
+    bench = Bench(model, arguments.window, compiled=not arguments.no_compile)
     figures = run(bench, arguments.longest, arguments.rounds, arguments.block)
     print(json.dumps(figures, indent=1))
     records.write(
         arguments.json,
-        model=loaded.name,
+        model=name,
         window_length=arguments.window,
         device=arguments.device,
         dtype=arguments.dtype,

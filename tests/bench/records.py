@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,22 @@ def write(path: Path | None, **figures: Any) -> None:
         return
     measured_with = {
         "machine": platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "commit": commit(),
     }
     path.write_text(json.dumps({**measured_with, **figures}, indent=1) + "\n")
+
+
+def commit() -> str | None:
+    """Of the checkout, with a + where files differ from it; None: there is no git."""
+    asked = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(
+            asked, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

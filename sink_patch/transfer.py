@@ -1,0 +1,25 @@
+"""Small tensors that Python has made, on the device where they are needed, without waiting for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+Numbers = Sequence[int] | Sequence[Sequence[int]]
+
+
+def on_device(numbers: Numbers, device: torch.device) -> torch.Tensor:
+    """An int64 tensor of these numbers."""
+    return moved(torch.tensor(numbers, dtype=torch.long), device)
+
+
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on a device.
+
+    A copy to a GPU starts from pinned memory: from any other the host would wait until the GPU has done all that it was
+    asked for before.
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,51 @@
+"""The models that the benchmarks run: SmolLM2, one of the user's, or a Llama of a known size with random weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+HELP = "a directory, a name on the hub, or one of smollm2-random, llama-1b, llama-8b (random weights); default SmolLM2"
+_LLAMA_3 = {"vocab_size": 128_256, "max_position_embeddings": 131_072, "num_key_value_heads": 8}
+_RANDOM = {
+    "smollm2-random": {
+        "vocab_size": 49_152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "llama-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "tie_word_embeddings": True,
+        **_LLAMA_3,
+    },
+    "llama-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        **_LLAMA_3,
+    },
+}
+
+
+def load(name: str | None, device: str, dtype: str) -> tuple[str, Any]:
+    """(name without any path, model in eval mode on the device)."""
+    if name not in _RANDOM:
+        from sink_patch.evaluate import models
+
+        loaded = models.load(name, dtype)
+        return loaded.name, loaded.model.to(device)
+    torch.manual_seed(0)
+    config = LlamaConfig(**_RANDOM[name], dtype=getattr(torch, dtype))
+    with torch.device(device):
+        return name, LlamaForCausalLM._from_config(config).eval()
