@@ -115,6 +115,16 @@ LACKS: tuple[Lack, ...] = (
         "test_compiled.py::*states]",
     ),
     *_rows(
+        ">=4.54,<4.56",
+        "a model cannot make a cache of transformers' own inside one graph",
+        "test_compiled.py::test_a_graph_that_is_called_by_hand*",
+    ),
+    *_rows(
+        ">=4.56,<5.3,!=5.0.*",
+        "the experts of gpt_oss cannot be compiled in one graph",
+        "test_compiled.py::test_one_graph*[gpt_oss*",
+    ),
+    *_rows(
         "<4.53",
         _ONE_MASK,
         "test_rollback.py::*naive_cache*[gemma3*",

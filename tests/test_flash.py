@@ -1,0 +1,256 @@
+"""Flash attention, which is given no masks but which tokens are padding: transformers' own path to it.
+
+On a CPU its kernels are a few lines of torch that do what those of flash-attn 2 do. On a GPU they are those in torch,
+and those of flash-attn 2, 3 and 4 where they are installed.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import transformers.utils
+from torch.nn import functional
+from transformers import PreTrainedModel, modeling_flash_attention_utils
+
+from sink_patch import SinkCache
+from tests.support.lacks import is_newest
+from tests.support.oracle import relative_error, worst_error
+from tests.support.tiny import tiny, tokens
+
+W, S = 12, 3
+CONTEXT = 40  # short, so that the clock is set back
+SINK = {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S}
+LOCAL = {"mistral": 7}  # sliding windows that are shorter than the cache's
+MODELS = ("llama", "mistral", "gemma2")  # gemma2: soft caps
+SCHEDULES = {
+    "a short prompt": [7, 3, 1, 1, W - S, 1, 1, 1, 1, W, *[1] * 3 * W],
+    "a long prompt": [2 * W, 1, 1, 4, *[1] * 3 * W, W + 2, 1, 1],
+}
+# tokens of two rows in each forward; there is padding before the fewer ones
+RAGGED = [(9, 4), *[(1, 1)] * 5, (5, 2), *[(1, 1)] * 3 * W, (3, W - S), (1, 1), (W + 2, 5), *[(1, 1)] * W]
+
+
+# Kernels that do what those of flash-attn 2 do.
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool, window: Sequence[int], softcap: float
+) -> torch.Tensor:
+    """Of one row, all tensors [tokens, heads, head size]: the last query stands at the last key."""
+    k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    queries, keys = (torch.arange(count, device=q.device) for count in scores.shape[1:])
+    back = (queries + len(keys) - len(queries))[:, None] - keys  # how far behind the query a key is
+    left, right = window[0], 0 if causal else window[1]
+    seen = ((back <= left) | (left < 0)) & ((-back <= right) | (right < 0))
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", torch.where(seen, weights, 0), v)  # a query without keys gives 0
+
+
+def on_gpu(q, k, v, cu_seqlens, max_seqlens, scale, causal, window, softcap) -> torch.Tensor:
+    """By the kernels of flash-attn 2 that are in torch."""
+    if softcap:
+        raise NotImplementedError("the kernels in torch have no soft caps")
+    left, right = window
+    limits = {"window_size_left": left, "window_size_right": 0 if causal and left >= 0 else right}
+    forward = torch.ops.aten._flash_attention_forward
+    return forward(q, k, v, *cu_seqlens, *max_seqlens, 0.0, causal, False, scale=scale, **limits)[0]
+
+
+def flash_attn_func(
+    q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, deterministic=False
+):
+    given = softmax_scale or q.shape[-1] ** -0.5, causal, window_size, softcap
+    if q.is_cuda:
+        return on_gpu(q, k, v, (None, None), (q.shape[1], k.shape[1]), *given)
+    return torch.stack([attend(*row, *given) for row in zip(q, k, v, strict=True)])
+
+
+def flash_attn_varlen_func(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    deterministic=False,
+):
+    given = softmax_scale or q.shape[-1] ** -0.5, causal, window_size, softcap
+    if q.is_cuda:
+        return on_gpu(q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), *given)
+    lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+    if max(lengths_q) > max_seqlen_q or max(lengths_k) > max_seqlen_k:
+        raise ValueError(f"{lengths_q}, {lengths_k}: longer than {max_seqlen_q}, {max_seqlen_k}")
+    rows = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
+    return torch.cat([attend(*row, *given) for row in rows])
+
+
+def index_first_axis(tensor, indices):
+    return tensor[indices]
+
+
+def unpad_input(tensor, mask):
+    indices, lengths = mask.flatten().nonzero().flatten(), mask.sum(-1, dtype=torch.int32)
+    starts = functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    return tensor.flatten(0, 1)[indices], indices, starts, lengths.max().item(), lengths
+
+
+def pad_input(tensor, indices, rows, columns):
+    padded = tensor.new_zeros(rows * columns, *tensor.shape[1:])
+    padded[indices] = tensor
+    return padded.unflatten(0, (rows, columns))
+
+
+PACKAGE: dict[str, dict[str, Any]] = {
+    "flash_attn": {
+        "flash_attn_func": flash_attn_func,
+        "flash_attn_varlen_func": flash_attn_varlen_func,
+        "flash_attn_with_kvcache": None,
+    },
+    "flash_attn.bert_padding": {
+        "index_first_axis": index_first_axis,
+        "pad_input": pad_input,
+        "unpad_input": unpad_input,
+    },
+    "flash_attn.layers": {},
+    "flash_attn.layers.rotary": {"apply_rotary_emb": None},  # old versions of transformers import it, for others
+}
+
+
+# Where they come from.
+
+
+@dataclass(frozen=True)
+class Flash:
+    """Flash attention, as transformers calls it, and what it computes with."""
+
+    attention: str
+    device: str = "cuda"
+    dtype: torch.dtype = torch.bfloat16
+    tolerance: float = 2e-2
+    is_installed: bool = True
+
+    def model(self, model_type: str, layers: int = 1) -> PreTrainedModel:
+        """A model of the test's own; the test is skipped where transformers gets its sliding window wrong."""
+        window = LOCAL.get(model_type)
+        if window is not None and not is_newest() and self._sees(model_type, window + 1):
+            pytest.skip("transformers lets flash attention see one token more than a sliding window holds")
+        return self._made(model_type, layers)
+
+    def _made(self, model_type: str, layers: int = 1) -> PreTrainedModel:
+        settings = {"max_position_embeddings": CONTEXT, "sliding_window": LOCAL.get(model_type, 128)}
+        built = self.attention if self.is_installed else "eager"  # which transformers allows without the package
+        model = copy.deepcopy(tiny(model_type, layers=layers, attention=built, **settings))
+        model.config._attn_implementation = self.attention
+        return model.to(self.device, self.dtype)
+
+    @torch.no_grad()
+    def _sees(self, model_type: str, count: int) -> bool:
+        """Whether the newest of so many tokens sees the oldest."""
+        model, stream = self._made(model_type), tokens(count).to(self.device)
+        found, without = (model(ids, use_cache=False).logits[:, -1] for ids in (stream, stream[:, 1:]))
+        return relative_error(found, without) > self.tolerance
+
+
+@pytest.fixture
+def package(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ours in place of flash-attn 2; transformers imports it on loading, or when it is first used."""
+    with monkeypatch.context() as patch:
+        for name, content in PACKAGE.items():
+            module = ModuleType(name)
+            vars(module).update(content)
+            patch.setitem(sys.modules, name, module)
+        patch.setattr(transformers.utils, "is_flash_attn_2_available", lambda **_asked: True)
+        importlib.reload(modeling_flash_attention_utils)
+        yield
+    importlib.reload(modeling_flash_attention_utils)
+
+
+@pytest.fixture
+def on_cpu(package: None) -> Flash:
+    return Flash("flash_attention_2", "cpu", torch.float32, 1e-5, is_installed=False)
+
+
+_GPU = (pytest.mark.gpu, pytest.mark.filterwarnings("ignore"))  # whatever a package or its compiler warns of
+SOURCES = ["on_cpu", *(pytest.param(source, marks=_GPU) for source in ("torch", 2, 3, 4))]
+
+
+@pytest.fixture(params=SOURCES)
+def flash(request: pytest.FixtureRequest) -> Flash:
+    """By each of the kernels that there are."""
+    source = request.param
+    if source == "on_cpu":
+        return request.getfixturevalue("on_cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("flash attention runs on a GPU alone, and there is none")
+    if source == "torch":
+        request.getfixturevalue("package")
+        return Flash("flash_attention_2", is_installed=False)
+    is_available = getattr(transformers.utils, f"is_flash_attn_{source}_available", None)
+    if is_available is None or not is_available():
+        pytest.skip(f"transformers finds no flash-attn {source}")
+    return Flash(f"flash_attention_{source}")
+
+
+# What it gives.
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("model_type", MODELS)
+def test_a_stream_equals_the_oracle(flash, model_type, schedule):
+    model, steps = flash.model(model_type), SCHEDULES[schedule]
+    stream = tokens(sum(steps)).to(flash.device)
+    assert worst_error(model, stream, steps, W, S, local_window=LOCAL.get(model_type)) <= flash.tolerance
+
+
+@torch.no_grad()
+def worst_error_of_rows(model: PreTrainedModel) -> float:
+    """Largest relative error of the last logits of rows that are padded to one length, against each row alone."""
+    together, *alone = (SinkCache(W, S, model=model) for _ in range(3))
+    texts = tokens(sum(map(max, RAGGED)), rows=2).to(model.device)
+    masks, seen, worst = texts.new_zeros(2, 0), [0, 0], 0.0
+    for counts in RAGGED:
+        new = [text[start : start + count] for text, start, count in zip(texts, seen, counts, strict=True)]
+        ids, mask = (texts.new_zeros(2, max(counts)) for _ in range(2))
+        for row, count in enumerate(counts):
+            ids[row, -count:], mask[row, -count:] = new[row], 1
+        masks = torch.cat((masks, mask), dim=1)
+        found = model(ids, attention_mask=masks, past_key_values=together).logits[:, -1]
+        for row, cache in enumerate(alone):
+            wanted = model(new[row][None], past_key_values=cache).logits[0, -1]
+            worst = max(worst, relative_error(found[row], wanted))
+        seen = [start + count for start, count in zip(seen, counts, strict=True)]
+    return worst
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("model_type", MODELS)
+def test_rows_of_different_lengths_equal_themselves_alone(flash, model_type, layers):
+    assert worst_error_of_rows(flash.model(model_type, layers=layers)) <= flash.tolerance
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_the_text_is_that_of_eager_attention(on_cpu, model_type):
+    model = on_cpu.model(model_type, layers=2)
+    ids, mask = tokens(9, rows=2), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :5] = 0
+    asked = {"attention_mask": mask, "max_new_tokens": 5 * W, "do_sample": False, **SINK}
+    found = model.generate(ids, **asked)
+    model.config._attn_implementation = "eager"
+    assert torch.equal(found, model.generate(ids, **asked))
