@@ -14,19 +14,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from sink_patch import drafts, graph
+from sink_patch import drafts, graph, refusals
 from sink_patch.arguments import ARGUMENTS
 from sink_patch.cache import SinkCache
 from sink_patch.compat import installed_shim
 from sink_patch.entries import cache_argument, input_device
 from sink_patch.errors import SinkArgumentError, UnsupportedGenerationError
-from sink_patch.padding import check_left_padded
 from sink_patch.prefill import fed_in_pieces, stream_length
 from sink_patch.request import NAME, Request
 
 logger = logging.getLogger("sink_patch")
 
-_MODES = ("greedy_search", "sample", "beam_search", "beam_sample", drafts.MODE)
 _told_about_chunks: set[str] = set()
 
 
@@ -50,21 +48,21 @@ def prepare_generation_config(
     cache = model_kwargs.get(cache_argument(instance))
     asked = generation_config.cache_implementation
     if asked != NAME and not isinstance(cache, SinkCache):
-        _check_no_sizes(request, given, asked)
+        refusals.check_no_sizes(request, given, asked)
         return generation_config, model_kwargs
     if request.refuses_cache:
         raise SinkArgumentError(
             "A sink cache was asked for together with use_cache=False. Leave out use_cache, or pass "
             "cache_implementation=None and no past_key_values."
         )
-    _check_options(generation_config)
-    _check_rows(model_kwargs.get("attention_mask"))
+    refusals.check_options(generation_config)
+    refusals.check_rows(model_kwargs.get("attention_mask"))
     if isinstance(cache, SinkCache):
-        _check_own_cache(cache, request)
+        refusals.check_own_cache(cache, request)
         # the user's cache takes the place of what the model's own config says
         generation_config.cache_implementation = None
     else:
-        _check_no_other_cache(cache)
+        refusals.check_no_other_cache(cache)
         generation_config.cache_config = request.sizes()
         cache = SinkCache(**generation_config.cache_config)
     cache.check(instance)
@@ -83,17 +81,18 @@ def prepare_cache(
     if not made and not isinstance(cache, SinkCache):
         return wrapped(*args, **kwargs)
     mode = installed_shim().generation_mode(given)
-    _check_mode(mode)
+    refusals.check_mode(mode)
     if mode == drafts.MODE:
         drafts.check(instance, generation_config)
-        _check_assistant(given)
-    _check_rows(model_kwargs.get("attention_mask"))  # transformers makes one from padding tokens where none was given
+        refusals.check_assistant(given)
+    # transformers has made one from padding tokens where none was given
+    refusals.check_rows(model_kwargs.get("attention_mask"))
     if made:
         cache = SinkCache(**generation_config.cache_config, model=instance)
         model_kwargs[cache_argument(instance)] = cache
     else:
         cache.bind(instance)
-        _check_embeds(model_kwargs, cache)
+        refusals.check_embeds(model_kwargs, cache)
         wrapped(*args, **kwargs)
         _mask_whole_stream(generation_config, model_kwargs, cache, instance)
     drafts.prepare(generation_config, cache, mode)
@@ -121,7 +120,7 @@ def decode_with_drafts(
     cache, input_ids = model_kwargs.get(cache_argument(instance)), given["input_ids"]
     if not isinstance(cache, SinkCache):
         return wrapped(*args, **kwargs)
-    _check_assistant(given)
+    refusals.check_assistant(given)
     drafts.check_inputs(input_ids.shape[1], stream_length(generation_config, model_kwargs) or input_ids.shape[1])
     with (
         fed_in_pieces(instance, cache, input_ids, generation_config, model_kwargs, drafting=True),
@@ -174,92 +173,6 @@ def refuse_continuous_batching(
             "own. Use generate (or serve without --continuous-batching), or cache_implementation=None."
         )
     return wrapped(*args, **kwargs)
-
-
-def _check_no_sizes(request: Request, given: Mapping[str, Any], asked: Any) -> None:
-    """Sizes of the sink cache without the sink cache; a config that asks for another one may still hold them."""
-    passed = given.get("generation_config")
-    said = request.said if passed is None or passed.cache_implementation is None else request.said[:2]
-    names = [name for name in ARGUMENTS if any(name in source for source in said)]
-    if names:
-        raise SinkArgumentError(
-            f"{' and '.join(names)} belong to the sink cache, but cache_implementation is {asked!r}. Add "
-            f"cache_implementation={NAME!r}, or leave them out."
-        )
-
-
-def _check_options(generation_config: Any) -> None:
-    if generation_config.guidance_scale not in (None, 1):
-        raise UnsupportedGenerationError(
-            f"guidance_scale={generation_config.guidance_scale} was asked for with a sink cache. The text without the "
-            "prompt, which guidance compares with, has a cache of transformers' own, that grows without end. Leave it "
-            "out, or use another cache."
-        )
-    if generation_config.return_dict_in_generate and getattr(generation_config, "return_legacy_cache", None):
-        raise SinkArgumentError(
-            "return_legacy_cache=True was asked for with a sink cache, which cannot be given back as tuples of keys "
-            "and values: they would not say which tokens they belong to. Leave it out; past_key_values is a SinkCache."
-        )
-
-
-def _check_own_cache(cache: SinkCache, request: Request) -> None:
-    asked = request.implementation
-    if asked not in (None, NAME):
-        raise SinkArgumentError(
-            f"cache_implementation={asked!r} was asked for, together with a SinkCache in past_key_values. Leave one "
-            "of them out."
-        )
-    for name, value in request.sizes_said().items():
-        if value != getattr(cache, name):
-            raise SinkArgumentError(
-                f"{name}={value!r} was given, but the SinkCache in past_key_values has {name}={getattr(cache, name)}. "
-                "A cache keeps its sizes: leave the argument out, or pass no cache."
-            )
-
-
-def _check_no_other_cache(cache: Any) -> None:
-    if cache is not None:
-        raise SinkArgumentError(
-            f"cache_implementation={NAME!r} was asked for, together with a {type(cache).__name__} in past_key_values. "
-            "Pass a SinkCache, or none, or cache_implementation=None."
-        )
-
-
-def _check_mode(mode: str) -> None:
-    if mode not in _MODES:
-        raise UnsupportedGenerationError(
-            f"The decoding mode {mode!r} was asked for with a sink cache, which it cannot use: it goes back over its "
-            f"cache in ways of its own. Use one of {', '.join(_MODES)}, or another cache."
-        )
-
-
-def _check_assistant(given: Mapping[str, Any]) -> None:
-    """Versions say who it is in different places."""
-    if isinstance(given.get("assistant_model"), nn.Module):
-        drafts.check_model(given["assistant_model"])
-
-
-def _check_rows(attention_mask: Any) -> None:
-    if not isinstance(attention_mask, torch.Tensor):
-        return
-    empty = (attention_mask != 0).sum(dim=-1) == 0  # [rows]
-    if bool(empty.any()):
-        raise SinkArgumentError(
-            f"Row {empty.nonzero()[0].item()} of attention_mask is padding only. Every row needs a token to start from."
-        )
-    check_left_padded(attention_mask[:, -2:] != 0, to_the_end=True)
-
-
-def _check_embeds(model_kwargs: Mapping[str, Any], cache: SinkCache) -> None:
-    embeds, mask, fed = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask"), cache.get_seq_length()
-    if embeds is None or not fed:
-        return
-    columns = embeds.shape[1]
-    if columns <= fed or (mask is not None and columns < mask.shape[-1]):
-        raise SinkArgumentError(
-            f"inputs_embeds of {columns} columns were given with a SinkCache that has seen {fed}. transformers takes "
-            "embeddings for the whole history: pass that, or the new tokens as input_ids."
-        )
 
 
 def _mask_whole_stream(generation_config: Any, model_kwargs: dict[str, Any], cache: SinkCache, model: Any) -> None:

@@ -17,13 +17,12 @@ ROOT = Path(__file__).parent.parent
 # below them all: a `SinkCache` *is* a `Cache` of the installed transformers, so that class must be known first.
 FLOORS = [
     ["errors"],
-    ["compat"],
+    ["compat", "transfer"],
     ["rotation", "arguments", "chat", "clock", "entries", "packing"],
     ["adapters", "layout", "padding", "seam"],
     ["family", "probe", "step"],
-    ["fixed"],
     ["built_in", "layers", "context"],
-    ["hybrid", "sinks"],
+    ["hybrid", "sinks", "fixed"],
     ["registry"],
     ["binding"],
     ["streams", "fingerprint"],
@@ -32,6 +31,7 @@ FLOORS = [
     ["cache", "report", "verdicts"],
     ["request"],
     ["prefill", "drafts", "graph"],
+    ["refusals"],
     ["generate"],
     ["autoload", "barrier"],
     ["activation"],
