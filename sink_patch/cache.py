@@ -18,12 +18,12 @@ from sink_patch.arguments import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH,
 from sink_patch.binding import LayerFacts, ModelFacts, examine, horizon
 from sink_patch.compat import installed_shim
 from sink_patch.entries import own_layers, text_config, unwrapped
-from sink_patch.errors import CacheStateError, UnboundCacheError
+from sink_patch.errors import CacheStateError
+from sink_patch.forwards import Forwards
 from sink_patch.keeping import Keeping
 from sink_patch.layers import SinkLayer
 from sink_patch.layout import LayerKind
 from sink_patch.operations import RowOperations
-from sink_patch.step import Step
 from sink_patch.streams import Streams
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ else:
     CacheBase = installed_shim().cache_base()
 
 
-class SinkCache(RowOperations, Keeping, CacheBase, seam.Streaming):
+class SinkCache(RowOperations, Keeping, Forwards, CacheBase):
     """A cache of fixed size with which a model generates without end.
 
     Args:
@@ -63,11 +63,7 @@ class SinkCache(RowOperations, Keeping, CacheBase, seam.Streaming):
         self._facts: ModelFacts | None = None
         self._streams: Streams | None = None
         self._entrances: tuple[weakref.ref[nn.Module], ...] = ()
-        self.fed_ahead: seam.FedAhead | None = None  # see prefill.py
-        self.prompt_columns: int | None = None  # while `generate` decodes: single tokens after them are never padding
-        self.says_compileable = False  # see graph.py
-        self.begun_ahead = False  # see graph.py
-        self._entered: weakref.ref[nn.Module] | None = None  # the module that began the forward under way
+        self._rest()
         if model is not None:
             self.bind(model)
 
@@ -142,60 +138,6 @@ class SinkCache(RowOperations, Keeping, CacheBase, seam.Streaming):
 
         return partial(StatefulSinkLayer, number_of_states=number_of_states)
 
-    def begin_forward(
-        self, module: nn.Module, inputs: torch.Tensor, attention_mask: Any, *, fixed: bool = False
-    ) -> dict[str, torch.Tensor | None] | None:
-        """Make room, set the clock, and say what the model is to receive.
-
-        Args:
-            inputs: token ids [rows, columns] or embeddings [rows, columns, hidden].
-            attention_mask: None, or [rows, columns ever fed + columns], 1 for real tokens.
-            fixed: at fixed shapes and addresses, for a graph that is compiled once.
-
-        Returns:
-            `position_ids`, `attention_mask` and, where this transformers has it, `cache_position` for the model; or
-            None where an outer module has begun this forward.
-        """
-        if self._streams is None or self._facts is None or not self.is_bound_to(module):
-            raise self._not_bound_to(type(module).__name__)
-        if self.begun_ahead or self._is_inside(module, columns=inputs.shape[1]):
-            return None
-        generated = self.prompt_columns is not None and self._streams.columns >= self.prompt_columns
-        step = self._streams.begin(inputs, attention_mask, fixed=fixed, all_real=generated)
-        self._entered = weakref.ref(module)
-        if not self._streams.kinds:  # states alone: what is padding in this forward is all that matters
-            own = attention_mask is None or step.columns == 1
-            return {"attention_mask": None if own else attention_mask[:, -step.columns :]}
-        mask = step.attention_mask(explicit=self._facts.explicit_mask)
-        coordinates = {"cache_position": step.mask_coordinates()} if installed_shim().passes_cache_position else {}
-        positions = {"position_ids": step.position_ids()} if self._facts.position_source == "position_ids" else {}
-        return {"attention_mask": mask, **positions, **coordinates}
-
-    def _is_inside(self, module: nn.Module, columns: int) -> bool:
-        """Whether `module` is a part of the one that has begun this forward (and not of one that was interrupted)."""
-        step = None if self._streams is None else self._streams.step
-        outer = None if self._entered is None else self._entered()
-        if step is None or step.columns != columns or outer in (None, module):
-            return False
-        return (step.is_fixed or not step.touched) and self._is_running()
-
-    def end_forward(self, module: nn.Module, *, completed: bool) -> None:
-        if self._streams is None or not self.was_begun_by(module):
-            return
-        self._entered = None
-        if completed:
-            self._streams.commit()
-        else:
-            self._streams.abandon()
-
-    def has_begun(self, module: nn.Module) -> bool:
-        if self.begun_ahead:
-            return True
-        return self._streams is not None and self._streams.step is not None and not self.was_begun_by(module)
-
-    def was_begun_by(self, module: nn.Module) -> bool:
-        return not self.begun_ahead and self._entered is not None and self._entered() is module
-
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -225,14 +167,6 @@ class SinkCache(RowOperations, Keeping, CacheBase, seam.Streaming):
         if self._streams.step is None or not self._is_running():
             return self._streams.columns
         return self._streams.step.past_columns()
-
-    def _is_running(self) -> bool:
-        """Whether the forward under way is not one that was interrupted."""
-        return (
-            torch.compiler.is_dynamo_compiling()
-            or self.begun_ahead
-            or seam.is_running(None if self._entered is None else self._entered())
-        )
 
     def mask_of_past(self) -> torch.Tensor:
         """An attention mask over all columns fed so far, int64 [rows, columns]: padding counts as the oldest ones."""
@@ -280,27 +214,6 @@ class SinkCache(RowOperations, Keeping, CacheBase, seam.Streaming):
         return -1 if self._streams is None or self._streams.rows is None else len(self._streams.rows)
 
     @property
-    def is_compileable(self) -> bool:
-        """Whether a graph of the model may be compiled with it: where `generate` asks that, and in the graph itself."""
-        if self._streams is not None and self._streams.step is not None:
-            return self._streams.step.is_fixed
-        return self.says_compileable and self._facts_can_be_fixed
-
-    @property
-    def can_be_fixed_now(self) -> bool:
-        """Whether the next token may go through such a graph."""
-        return self._facts_can_be_fixed and self._streams is not None and self._streams.can_be_fixed_now
-
-    @property
-    def _facts_can_be_fixed(self) -> bool:
-        return (
-            self._facts is not None
-            and self._facts.position_source == "position_ids"
-            and self._streams is not None
-            and self._streams.can_be_fixed
-        )
-
-    @property
     def is_croppable(self) -> bool:
         """Whether `crop` can take back any forward: only once `activate_past_recording` was called."""
         return self._streams is not None and self._streams.recording
@@ -308,13 +221,3 @@ class SinkCache(RowOperations, Keeping, CacheBase, seam.Streaming):
     @property
     def is_initialized(self) -> bool:
         return self._streams is not None and self._streams.rows is not None
-
-    def _current_step(self) -> Step:
-        if self._streams is None or self._streams.step is None:
-            raise self._not_bound_to("model")
-        return self._streams.step
-
-    def _not_bound_to(self, caller: str) -> UnboundCacheError:
-        if self._facts is None:
-            return UnboundCacheError.never(caller, self.window_length, self.num_sink_tokens)
-        return UnboundCacheError.elsewhere(repr(self), caller)

@@ -26,7 +26,7 @@ FLOORS = [
     ["registry"],
     ["binding"],
     ["streams", "fingerprint"],
-    ["operations", "storage"],
+    ["operations", "storage", "forwards"],
     ["keeping"],
     ["cache", "report", "verdicts"],
     ["request"],
