@@ -62,6 +62,8 @@ class SinkCache(RowOperations, Keeping, Forwards, CacheBase):
         super().__init__()
         self._facts: ModelFacts | None = None
         self._streams: Streams | None = None
+        self._is_sliding: list[bool] = []
+        self._states_alone: list[bool] = []
         self._entrances: tuple[weakref.ref[nn.Module], ...] = ()
         self._rest()
         if model is not None:
@@ -89,6 +91,8 @@ class SinkCache(RowOperations, Keeping, Forwards, CacheBase):
 
     def _tie(self, model: nn.Module, facts: ModelFacts, streams: Streams) -> None:
         self._streams, self.layers, self._facts = streams, list(streams.layers), facts
+        self._is_sliding = [getattr(layer, "is_sliding", False) for layer in self.layers]
+        self._states_alone = [not isinstance(layer, SinkLayer) for layer in self.layers]
         self._entrances = tuple(weakref.ref(module) for module in seam.install(model))
 
     def check(self, model: nn.Module) -> None:
@@ -189,16 +193,16 @@ class SinkCache(RowOperations, Keeping, Forwards, CacheBase):
     @property
     def is_sliding(self) -> list[bool]:
         """For each layer, whether the model gives it the mask of a sliding window."""
-        return [getattr(layer, "is_sliding", False) for layer in self.layers]
+        return self._is_sliding
 
     def states_alone(self) -> list[bool]:
         """For each layer, whether it holds a recurrent or convolution state and no attention."""
-        return [not isinstance(layer, SinkLayer) for layer in self.layers]
+        return self._states_alone
 
     def _kind(self, layer_idx: int) -> LayerKind:
         """The kind of a layer; masks are asked for by layer 0 where a model has no full or sliding attention there."""
-        kinds = [layer.kind for layer in self.layers[layer_idx:] + self.layers if isinstance(layer, SinkLayer)]
-        return kinds[0]
+        layers = (*self.layers[layer_idx:], *self.layers)
+        return next(layer.kind for layer in layers if isinstance(layer, SinkLayer))
 
     def get_max_length(self, layer_idx: int | None = None) -> int:  # noqa: ARG002 - as in transformers
         """`window_length`: how many tokens are held at most."""

@@ -46,7 +46,8 @@ class FixedLayout:
             filled = torch.tensor([min(count, self.length) for count in seen])[:, None]  # [rows, 1]
             self.visible.copy_(moved((torch.arange(self.length)[None, :] < filled).long(), self.visible.device))
         fill(self.slots, slots)
-        self.visible.scatter_(1, self.slots[:, None], 1)
+        if min(seen) < self.length:
+            self.visible.scatter_(1, self.slots[:, None], 1)
         self._held = [plan.total for plan in plans]
 
     def write(self, buffer: torch.Tensor, states: torch.Tensor) -> None:
@@ -61,8 +62,7 @@ class FixedStep(Step):
         kinds: the kinds of layers of the cache. All read one mask, each its last columns: so where there are several,
             all their slots must be full (`is_ready`).
         rows, device: of the cache.
-        layers: those with rings, which get all their slots, and by whose keys it is known whether they lie where they
-            lay.
+        layers: those with rings, which have all their slots and stay where they are; by their keys that is known.
     """
 
     is_fixed = True
@@ -71,7 +71,7 @@ class FixedStep(Step):
     def __init__(self, kinds: Sequence[LayerKind], rows: int, device: torch.device, layers: Sequence[SinkLayer]):
         super().__init__((), 1, (), device)
         for layer in layers:
-            layer.fix()
+            layer.say_it_stays()
         self._buffers = [layer.keys for layer in layers]
         # numbers, as a graph knows no keys of other kinds
         self._layouts = {(kind.capacity, kind.num_sink_tokens): FixedLayout(kind, rows, device) for kind in kinds}

@@ -35,6 +35,7 @@ class Forwards(seam.Streaming):
         self.prompt_columns: int | None = None  # while `generate` decodes: single tokens after them are never padding
         self.says_compileable = False  # see graph.py
         self.begun_ahead = False  # see graph.py
+        self._passes_cache_position = installed_shim().passes_cache_position
         self._entered: weakref.ref[nn.Module] | None = None  # the module that began the forward under way
 
     def begin_forward(
@@ -62,7 +63,7 @@ class Forwards(seam.Streaming):
             own = attention_mask is None or step.columns == 1
             return {"attention_mask": None if own else attention_mask[:, -step.columns :]}
         mask = step.attention_mask(explicit=self._facts.explicit_mask)
-        coordinates = {"cache_position": step.mask_coordinates()} if installed_shim().passes_cache_position else {}
+        coordinates = {"cache_position": step.mask_coordinates()} if self._passes_cache_position else {}
         positions = {"position_ids": step.position_ids()} if self._facts.position_source == "position_ids" else {}
         return {"attention_mask": mask, **positions, **coordinates}
 

@@ -30,10 +30,12 @@ class Ring:
         The sinks in the buffer have been turned to where it sees them (sinks.py).
         """
         stored = states.detach() if states.requires_grad else states
-        buffer = self._reserve(stored, layout.reach)
+        buffer = self.buffer
+        if buffer is None or buffer.shape[2] < layout.reach:
+            buffer = self._grown(stored, layout.reach)
         seen = None if layout.in_place else layout.read(buffer, states)
         layout.write(buffer, stored)
-        if self.pristine is not None and layout.brings_sinks:
+        if layout.brings_sinks and self.pristine is not None:
             layout.write_sinks(self.pristine, stored)
         if seen is not None:
             return seen
@@ -49,9 +51,14 @@ class Ring:
         return sum(tensor.nbytes for tensor in held)
 
     def fix(self) -> None:
-        """Take all slots at once: from now on the buffer stays where it is, as the compiler is told."""
+        """Take all slots at once."""
+        if self.buffer is not None and self.buffer.shape[2] < self.kind.slots:
+            self._grown(self.buffer, self.kind.slots)
+
+    def say_it_stays(self) -> None:
+        """Tell the compiler that the buffer stays where it is."""
         if self.buffer is not None:
-            torch._dynamo.mark_static_address(self._reserve(self.buffer, self.kind.slots), guard=False)
+            torch._dynamo.mark_static_address(self.buffer, guard=False)
 
     def turn(self, turn: Turn) -> None:
         """Turn all keys of the ring (not the sinks, which are shown anew in each forward)."""
@@ -84,14 +91,9 @@ class Ring:
             kept = torch.arange(first, max(first, count), device=held.device)  # absolute indices
             self.buffer[row, :, kind.slots_of(kept)] = held[row, :, old.slots_of(kept)]  # [heads, tokens, dim]
 
-    def _reserve(self, states: torch.Tensor, slots: int) -> torch.Tensor:
-        """The buffer, with at least `slots` slots; in most forwards it has them."""
-        if self.buffer is not None and self.buffer.shape[2] >= slots:
-            return self.buffer
-        return self._grown(states, slots)
-
     @torch.inference_mode(False)  # else a cache begun in inference mode could not be written to outside it
     def _grown(self, states: torch.Tensor, slots: int) -> torch.Tensor:
+        """The buffer, with at least `slots` slots, in which it holds what it held."""
         held = 0 if self.buffer is None else self.buffer.shape[2]
         # the sinks' slots are there from the start, as the sinks are written as one block
         slots = min(self.kind.slots, max(slots, 2 * held, self.kind.num_sink_tokens))
@@ -162,6 +164,10 @@ class SinkLayer:
     def fix(self) -> None:
         for ring in self.rings:
             ring.fix()
+
+    def say_it_stays(self) -> None:
+        for ring in self.rings:
+            ring.say_it_stays()
 
     def turn(self, turn: Turn) -> None:
         """Turn what is cached."""

@@ -101,7 +101,7 @@ class UniformLayout:
         self.length = kind.past(plan) + columns
         self.in_place = kind.is_in_order(plan) or kind.is_the_buffer(columns)
         self._writes = kind.write_runs(plan, columns)
-        self._reads = kind.past_runs(plan)
+        self._reads = () if self.in_place else kind.past_runs(plan)
         self._num_sink_tokens = kind.num_sink_tokens
         self.brings_sinks = any(slot < kind.num_sink_tokens for slot, _, _ in self._writes)
         self.reach = max((slot + length for slot, _, length in self._writes), default=0)

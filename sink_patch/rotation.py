@@ -16,6 +16,14 @@ from sink_patch.transfer import moved, on_device
 
 Pairing = Literal["half", "interleaved"]
 CosSin = tuple[torch.Tensor, torch.Tensor]
+Pairs = tuple[torch.Tensor, torch.Tensor]  # [..., rows, heads, tokens, rotary_dim / 2] each
+
+
+def turn_pairs(pairs: Pairs, cos_sin: CosSin, turned: Pairs) -> None:
+    """The rotation itself; `turned` are other tensors, in float32, that are written."""
+    (first, second), (cos, sin) = pairs, cos_sin
+    torch.mul(first, cos, out=turned[0]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=turned[1]).addcmul_(first, sin)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,35 +65,29 @@ class Rotation:
         Returns:
             Two tensors of shape [rows, 1, 1, rotary_dim / 2] on `device`.
         """
-        inv_freq = self._on(device)
+        inv_freq = self._on(device)  # [1, 1, 1, r/2]
         if isinstance(delta, int):
-            angles = (inv_freq * (self.sign * delta))[None, :]  # [1, r/2]
+            angles = inv_freq * (self.sign * delta)
         else:
-            angles = delta.to(device=device, dtype=inv_freq.dtype)[:, None] * (self.sign * inv_freq)  # [rows, r/2]
-        angles = angles[:, None, None, :]  # [rows, 1, 1, r/2]
-        return angles.cos().float(), angles.sin().float()
+            angles = delta.to(device=device, dtype=inv_freq.dtype)[:, None, None, None] * (self.sign * inv_freq)
+        return angles.cos().float(), angles.sin().float()  # [rows, 1, 1, r/2] each
 
-    def apply(self, states: torch.Tensor, cos_sin: CosSin, out: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, states: torch.Tensor, cos_sin: CosSin) -> torch.Tensor:
         """`states` turned, in their own dtype.
 
         Args:
             states: shape [..., rows, heads, tokens, head_dim].
             cos_sin: what `cos_sin` returned.
-            out: where the result goes, another tensor of the same shape and dtype; None: a new one.
         """
-        cos, sin = cos_sin
-        if out is None:
-            out = torch.empty_like(states)
-        if self.rotary_dim < states.shape[-1]:
-            out.copy_(states)
-        first, second = self._pairs(states)  # [..., rows, heads, tokens, r/2] each
-        first, second = first.float(), second.float()
-        turned_first, turned_second = self._pairs(out)
-        turned_first.copy_(first * cos - second * sin)
-        turned_second.copy_(second * cos + first * sin)
-        return out
+        turned = states.to(torch.float32, copy=True)
+        turn_pairs(self.pairs(states), cos_sin, self.pairs(turned))
+        return turned.to(states.dtype)
 
-    def _pairs(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def turning(self, states: torch.Tensor) -> torch.Tensor:
+        """The rotary dims, as a view."""
+        return states[..., self.start : self.start + self.rotary_dim]
+
+    def pairs(self, states: torch.Tensor) -> Pairs:
         """The first and the second of each pair of rotary dims, as views."""
         stop = self.start + self.rotary_dim
         if self.pairing == "half":
@@ -94,10 +96,10 @@ class Rotation:
         return states[..., self.start : stop : 2], states[..., self.start + 1 : stop : 2]
 
     def _on(self, device: torch.device) -> torch.Tensor:
-        """`inv_freq` on a device; float32 where the device has no float64 (Apple's MPS)."""
+        """`inv_freq` as [1, 1, 1, r/2] on a device; float32 where the device has no float64 (Apple's MPS)."""
         if device not in self._per_device:
             dtype = torch.float32 if device.type == "mps" else torch.float64
-            self._per_device[device] = moved(self.inv_freq.to(dtype), device)
+            self._per_device[device] = moved(self.inv_freq.to(dtype).view(1, 1, 1, -1), device)
         return self._per_device[device]
 
 

@@ -25,10 +25,10 @@ from torch import nn
 from sink_patch.entries import CACHE_NAMES, decoder_of
 from sink_patch.errors import UnsupportedGenerationError
 
-_OTHER_INPUTS = (
+_OTHER_INPUTS = {
     *("pixel_values", "pixel_values_videos", "pixel_values_images", "input_features", "input_values"),
     *("audio_values", "mm_encoder_outputs"),
-)
+}
 _installing = threading.Lock()
 
 
@@ -133,7 +133,8 @@ def _begin(
         return None  # the model itself says what it misses
     _check_text_only(module, named)
     if cache.fed_ahead is not None:
-        named[name], cache.fed_ahead = cache.fed_ahead.cut(named[name], named.get("attention_mask")), None
+        rest, cache.fed_ahead = cache.fed_ahead.cut(named[name], named.get("attention_mask")), None
+        named = {**named, name: rest}
     fixed = (in_graph or _is_compiled(module)) and named[name].shape[1] == 1 and cache.can_be_fixed_now
     replaced = cache.begin_forward(module, named[name], named.get("attention_mask"), fixed=fixed)
     return None if replaced is None else ((), named | accepted(module, replaced))
@@ -146,20 +147,21 @@ def _is_compiled(module: nn.Module) -> bool:
 
 def accepted(module: nn.Module, replaced: dict[str, Any]) -> dict[str, Any]:
     """Those arguments that the forward of a module takes."""
-    parameters = _parameters(type(module).forward)
+    names = _accepted_names(type(module).forward)
+    return {name: value for name, value in replaced.items() if name in names}
+
+
+@functools.lru_cache(maxsize=256)
+def _accepted_names(forward: Callable[..., Any]) -> frozenset[str]:
+    parameters = inspect.signature(forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     # "cache_position" among the others would reach attention functions that know nothing of it
-    takes_any = {"position_ids", "attention_mask"} if _takes_any(parameters) else set()
-    return {name: value for name, value in replaced.items() if name in parameters or name in takes_any}
-
-
-def _takes_any(parameters: dict[str, inspect.Parameter]) -> bool:
-    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return frozenset(parameters).union(("position_ids", "attention_mask") if takes_any else ())
 
 
 def _check_text_only(module: nn.Module, named: dict[str, Any]) -> None:
     """Images and sounds have positions of their own (M-RoPE), or see each other in both directions."""
-    others = [name for name in _OTHER_INPUTS if _is_given(named.get(name))]
-    if others:
+    if others := [name for name in named if name in _OTHER_INPUTS and _is_given(named[name])]:
         raise UnsupportedGenerationError(
             f"{type(module).__name__} was given {', '.join(others)} with a SinkCache, which streams text alone. Leave "
             "them out, or use another cache."
@@ -201,17 +203,16 @@ def _set_apart() -> None:
 
 
 def _sink_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streaming | None:
-    named = _named_arguments(module, args, kwargs) if args else kwargs
+    named = _named_arguments(module, args, kwargs)
     caches = [named.get(name) for name in CACHE_NAMES]
     return next((cache for cache in caches if isinstance(cache, Streaming)), None)
 
 
 def _named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments by name."""
-    names = list(_parameters(type(module).forward))[1:]  # without self
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    return {**dict(zip(_names(type(module).forward), args, strict=False)), **kwargs} if args else kwargs
 
 
 @functools.lru_cache(maxsize=256)
-def _parameters(forward: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(forward).parameters)
+def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]  # without self

@@ -45,9 +45,10 @@ class Step:
 
     def position_ids(self) -> torch.Tensor:
         """RoPE positions: [1, columns] where all rows are in step, else [rows, columns] with 0 for padding."""
-        columns = torch.arange(self.columns, device=self.device)
         if all(isinstance(layout, UniformLayout) for layout in self.layouts.values()):
-            return (columns + self.plans[0].first_position)[None, :]
+            first_position = self.plans[0].first_position
+            return torch.arange(first_position, first_position + self.columns, device=self.device)[None, :]
+        columns = torch.arange(self.columns, device=self.device)
         first = [plan.first_position - (self.columns - plan.new) for plan in self.plans]
         padding = on_device([self.columns - plan.new for plan in self.plans], self.device)
         position_ids = on_device(first, self.device)[:, None] + columns[None, :]  # [rows, columns]

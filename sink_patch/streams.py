@@ -114,6 +114,9 @@ class Streams:
 
     def _fix(self, plans: Sequence[RowPlan], device: torch.device) -> FixedStep:
         if self._fixed is None or not self._fixed.knows(self._sink_layers):
+            for layer in self._sink_layers:
+                layer.fix()
+            self._sinks.settle()
             self._fixed = FixedStep(self.kinds, len(plans), device, self._sink_layers)
         self._fixed.prepare(plans)
         return self._fixed

@@ -322,13 +322,3 @@ def test_flex_attention_equals_the_oracle():
     """Not compiled: inductor takes ten seconds for it."""
     with torch.compiler.set_stance("force_eager"):
         assert error(tiny("llama", attention="flex_attention", max_position_embeddings=CONTEXT)) <= TOLERANCE
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("version", [2, 3])
-def test_flash_attention_equals_the_oracle(version):
-    if not torch.cuda.is_available():
-        pytest.skip("flash attention runs on a GPU alone, and there is none")
-    pytest.importorskip("flash_attn" if version == 2 else "flash_attn_interface", reason="flash attention is missing")
-    model = llama(attention=f"flash_attention_{version}").to("cuda", torch.bfloat16)
-    assert worst_error(model, STREAM.to("cuda"), STEPS, W, S) < 0.03  # of bfloat16

@@ -25,6 +25,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import sink_patch
+from sink_patch.entries import cache_argument
 from tests.bench import models, records
 
 SINKS = 4
@@ -41,6 +42,7 @@ class Bench:
 
     def __init__(self, model: Any, window: int, *, compiled: bool):
         self.model, self.window = model, window
+        self.name = cache_argument(model)  # the old name costs a warning in each forward
         self.token = torch.tensor([[7]], device=model.device)
         mode = "reduce-overhead" if model.device.type == "cuda" else None
         self.compiled = torch.compile(model.forward, dynamic=False, mode=mode) if compiled else None
@@ -52,7 +54,7 @@ class Bench:
         for point in (self.window, *(point for point in POINTS if self.window < point <= longest)):
             while fed < point:
                 new = text[:, fed : min(fed + (piece if fed else self.window), point)]
-                self.model(new, past_key_values=cache, logits_to_keep=1)
+                self.model(new, **{self.name: cache}, logits_to_keep=1)
                 fed += new.shape[1]
             self._add_cache("ours" if point == self.window else f"ours after {point}", cache.clone())
         if self.compiled is not None:
@@ -61,10 +63,10 @@ class Bench:
     def add_others(self) -> None:
         text = self._text(self.window)
         grown = DynamicCache(config=self.model.config)
-        self.model(text[:, 1:], past_key_values=grown, logits_to_keep=1)
+        self.model(text[:, 1:], **{self.name: grown}, logits_to_keep=1)
 
         def dynamic() -> None:
-            self.model(self.token, past_key_values=grown)
+            self.model(self.token, **{self.name: grown})
             grown.crop(-1)
 
         self.peers["dynamic"] = dynamic
@@ -74,19 +76,19 @@ class Bench:
 
     def _add_static(self, text: torch.Tensor) -> None:
         cache = StaticCache(config=self.model.config, max_cache_len=self.window)
-        self.model(text[:, 1:], past_key_values=cache, logits_to_keep=1)
+        self.model(text[:, 1:], **{self.name: cache}, logits_to_keep=1)
         mask = torch.ones(1, self.window, dtype=torch.long, device=self.model.device)
         position_ids = torch.tensor([[self.window - 1]], device=self.model.device)
 
         def static() -> None:
-            self._forward(self.token, past_key_values=cache, attention_mask=mask, position_ids=position_ids)
+            self._forward(self.token, **{self.name: cache}, attention_mask=mask, position_ids=position_ids)
             cache.crop(-1)
 
         self.peers["static compiled"] = static
 
     def _add_cache(self, name: str, cache: sink_patch.SinkCache, *, compiled: bool = False) -> None:
         forward = self._forward if compiled else self.model
-        self.peers[name] = lambda: forward(self.token, past_key_values=cache)
+        self.peers[name] = lambda: forward(self.token, **{self.name: cache})
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         """A forward through the graph, as after `model.forward = torch.compile(model.forward)`."""

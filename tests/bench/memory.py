@@ -21,6 +21,7 @@ import torch
 from transformers import DynamicCache
 
 import sink_patch
+from sink_patch.entries import cache_argument
 from tests.bench import models, records
 from tests.bench.decode import SINKS
 
@@ -52,8 +53,8 @@ def make_step(peer: str, model: Any, window: int, tokens: int) -> Callable[[], A
         return lambda: model(text[:, -window:], use_cache=False, logits_to_keep=1)
     cache = sink_patch.SinkCache(window, SINKS, model=model) if peer == "ours" else DynamicCache(config=model.config)
     for piece in text.split(window - SINKS, dim=1):
-        model(piece, past_key_values=cache, logits_to_keep=1)
-    return lambda: model(text[:, :1], past_key_values=cache)
+        model(piece, **{cache_argument(model): cache}, logits_to_keep=1)
+    return lambda: model(text[:, :1], **{cache_argument(model): cache})
 
 
 @torch.no_grad()

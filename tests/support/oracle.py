@@ -6,6 +6,7 @@ stands for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -26,7 +27,9 @@ def visible_tokens(stream: torch.Tensor, seen: int, new: int, window_length: int
 
 
 def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return ((found - wanted).norm() / wanted.norm()).item()
+    """Infinite where something is not a number, which a maximum over errors would pass over."""
+    error = ((found - wanted).norm() / wanted.norm()).item()
+    return math.inf if math.isnan(error) else error
 
 
 @torch.no_grad()
