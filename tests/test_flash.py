@@ -19,10 +19,9 @@ import pytest
 import torch
 import transformers.utils
 from torch.nn import functional
-from transformers import DynamicCache, PreTrainedModel, modeling_flash_attention_utils
+from transformers import PreTrainedModel, modeling_flash_attention_utils
 
 from sink_patch import SinkCache
-from tests.support.lacks import is_newest
 from tests.support.oracle import relative_error, worst_error
 from tests.support.tiny import tiny, tokens
 
@@ -147,25 +146,7 @@ class Flash:
     is_installed: bool = True
 
     def model(self, model_type: str, layers: int = 1) -> PreTrainedModel:
-        """A model of the test's own; the test is skipped where transformers itself gets flash attention wrong."""
-        if not is_newest() and (fault := self._fault(model_type)):
-            pytest.skip(f"flash attention of transformers {fault}, whatever the cache")
-        return self._made(model_type, layers)
-
-    @torch.no_grad()
-    def _fault(self, model_type: str) -> str | None:
-        model, cache = self._made(model_type), DynamicCache()
-        stream = tokens(LOCAL.get(model_type, 1) + 1).to(self.device)
-        try:
-            for piece in stream[:, :2].split(1, dim=1):
-                model(piece, past_key_values=cache)
-        except RuntimeError as error:
-            return f"fails in a loop of forwards ({error})"
-        found, wanted = (model(ids, use_cache=False).logits[:, -1] for ids in (stream, stream[:, 1:]))
-        wide = model_type in LOCAL and relative_error(found, wanted) > self.tolerance
-        return "sees one token more than a sliding window holds" if wide else None
-
-    def _made(self, model_type: str, layers: int = 1) -> PreTrainedModel:
+        """A model of the test's own."""
         settings = {"max_position_embeddings": CONTEXT, "sliding_window": LOCAL.get(model_type, 128)}
         built = self.attention if self.is_installed else "eager"  # which transformers allows without the package
         model = copy.deepcopy(tiny(model_type, layers=layers, attention=built, **settings))

@@ -2,6 +2,8 @@
 
 `--old` is a python with transformers 4.52.4 beside this torch, such as .matrix/4.52.4/bin/python of `compat.matrix`
 (the old SinkCache is measured there). What each does, and what it prints, stands in its file; records go to results/.
+All run on one core. Those of a GPU are run one by one: `update --device cuda`, and `decode`, `memory` and `profile` with
+`--model llama-1b --window 1024 --device cuda --dtype bfloat16`.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ BENCHMARKS = (
     Benchmark("update-old", "update", "update-4.52.4-cpu.json", ("--rounds", "5"), old=True),
     Benchmark("decode", "decode", "decode-smollm2-w256-cpu.json", ("--window", "256")),
     Benchmark("decode-1024", "decode", "decode-smollm2-w1024-cpu.json", ("--window", "1024", "--longest", "10000")),
+    Benchmark("memory", "memory", "memory-smollm2-w256-cpu.json"),
+    Benchmark("profile", "profile", "profile-smollm2-w256-cpu.json"),
     Benchmark("precision", "precision", "precision-100000-cpu.json", old=True),
     Benchmark("prefill", "prefill", "prefill-cpu.json"),
     Benchmark("stream", "stream", "stream-20000-cpu.json"),

@@ -119,9 +119,10 @@ def run(bench: Bench, longest: int, rounds: int, block: int) -> dict[str, Any]:
         bench.seconds(name, 5)
     found: dict[str, list[float]] = {name: [] for name in bench.peers}
     for number in range(rounds):
-        for name, times in found.items():
+        first = number % len(bench.peers)  # each one comes after each other one
+        for name in [*bench.peers, *bench.peers][first : first + len(bench.peers)]:
             if name != "recomputed" or number < 5:
-                times.append(bench.seconds(name, 1 if name == "recomputed" else block))
+                found[name].append(bench.seconds(name, 1 if name == "recomputed" else block))
     result = {"tokens_a_second": {name: round(1 / statistics.median(times), 2) for name, times in found.items()}}
     result["speed"] = {
         f"{one} against {words}": ratio(found, one, other) for one, other, words in RATIOS if one in found

@@ -114,6 +114,8 @@ LACKS: tuple[Lack, ...] = (
         "test_drafts.py::*cannot_take_tokens_back*",
         "test_compiled.py::*states]",
     ),
+    *_rows("<4.56", "flash attention sees one token more than a sliding window holds", "test_flash.py::*mistral*"),
+    *_rows(">=4.54,<4.55", "flash attention fails in any loop of forwards (transformers 39814)", "test_flash.py::*"),
     *_rows(
         ">=4.54,<4.56",
         "a model cannot make a cache of transformers' own inside one graph",
