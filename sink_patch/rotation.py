@@ -21,7 +21,8 @@ Pairs = tuple[torch.Tensor, torch.Tensor]  # [..., rows, heads, tokens, rotary_d
 
 def turn_pairs(pairs: Pairs, cos_sin: CosSin, turned: Pairs) -> None:
     """The rotation itself; `turned` are other tensors, in float32, that are written."""
-    (first, second), (cos, sin) = pairs, cos_sin
+    first, second = (states.float() for states in pairs)  # here, as not every device multiplies mixed dtypes
+    cos, sin = cos_sin
     torch.mul(first, cos, out=turned[0]).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=turned[1]).addcmul_(first, sin)
 

@@ -2,8 +2,8 @@
 
 `--old` is a python with transformers 4.52.4 beside this torch, such as .matrix/4.52.4/bin/python of `compat.matrix`
 (the old SinkCache is measured there). What each does, and what it prints, stands in its file; records go to results/.
-All run on one core. Those of a GPU are run one by one: `update --device cuda`, and `decode`, `memory` and `profile` with
-`--model llama-1b --window 1024 --device cuda --dtype bfloat16`.
+All run on one core. On a GPU they are run one by one: `update --device cuda`, and `decode`, `memory` and `profile`
+with `--model llama-1b --window 1024 --device cuda --dtype bfloat16`.
 """
 
 from __future__ import annotations
