@@ -100,7 +100,7 @@ class _Group:
             some = slice(first, first + _SIDE_BY_SIDE)
             buffers = torch.stack([ring.buffer for ring in self._rings[some] if ring.buffer is not None])
             for ring, buffer in zip(self._rings[some], buffers, strict=True):
-                ring.buffer = buffer
+                ring.buffer = buffer.data  # no view: else autograd takes a write to one for a write to all
             self._from.append(self._turned[some])
             self._to.append(self._sinks_of(buffers))
 
