@@ -1,9 +1,7 @@
 """One forward of a single token at fixed shapes and addresses, for a graph that is compiled once.
 
 All that changes from token to token is in tensors, and is changed before the graph runs: where the token is written,
-which slots are seen, its position. What the graph reads of Python is the same in each step. A CUDA graph replays what
-it was recorded with, so all tensors here and the cache's buffers are said to stay where they are
-(`mark_static_address`); those of another cache are recorded anew, and not compiled anew.
+which slots are seen, its position. What the graph reads of Python is the same in each step.
 """
 
 from __future__ import annotations
@@ -17,6 +15,8 @@ from sink_patch.layers import SinkLayer
 from sink_patch.layout import LayerKind
 from sink_patch.step import Step
 from sink_patch.transfer import moved, on_device
+
+HAVE_GRAPHS = ("cuda",)
 
 
 class FixedLayout:
@@ -36,7 +36,7 @@ class FixedLayout:
         self._rows = torch.arange(rows, device=device)
         self._held: list[int] | None = None  # tokens of each row that `visible` shows; None: not known
         for tensor in (self.slots, self.visible, self._rows):
-            torch._dynamo.mark_static_address(tensor, guard=False)
+            say_it_stays(tensor)
 
     def prepare(self, plans: Sequence[RowPlan]) -> None:
         """Say where the next token of each row goes."""
@@ -71,13 +71,13 @@ class FixedStep(Step):
     def __init__(self, kinds: Sequence[LayerKind], rows: int, device: torch.device, layers: Sequence[SinkLayer]):
         super().__init__((), 1, (), device)
         for layer in layers:
-            layer.say_it_stays()
+            for buffer in (ring.buffer for ring in layer.rings):
+                say_it_stays(buffer)
         self._buffers = [layer.keys for layer in layers]
-        # numbers, as a graph knows no keys of other kinds
-        self._layouts = {(kind.capacity, kind.num_sink_tokens): FixedLayout(kind, rows, device) for kind in kinds}
-        self._widest = max(self._layouts.values(), key=lambda layout: layout.length)
+        self._layouts = [FixedLayout(kind, rows, device) for kind in kinds]
+        self._widest = max(self._layouts, key=lambda layout: layout.length)
         self._positions = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        torch._dynamo.mark_static_address(self._positions, guard=False)
+        say_it_stays(self._positions)
 
     @staticmethod
     def is_possible(kinds: Sequence[LayerKind]) -> bool:
@@ -97,13 +97,13 @@ class FixedStep(Step):
     def prepare(self, plans: Sequence[RowPlan]) -> None:
         """Take the plans of the next token."""
         self._take(plans)
-        for layout in self._layouts.values():
+        for layout in self._layouts:
             layout.prepare(plans)
         fill(self._positions, [plan.first_position for plan in plans])
         self.touched = True  # by what the graph will do
 
-    def layout_of(self, kind: LayerKind) -> FixedLayout:  # type: ignore[override]
-        return self._layouts[kind.capacity, kind.num_sink_tokens]
+    def layout_of(self, kind_index: int) -> FixedLayout:  # type: ignore[override]
+        return self._layouts[kind_index]
 
     def position_ids(self) -> torch.Tensor:
         """[rows, 1], always at the same address."""
@@ -118,6 +118,16 @@ class FixedStep(Step):
 
     def mask_sizes(self, kind: LayerKind) -> tuple[int, int]:
         return kind.capacity, self._widest.length - kind.capacity
+
+
+def say_it_stays(tensor: torch.Tensor | None) -> None:
+    """Tell the compiler that a tensor stays where it is, as a CUDA graph replays the addresses that it has recorded.
+
+    Those of another cache of the same shape are recorded anew, and not compiled anew. Another shape is: elsewhere torch
+    makes it a variable of the graph, which goes on there, so nothing is said.
+    """
+    if tensor is not None and tensor.device.type in HAVE_GRAPHS:
+        torch._dynamo.mark_static_address(tensor, guard=False)
 
 
 def fill(tensor: torch.Tensor, numbers: Sequence[int]) -> None:

@@ -95,6 +95,8 @@ class Keeping:
         held = [tensor for layer in self.layers for tensor in tensors_in(vars(layer))]
         memo.update((id(tensor), tensor.detach().clone()) for tensor in held)
         vars(twin).update(copy.deepcopy(vars(self), memo))
+        if twin._streams is not None:
+            twin._streams.forget_buffers()  # not on every device are copies of views views of the copy
         return twin
 
     def __copy__(self) -> Self:

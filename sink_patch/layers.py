@@ -55,11 +55,6 @@ class Ring:
         if self.buffer is not None and self.buffer.shape[2] < self.kind.slots:
             self._grown(self.buffer, self.kind.slots)
 
-    def say_it_stays(self) -> None:
-        """Tell the compiler that the buffer stays where it is."""
-        if self.buffer is not None:
-            torch._dynamo.mark_static_address(self.buffer, guard=False)
-
     def turn(self, turn: Turn) -> None:
         """Turn all keys of the ring (not the sinks, which are shown anew in each forward)."""
         if self.rotation is not None and self.buffer is not None:
@@ -127,6 +122,7 @@ class SinkLayer:
         sliding: bool = False,
     ):
         self.kind = kind
+        self.kind_index = 0  # its place among those of the cache
         self.is_sliding = sliding
         self.rings = (Ring(kind, key_rotation), Ring(kind, value_rotation))
 
@@ -158,16 +154,12 @@ class SinkLayer:
         """Store [rows, heads, columns, head_dim] and return the keys and values that this forward attends to."""
         step.touched = True
         keys, values = self.rings
-        layout = step.layout_of(self.kind)
+        layout = step.layout_of(self.kind_index)
         return keys.update(key_states, layout), values.update(value_states, layout)
 
     def fix(self) -> None:
         for ring in self.rings:
             ring.fix()
-
-    def say_it_stays(self) -> None:
-        for ring in self.rings:
-            ring.say_it_stays()
 
     def turn(self, turn: Turn) -> None:
         """Turn what is cached."""

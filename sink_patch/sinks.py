@@ -53,6 +53,7 @@ class Sinks:
         self._gather()
         if self._settled:
             return
+        self._buffers = [None for _ in self._rings]  # the old ones go as they are left
         for group in self._groups:
             group.settle()
         self._buffers = [ring.buffer for ring in self._rings]

@@ -30,8 +30,7 @@ class Step:
         self.touched = False  # whether a layer has stored anything
         self._take(plans)
         self.layouts: dict[LayerKind, Layout] = make_layouts(kinds, self.plans, columns) if kinds else {}
-        # a token asks for it in each layer, and looking a kind up takes time
-        self._only_layout = next(iter(self.layouts.values())) if len(self.layouts) == 1 else None
+        self._in_order: Sequence[Layout] = list(self.layouts.values())
         lengths = [layout.length for layout in self.layouts.values()]
         self._past_columns = max(lengths, default=columns) - columns
 
@@ -39,9 +38,9 @@ class Step:
         self.plans = tuple(plans)
         self.sink_turn = Turn([plan.sink_turn for plan in self.plans])  # to where this forward sees them
 
-    def layout_of(self, kind: LayerKind) -> Layout:
-        """Where a kind of layer reads and writes."""
-        return self._only_layout or self.layouts[kind]
+    def layout_of(self, kind_index: int) -> Layout:
+        """Where layers of a kind read and write; it is said by its place in `kinds`, as each layer asks."""
+        return self._in_order[kind_index]
 
     def position_ids(self) -> torch.Tensor:
         """RoPE positions: [1, columns] where all rows are in step, else [rows, columns] with 0 for padding."""

@@ -114,6 +114,7 @@ class Streams:
 
     def _fix(self, plans: Sequence[RowPlan], device: torch.device) -> FixedStep:
         if self._fixed is None or not self._fixed.knows(self._sink_layers):
+            self._fixed = None  # what it holds would be there twice
             for layer in self._sink_layers:
                 layer.fix()
             self._sinks.settle()
@@ -159,7 +160,7 @@ class Streams:
         for layer in self._sink_layers:  # some may have been laid out anew, and others not
             layer.lay_out(replace(layer.kind, spare=self._slots.spare), ())
         self._see_kinds()
-        self._forget_buffers()
+        self.forget_buffers()
         self.rows, self.columns, self.step, self.broken = None, 0, None, None
 
     def select_rows(self, indices: torch.Tensor) -> None:
@@ -167,7 +168,7 @@ class Streams:
         self.abandon()
         if self.rows is None:
             return
-        self._forget_buffers()
+        self.forget_buffers()
         if indices.dtype == torch.bool:
             indices = indices.nonzero()[:, 0]
         for layer in self._sink_layers:
@@ -210,20 +211,22 @@ class Streams:
         if all(kind.spare == spare for kind in self.kinds):
             return
         before, self.broken = self.broken, "The slots of this cache could not be laid out anew to the end."
-        self._forget_buffers()
+        self.forget_buffers()
         for layer in self._sink_layers:
             layer.lay_out(replace(layer.kind, spare=spare), [row.seen for row in self.rows or ()])
         self._see_kinds()
         self.rows = None if self.rows is None else [row.spoilt(0, self._slots) for row in self.rows]
         self.broken = before
 
-    def _forget_buffers(self) -> None:
+    def forget_buffers(self) -> None:
         """Keep none alive that the layers are about to give up."""
         self._fixed = None
         self._sinks.forget()
 
     def _see_kinds(self) -> None:
         self.kinds: list[LayerKind] = list(dict.fromkeys(layer.kind for layer in self._sink_layers))
+        for layer in self._sink_layers:
+            layer.kind_index = self.kinds.index(layer.kind)
         self._slots = Slots(
             min((kind.slots for kind in self.kinds), default=0), min((kind.spare for kind in self.kinds), default=0)
         )

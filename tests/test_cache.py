@@ -166,6 +166,29 @@ def test_crop_means_what_the_installed_transformers_means_by_it(model):
             cache.crop(5)
 
 
+def test_a_copy_is_right_where_copies_of_views_are_no_views(model, monkeypatch):
+    """As on Apple's MPS (torch/_tensor.py, `__deepcopy__`)."""
+    cache = SinkCache(W, S, model=model)
+    feed(model, cache, tokens(30))
+    for token in tokens(5).T:
+        feed(model, cache, token[None])
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            torch.Tensor, "__deepcopy__", lambda tensor, memo: memo.setdefault(id(tensor), tensor.detach().clone())
+        )
+        twin = cache.clone()
+    for token in tokens(20, seed=1).T:
+        assert torch.equal(feed(model, twin, token[None]), feed(model, cache, token[None]))
+
+
+def test_it_says_of_the_model_that_it_has_which_layers_slide():
+    cache = SinkCache(W, S, model=tiny("mistral", sliding_window=7))
+    assert cache.is_sliding == [True]
+    cache.reset()
+    cache.bind(tiny("llama", layers=2))
+    assert cache.is_sliding == [False, False]
+
+
 def test_a_copy_goes_its_own_way(model):
     stream = tokens(60)
     cache = SinkCache(W, S, model=model)

@@ -12,7 +12,7 @@ import torch._dynamo
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
-from sink_patch import SinkCache
+from sink_patch import SinkCache, fixed
 from tests.support import zoo
 from tests.support.lacks import is_newest, skip_what_is_to_come
 from tests.support.oracle import relative_error, visible_tokens
@@ -121,14 +121,16 @@ def test_two_kinds_of_layers_in_rows_of_different_lengths():
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
-def test_what_a_graph_writes_to_stays_where_it_is_and_is_said_to(model_type):
+def test_what_a_graph_writes_to_stays_where_it_is_and_is_said_to(model_type, monkeypatch):
     """Else CUDA graphs are given up (torch/_inductor/cudagraph_utils.py, on mutated inputs)."""
+    monkeypatch.setattr(fixed, "HAVE_GRAPHS", ("cpu",))
     model = tiny(model_type, layers=2, attention="sdpa", max_position_embeddings=CONTEXT, **MODELS[model_type])
     addresses = []
 
     def backend(graph, _):
         inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
         static = ["_dynamo_static_input_type" in node.meta.get("tensor_dict", {}) for node in inputs]
+        held = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
 
         def call(*given):
             before = [tensor._version for tensor in given]
@@ -136,6 +138,9 @@ def test_what_a_graph_writes_to_stays_where_it_is_and_is_said_to(model_type):
             written = [tensor._version != version for tensor, version in zip(given, before, strict=True)]
             assert sum(written) == 4  # keys and values of two layers
             assert all(said for said, is_written in zip(static, written, strict=True) if is_written)
+            others = [tensor for tensor, said in zip(given, static, strict=True) if not said]
+            others = [tensor for tensor in others if tensor.data_ptr() not in held]
+            assert [tensor.shape for tensor in others] == [(1, 1)]  # the token
             addresses.append([tensor.data_ptr() for tensor, said in zip(given, static, strict=True) if said])
             return out
 
@@ -144,6 +149,39 @@ def test_what_a_graph_writes_to_stays_where_it_is_and_is_said_to(model_type):
     run(model, tokens(6), compile_config=graph_config(backend))
     assert len(addresses) > 4 * W
     assert all(here == addresses[0] for here in addresses)
+
+
+def test_other_windows_and_batches_do_not_each_have_a_graph():
+    model = tiny("llama", layers=2, attention="sdpa")
+    config = graph_config()
+    config.dynamic = None  # torch's default: what changes once is a variable
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        for rows, window in ((1, 12), (1, 16), (2, 14), (3, 20), (4, 24), (2, 28)):
+            settings = {"window_length": window, "max_new_tokens": 40}
+            ids = tokens(6, rows=rows)
+            assert_same(run(model, ids, compile_config=config, **settings), run(model, ids, **settings))
+    assert graphs()[0] <= 3
+
+
+@torch.no_grad()
+def test_compiled_and_plain_forwards_may_follow_each_other():
+    """What the graph sees is then another part of the slots than after the token before."""
+    model = copy.copy(tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT))
+    stream, caches = tokens(60), [SinkCache(W, S, model=model) for _ in range(2)]
+    compiled, logits = torch.compile(model.forward, backend="eager", dynamic=False), []
+    for cache, is_compiled in zip(caches, (False, True), strict=True):
+        for count in (4, 1, 1, -1, 1, 1, 2, 1, -2, 1, 1, 1, 3, 1, 1, 5, *[1] * 12):
+            if count < 0:
+                cache.crop(count)  # which all versions of transformers understand
+                continue
+            seen = cache.get_seq_length()
+            if is_compiled and count == 1:
+                model.forward = compiled
+            logits.append(model(stream[:, seen : seen + count], past_key_values=cache).logits[:, -1])
+            vars(model).pop("forward", None)
+    half = len(logits) // 2
+    for found, wanted in zip(logits[half:], logits[:half], strict=True):
+        assert relative_error(found, wanted) < 1e-5
 
 
 def test_beams_are_compiled_too():
