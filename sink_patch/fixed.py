@@ -121,10 +121,10 @@ class FixedStep(Step):
 
 
 def say_it_stays(tensor: torch.Tensor | None) -> None:
-    """Tell the compiler that a tensor stays where it is, as a CUDA graph replays the addresses that it has recorded.
+    """Tell the compiler that a tensor stays where it is.
 
-    Those of another cache of the same shape are recorded anew, and not compiled anew. Another shape is: elsewhere torch
-    makes it a variable of the graph, which goes on there, so nothing is said.
+    A CUDA graph replays the addresses that it was recorded with, and is given up where it would write to any others.
+    Those of another cache are recorded anew, and not compiled anew.
     """
     if tensor is not None and tensor.device.type in HAVE_GRAPHS:
         torch._dynamo.mark_static_address(tensor, guard=False)
