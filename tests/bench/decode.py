@@ -13,12 +13,10 @@ Figures are medians; ratios are those of blocks beside each other.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -139,30 +137,18 @@ def ratio(found: dict[str, list[float]], one: str, other: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help=models.HELP)
-    parser.add_argument("--window", type=int, default=256)
+    parser = models.parser(__doc__)
     parser.add_argument("--longest", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--block", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    name, model = models.load(arguments.model, arguments.device, arguments.dtype)
+    about, model = models.load(arguments)
     bench = Bench(model, arguments.window, compiled=not arguments.no_compile)
     figures = run(bench, arguments.longest, arguments.rounds, arguments.block)
     print(json.dumps(figures, indent=1))
-    records.write(
-        arguments.json,
-        model=name,
-        window_length=arguments.window,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        **figures,
-    )
+    records.write(arguments.json, **about, **figures)
 
 
 if __name__ == "__main__":

@@ -73,20 +73,15 @@ def run(peer: str, model: Any, window: int, tokens: int) -> float:
 
 def apart(peer: str, arguments: argparse.Namespace) -> float:
     torch.set_num_threads(1)
-    _, model = models.load(arguments.model, arguments.device, arguments.dtype)
+    _, model = models.load(arguments)
     return run(peer, model, arguments.window, arguments.tokens)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help=models.HELP)
-    parser.add_argument("--window", type=int, default=256)
+    parser = models.parser(__doc__)
     parser.add_argument("--tokens", type=int, default=10_000)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    name, model = models.load(arguments.model, arguments.device, arguments.dtype)
+    about, model = models.load(arguments)
     found = {}
     for peer in PEERS:
         if arguments.device == "cuda":
@@ -95,15 +90,7 @@ def main() -> None:
             with multiprocessing.get_context("spawn").Pool(1) as process:
                 found[peer] = process.apply(apart, (peer, arguments))
         print(f"{peer:>12} {found[peer]:>10} MB", flush=True)
-    records.write(
-        arguments.json,
-        model=name,
-        window_length=arguments.window,
-        tokens=arguments.tokens,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        peak_mb_over_the_weights=found,
-    )
+    records.write(arguments.json, **about, tokens=arguments.tokens, peak_mb_over_the_weights=found)
 
 
 if __name__ == "__main__":

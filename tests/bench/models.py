@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-HELP = "a directory, a name on the hub, or one of smollm2-random, llama-1b, llama-8b (random weights); default SmolLM2"
 _LLAMA_3 = {"vocab_size": 128_256, "max_position_embeddings": 131_072, "num_key_value_heads": 8}
 _RANDOM = {
     "smollm2-random": {
@@ -38,8 +39,26 @@ _RANDOM = {
 }
 
 
-def load(name: str | None, device: str, dtype: str) -> tuple[str, Any]:
-    """(name without any path, model in eval mode on the device)."""
+def parser(about: str | None) -> argparse.ArgumentParser:
+    """What all benchmarks of a model are told."""
+    made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument(
+        "--model", help=f"a directory, a name on the hub, or one of {', '.join(_RANDOM)}; default SmolLM2"
+    )
+    made.add_argument("--window", type=int, default=256)
+    made.add_argument("--device", default="cpu")
+    made.add_argument("--dtype", default="float32")
+    made.add_argument("--json", type=Path)
+    return made
+
+
+def load(told: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    """(what a record says of it, without any path; the model in eval mode on the device)."""
+    name, model = _load(told.model, told.device, told.dtype)
+    return {"model": name, "window_length": told.window, "device": told.device, "dtype": told.dtype}, model
+
+
+def _load(name: str | None, device: str, dtype: str) -> tuple[str, Any]:
     if name not in _RANDOM:
         from sink_patch.evaluate import models
 

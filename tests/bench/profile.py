@@ -8,10 +8,8 @@ kernels and how often the host waits for the device.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,16 +78,11 @@ def look(bench: Bench, peer: str) -> tuple[dict[str, float], str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help=models.HELP)
-    parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
+    parser = models.parser(__doc__)
     parser.add_argument("--tables", action="store_true", help="print the profiler's tables too")
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    name, model = models.load(arguments.model, arguments.device, arguments.dtype)
+    about, model = models.load(arguments)
     bench, rows = Bench(model, arguments.window, compiled=True), {}
     with torch.no_grad():
         bench.add_ours(arguments.window)
@@ -99,14 +92,7 @@ def main() -> None:
         print(f"{peer:>16}  " + "  ".join(f"{key} {value:g}" for key, value in rows[peer].items()), flush=True)
         if arguments.tables:
             print(table)
-    records.write(
-        arguments.json,
-        model=name,
-        window_length=arguments.window,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        a_token=rows,
-    )
+    records.write(arguments.json, **about, a_token=rows)
 
 
 if __name__ == "__main__":
