@@ -77,7 +77,9 @@ class FixedStep(Step):
         self._layouts = [FixedLayout(kind, rows, device) for kind in kinds]
         self._widest = max(self._layouts, key=lambda layout: layout.length)
         self._positions = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        say_it_stays(self._positions)
+        self._coordinates = torch.full((1,), self.past_columns(), dtype=torch.long, device=device)
+        for tensor in (self._positions, self._coordinates):
+            say_it_stays(tensor)
 
     @staticmethod
     def is_possible(kinds: Sequence[LayerKind]) -> bool:
@@ -108,6 +110,10 @@ class FixedStep(Step):
     def position_ids(self) -> torch.Tensor:
         """[rows, 1], always at the same address."""
         return self._positions
+
+    def mask_coordinates(self) -> torch.Tensor:
+        """[1], always at the same address."""
+        return self._coordinates
 
     def attention_mask(self, *, explicit: bool = False) -> torch.Tensor:  # noqa: ARG002
         """[rows, length], always at the same address."""
