@@ -16,7 +16,7 @@ from sink_patch.layout import LayerKind
 from sink_patch.step import Step
 from sink_patch.transfer import moved, on_device
 
-HAVE_GRAPHS = ("cuda",)
+HAVE_GRAPHS = ("cuda",)  # devices on which torch can replay what it has recorded
 
 
 class FixedLayout:

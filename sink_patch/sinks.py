@@ -34,7 +34,7 @@ class Sinks:
         self._buffers: list[torch.Tensor | None] = [None for _ in self._rings]
         self._groups: list[_Group] = []
         self._shown: tuple[int, ...] | None = None  # how far they are turned, row by row; None: not known
-        self._settled = False
+        self._together = False
 
     def show(self, step: Step) -> None:
         """Turn the sinks to where the forward sees them."""
@@ -42,28 +42,28 @@ class Sinks:
         if self._shown == step.sink_turn.rows:
             return
         if not changed:  # as they do with each token where beams are reordered
-            self.settle()
+            self.bring_together()
         self._shown = None
         for group in self._groups:
             group.show(step)
         self._shown = step.sink_turn.rows
 
-    def settle(self) -> None:
+    def bring_together(self) -> None:
         """Bring the buffers side by side, as they are going to stay."""
         self._gather()
-        if self._settled:
+        if self._together:
             return
         self._buffers = [None for _ in self._rings]  # the old ones go as they are left
         for group in self._groups:
-            group.settle()
+            group.bring_together()
         self._buffers = [ring.buffer for ring in self._rings]
-        self._settled = True
+        self._together = True
 
     def _gather(self) -> bool:
         """Group the rings anew where some have got other buffers; whether they have."""
         if all(ring.buffer is held for ring, held in zip(self._rings, self._buffers, strict=True)):
             return False
-        self._shown, self._settled = None, False
+        self._shown, self._together = None, False
         alike = defaultdict(list)
         for ring in self._rings:
             if ring.rotation is not None and ring.pristine is not None and ring.buffer is not None:
@@ -94,7 +94,7 @@ class _Group:
         return self._rotation.turning(buffers[..., : self._pristine.shape[-2], :])
 
     @torch.inference_mode(False)
-    def settle(self) -> None:
+    def bring_together(self) -> None:
         """Bring the rings' buffers side by side, some at a time."""
         self._from, self._to = [], []
         for first in range(0, len(self._rings), _SIDE_BY_SIDE):

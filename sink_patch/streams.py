@@ -117,7 +117,7 @@ class Streams:
             self._fixed = None  # what it holds would be there twice
             for layer in self._sink_layers:
                 layer.fix()
-            self._sinks.settle()
+            self._sinks.bring_together()
             self._fixed = FixedStep(self.kinds, len(plans), device, self._sink_layers)
         self._fixed.prepare(plans)
         return self._fixed

@@ -53,6 +53,10 @@ def full_rings(rotations, rows=2, dtype=torch.float32):
     return rings
 
 
+def copies(rings):
+    return [(ring.buffer.clone(), ring.pristine.clone()) for ring in rings]
+
+
 def assert_shown(rings, before, turns):
     for ring, (buffer, pristine) in zip(rings, before, strict=True):
         assert torch.equal(ring.pristine, pristine)
@@ -66,7 +70,7 @@ def assert_shown(rings, before, turns):
 @pytest.mark.parametrize("name", ROTATIONS)
 def test_each_of_many_layers_shows_its_own_sinks(name, dtype):
     rings = full_rings([ROTATIONS[name]] * 19, dtype=dtype)  # more than lie side by side, and not a multiple of that
-    before, sinks = [(ring.buffer.clone(), ring.pristine.clone()) for ring in rings], Sinks(rings)
+    before, sinks = copies(rings), Sinks(rings)
     for turns in ((5, 5), (6, 6), (7, 9), (7, 9), (0, 0), (1000, 2)):  # they are brought side by side with the second
         sinks.show(Step(*turns))
         assert_shown(rings, before, turns)
@@ -76,7 +80,7 @@ def test_layers_that_turn_in_different_ways_or_have_other_shapes():
     rings = full_rings([*ROTATIONS.values()] * 2) + full_rings([ROTATIONS["half"]] * 2, rows=2)
     rings[-1].buffer = rings[-1].buffer[:, :1].clone()
     rings[-1].pristine = rings[-1].pristine[:, :1].clone()
-    before, sinks = [(ring.buffer.clone(), ring.pristine.clone()) for ring in rings], Sinks(rings)
+    before, sinks = copies(rings), Sinks(rings)
     for turns in ((5, 4), (6, 5), (7, 6)):
         sinks.show(Step(*turns))
         assert_shown(rings, before, turns)
@@ -90,7 +94,7 @@ def test_sinks_that_come_later_are_shown_too():
     for ring in rings:  # as a layout writes them: where they are kept, and where they are shown
         late = torch.randn(HEADS, DIM)
         ring.pristine[0, :, 2], ring.buffer[0, :, 2] = late, late
-    before = [(ring.buffer.clone(), ring.pristine.clone()) for ring in rings]
+    before = copies(rings)
     sinks.show(Step(4, 4))
     assert_shown(rings, before, (4, 4))
 
@@ -102,7 +106,7 @@ def test_rings_with_other_buffers_are_seen():
         sinks.show(Step(*turns))
     for ring in rings:
         ring.select_rows(torch.tensor([1, 0]))
-    before = [(ring.buffer.clone(), ring.pristine.clone()) for ring in rings]
+    before = copies(rings)
     for turns in ((2, 2), (3, 3), (4, 4)):
         sinks.show(Step(*turns))
         assert_shown(rings, before, turns)
