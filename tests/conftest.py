@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import sink_patch
-from sink_patch import registry as registry_module
-from tests.support import lacks
+from sink_patch.models.families import registry as registry_module
+from tests.support import known_gaps as lacks
 
 COLLECTED = pytest.StashKey[list[str]]()
 
@@ -24,7 +24,7 @@ def fresh_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
-    """Skip the files whose imports are lacking (tests/support/lacks.py)."""
+    """Skip the files whose imports are lacking (tests/support/known_gaps.py)."""
     if lacks.of(module_path.relative_to(parent.config.rootpath).as_posix()):
         return lacks.LackingFile.from_parent(parent, path=module_path)
     return None
@@ -32,7 +32,7 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 
 @pytest.hookimpl(tryfirst=True)  # before -k and -m take items away
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip the tests of what is lacking (tests/support/lacks.py)."""
+    """Skip the tests of what is lacking (tests/support/known_gaps.py)."""
     config.stash[COLLECTED] = [item.nodeid for item in items]
     for item in items:
         if reason := lacks.of(item.nodeid):
@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def collected(pytestconfig: pytest.Config) -> list[str]:
     """The node ids of all tests, where every file was collected; else the test is skipped."""
     nodeids = pytestconfig.stash[COLLECTED]
-    files = {path.relative_to(pytestconfig.rootpath).as_posix() for path in Path(__file__).parent.glob("test_*.py")}
+    files = {path.relative_to(pytestconfig.rootpath).as_posix() for path in Path(__file__).parent.rglob("test_*.py")}
     if not {file for file in files if not lacks.of(file)} <= {nodeid.partition("::")[0] for nodeid in nodeids}:
         pytest.skip("the whole suite was not collected")
     return nodeids

@@ -12,7 +12,7 @@ from transformers import LogitsProcessorList
 import sink_patch  # noqa: F401 - teaches generate the sink cache
 from sink_patch.errors import SinkArgumentError
 from sink_patch.evaluate.models import Loaded
-from sink_patch.evaluate.telling import NoLoops, Stretch, Teller, Watch
+from sink_patch.evaluate.progress import NoLoops, Stretch, Teller, Watch
 
 PROMPT = (
     "Write a very long adventure story, with much dialogue, about a young sailor called Nora who crosses an unknown "

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import sink_patch
-from sink_patch.entries import cache_argument
+from sink_patch.models.entries import cache_argument
 
 Progress = Callable[[int, int], None]  # (tokens or positions done, of how many)
 

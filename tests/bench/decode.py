@@ -23,7 +23,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import sink_patch
-from sink_patch.entries import cache_argument
+from sink_patch.models.entries import cache_argument
 from tests.bench import models, records
 
 SINKS = 4

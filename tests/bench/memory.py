@@ -21,7 +21,7 @@ import torch
 from transformers import DynamicCache
 
 import sink_patch
-from sink_patch.entries import cache_argument
+from sink_patch.models.entries import cache_argument
 from tests.bench import models, records
 from tests.bench.decode import SINKS
 

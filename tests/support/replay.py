@@ -14,8 +14,8 @@ import torch
 from sink_patch.compat import installed_shim
 from torch import nn
 
-from sink_patch.binding import examine
-from sink_patch.entries import cache_argument, own_layers, text_config
+from sink_patch.models.entries import cache_argument, own_layers, text_config
+from sink_patch.models.examine import examine
 from tests.support.caches import BareCache
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tests.support.lacks import skip_what_is_to_come
+from tests.support.known_gaps import skip_what_is_to_come
 from tests.support.versions import NotInThisVersion, make_config, say_layers
 from tests.support.weights import seeded
 

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tests.support.lacks import skip_what_is_to_come
+from tests.support.known_gaps import skip_what_is_to_come
 from tests.support.weights import seeded
 from tests.support.zoo.configs import decoder_of, kinds_of, least_stack, tiny_config
 from tests.support.zoo.families import Stack

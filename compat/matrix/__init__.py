@@ -1,1 +1,0 @@
-"""The test suite on every transformers: `python -m compat.matrix --help`. A tool of developers, not installed."""

@@ -1,8 +1,0 @@
-"""How position enters what a layer caches: one `Adapter` a layer, made by the family's factory."""
-
-from __future__ import annotations
-
-from sink_patch.adapters.base import Adapter, AdapterFactory
-from sink_patch.adapters.rope import no_positions, rope, sinusoidal_table
-
-__all__ = ["Adapter", "AdapterFactory", "no_positions", "rope", "sinusoidal_table"]

@@ -1,0 +1,91 @@
+"""One layer of a `SinkCache`: rings for its keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sink_patch.buffers.rings import Ring
+from sink_patch.buffers.rotation import Rotation, Turn
+from sink_patch.rules.kinds import LayerKind
+from sink_patch.streaming.steps import Step
+
+
+class SinkLayer:
+    """Keys and values of one layer, as transformers' caches have them in `layers`.
+
+    Args:
+        kind: how many tokens it holds, and how many of them are sinks.
+        key_rotation, value_rotation: how the cached tensors turn with position; None: they do not.
+        sliding: whether the model gives this layer the mask of a sliding window.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(
+        self,
+        kind: LayerKind,
+        key_rotation: Rotation | None,
+        value_rotation: Rotation | None = None,
+        sliding: bool = False,
+    ):
+        self.kind = kind
+        self.kind_index = 0  # its place among those of the cache
+        self.is_sliding = sliding
+        self.rings = (Ring(kind, key_rotation), Ring(kind, value_rotation))
+
+    def __repr__(self) -> str:
+        local = ", local" if self.kind.local else ""
+        return f"SinkLayer(capacity={self.kind.capacity}, num_sink_tokens={self.kind.num_sink_tokens}{local})"
+
+    def get_max_cache_shape(self) -> int:
+        """-1, as of a `DynamicLayer` (asked for before 5.14): there is no length at which a stream ends."""
+        return -1
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """The key buffer, [rows, heads, slots, head_dim], in ring order."""
+        return self.rings[0].buffer
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """The value buffer, [rows, heads, slots, head_dim], in ring order."""
+        return self.rings[1].buffer
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.keys is not None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store [rows, heads, columns, head_dim] and return the keys and values that this forward attends to."""
+        step.touched = True
+        keys, values = self.rings
+        layout = step.layout_of(self.kind_index)
+        return keys.update(key_states, layout), values.update(value_states, layout)
+
+    def fix(self) -> None:
+        for ring in self.rings:
+            ring.fix()
+
+    def turn(self, turn: Turn) -> None:
+        """Turn what is cached."""
+        for ring in self.rings:
+            ring.turn(turn)
+
+    def lay_out(self, kind: LayerKind, seen: Sequence[int]) -> None:
+        self.kind = kind
+        for ring in self.rings:
+            ring.lay_out(kind, seen)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        for ring in self.rings:
+            ring.select_rows(rows)
+
+    def reset(self) -> None:
+        for ring in self.rings:
+            ring.reset()

@@ -1,0 +1,76 @@
+"""Where a forward reads and writes when rows have seen different numbers of tokens: index tensors, and a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+
+from sink_patch.buffers.devices import moved
+from sink_patch.rules.kinds import LayerKind
+from sink_patch.rules.plans import RowPlan
+
+
+class RaggedLayout:
+    """Rows that have seen different numbers of tokens, or bring padding. Built on the CPU, moved once per device.
+
+    Read in place, a row that is not full would have its gap at the end, where other kinds of layers cannot follow and
+    where the models of 4.52 suspect padding. So all are read from the right, and in place where there is no gap.
+    """
+
+    def __init__(self, kind: LayerKind, plans: Sequence[RowPlan], columns: int):
+        self.kind = kind
+        self.filled = [kind.past(plan) + plan.new for plan in plans]  # visible columns of each row
+        readable = kind.is_the_buffer(columns) or all(kind.is_in_order(plan) for plan in plans)
+        single_tokens = columns == 1 and not kind.ordered and all(plan.new == 1 for plan in plans)
+        self.in_place = readable and single_tokens and len(set(self.filled)) == 1
+        self.length = max(*self.filled, 0 if self.in_place else columns)
+        self.all_visible = min(self.filled) == self.length
+        triples = [
+            (row, slot + step, column + step)
+            for row, plan in enumerate(plans)
+            for slot, column, length in kind.write_runs(plan, columns)
+            for step in range(length)
+        ]
+        self._writes = torch.tensor(triples, dtype=torch.long).reshape(-1, 3)  # [tokens, (row, slot, column)]
+        self._num_sink_tokens = kind.num_sink_tokens
+        self.brings_sinks = any(slot < kind.num_sink_tokens for _, slot, _ in triples)
+        self.reach = max((slot + 1 for _, slot, _ in triples), default=0)
+        self._sources = None if self.in_place else self._source_index(kind, plans, columns)  # [rows, length]
+        self._devices: dict[torch.device, tuple[torch.Tensor, ...]] = {}
+
+    def write(self, buffer: torch.Tensor, states: torch.Tensor) -> None:
+        rows, slots, columns = self._on(buffer.device)[0].unbind(1)
+        buffer[rows, :, slots] = states[rows, :, columns]  # [tokens, heads, dim]
+
+    def write_sinks(self, pristine: torch.Tensor, states: torch.Tensor) -> None:
+        rows, slots, columns = moved(self._sink_writes, pristine.device).unbind(1)
+        pristine[rows, :, slots] = states[rows, :, columns]  # [tokens, heads, dim]
+
+    def read(self, buffer: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Each row right-aligned: filler, visible past in stream order, new tokens: [rows, heads, length, dim]."""
+        sources = self._on(buffer.device)[1][:, None, :, None]  # [rows, 1, length, 1]
+        everything = torch.cat((states, buffer), dim=2)  # [rows, heads, columns + slots, dim]
+        return torch.take_along_dim(everything, sources, dim=2)
+
+    def _source_index(self, kind: LayerKind, plans: Sequence[RowPlan], columns: int) -> torch.Tensor:
+        """For each visible column its place in cat(new tokens, buffer); filler, masked, points at the last new one."""
+        index = torch.full((len(plans), self.length), columns - 1, dtype=torch.long)
+        for row, plan in enumerate(plans):
+            past = [columns + slot + step for slot, length in kind.past_runs(plan) for step in range(length)]
+            new = range(columns - plan.new, columns)
+            visible = torch.tensor([*past, *new], dtype=torch.long)
+            if visible.numel():
+                index[row, -visible.numel() :] = visible
+        return index
+
+    @cached_property
+    def _sink_writes(self) -> torch.Tensor:
+        return self._writes[self._writes[:, 1] < self._num_sink_tokens]
+
+    def _on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        if device not in self._devices:
+            sources = self._writes[:0] if self._sources is None else self._sources
+            self._devices[device] = (moved(self._writes, device), moved(sources, device))
+        return self._devices[device]

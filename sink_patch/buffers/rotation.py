@@ -1,0 +1,120 @@
+"""Rotary position embedding as maths on tensors: what one rotation does to cached states.
+
+Rotating a key that a model placed at position p by `delta` gives the key at position p + delta (RoFormer, arXiv
+2104.09864, section 3.2.2). Angles are computed in float64 and applied in float32; the result is rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from sink_patch.buffers.devices import moved, on_device
+
+Pairing = Literal["half", "interleaved"]
+CosSin = tuple[torch.Tensor, torch.Tensor]
+Pairs = tuple[torch.Tensor, torch.Tensor]  # [..., rows, heads, tokens, rotary_dim / 2] each
+
+
+def turn_pairs(pairs: Pairs, cos_sin: CosSin, turned: Pairs) -> None:
+    """The rotation itself; `turned` are other tensors, in float32, that are written."""
+    first, second = (states.float() for states in pairs)  # here, as not every device multiplies mixed dtypes
+    cos, sin = cos_sin
+    torch.mul(first, cos, out=turned[0]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=turned[1]).addcmul_(first, sin)
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """How one cached tensor turns when its tokens move by some positions.
+
+    Args:
+        inv_freq: float64 tensor of shape [rotary_dim / 2] on the CPU, radians a position, one for each pair.
+        pairing: which dims of the rotary part form a pair: "half" is (i, i + rotary_dim / 2), "interleaved" is
+            (2i, 2i + 1).
+        start: index of the first rotary dim in the head (0: front; head_dim - rotary_dim: tail).
+        sign: +1, or -1 for a model that turns the other way.
+
+    `attention_scaling` (yarn, longrope) is already in the cached key and takes no part.
+    """
+
+    inv_freq: torch.Tensor
+    pairing: Pairing = "half"
+    start: int = 0
+    sign: int = 1
+    _per_device: dict[torch.device, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def rotary_dim(self) -> int:
+        return 2 * self.inv_freq.numel()
+
+    def same_as(self, other: Rotation) -> bool:
+        """Whether both turn a tensor alike (tensors have no truth value, so `==` is of no use here)."""
+        same_shape = (self.pairing, self.start, self.sign) == (other.pairing, other.start, other.sign)
+        return same_shape and torch.equal(self.inv_freq, other.inv_freq)
+
+    def cos_sin(self, delta: torch.Tensor | int, device: torch.device) -> CosSin:
+        """Cosine and sine of a turn by `delta` positions, in float32.
+
+        Args:
+            delta: int64 tensor of shape [rows], on any device; or one number for all rows, which needs no copy from the
+                host (`Turn` chooses).
+
+        Returns:
+            Two tensors of shape [rows, 1, 1, rotary_dim / 2] on `device`.
+        """
+        inv_freq = self._on(device)  # [1, 1, 1, r/2]
+        if isinstance(delta, int):
+            angles = inv_freq * (self.sign * delta)
+        else:
+            angles = delta.to(device=device, dtype=inv_freq.dtype)[:, None, None, None] * (self.sign * inv_freq)
+        return angles.cos().float(), angles.sin().float()  # [rows, 1, 1, r/2] each
+
+    def apply(self, states: torch.Tensor, cos_sin: CosSin) -> torch.Tensor:
+        """`states` turned, in their own dtype.
+
+        Args:
+            states: shape [..., rows, heads, tokens, head_dim].
+            cos_sin: what `cos_sin` returned.
+        """
+        turned = states.to(torch.float32, copy=True)
+        turn_pairs(self.pairs(states), cos_sin, self.pairs(turned))
+        return turned.to(states.dtype)
+
+    def turning(self, states: torch.Tensor) -> torch.Tensor:
+        """The rotary dims, as a view."""
+        return states[..., self.start : self.start + self.rotary_dim]
+
+    def pairs(self, states: torch.Tensor) -> Pairs:
+        """The first and the second of each pair of rotary dims, as views."""
+        stop = self.start + self.rotary_dim
+        if self.pairing == "half":
+            middle = self.start + self.rotary_dim // 2
+            return states[..., self.start : middle], states[..., middle:stop]
+        return states[..., self.start : stop : 2], states[..., self.start + 1 : stop : 2]
+
+    def _on(self, device: torch.device) -> torch.Tensor:
+        """`inv_freq` as [1, 1, 1, r/2] on a device; float32 where the device has no float64 (Apple's MPS)."""
+        if device not in self._per_device:
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            self._per_device[device] = moved(self.inv_freq.to(dtype).view(1, 1, 1, -1), device)
+        return self._per_device[device]
+
+
+class Turn:
+    """By how many positions each row turns; angles are computed once for a rotation and a device."""
+
+    def __init__(self, rows: Sequence[int]):
+        self.rows = tuple(rows)
+        self._made: dict[tuple[int, torch.device], CosSin] = {}
+
+    def cos_sin(self, rotation: Rotation, device: torch.device) -> CosSin:
+        """What `Rotation.cos_sin` returns."""
+        key = (id(rotation), device)
+        if key not in self._made:
+            same = len(set(self.rows)) == 1
+            self._made[key] = rotation.cos_sin(self.rows[0] if same else on_device(self.rows, device), device)
+        return self._made[key]

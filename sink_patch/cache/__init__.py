@@ -1,0 +1,1 @@
+"""`SinkCache`, its copies and its files."""

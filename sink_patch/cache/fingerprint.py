@@ -1,0 +1,80 @@
+"""By what a model is known again when a cache is loaded: what decides how its keys look, and samples of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from sink_patch.buffers.rotation import Rotation
+from sink_patch.models.examine import LayerFacts, ModelFacts
+
+_SAMPLES = 64  # of each parameter: enough to tell weights apart, and some milliseconds for billions of them
+_STEP = 0x9E3779B1  # a prime: steps of it, modulo any size, go through rows and columns alike
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # for any dtype of so many bytes
+_SHORT = 40
+
+Fingerprint = dict[str, Any]
+"""JSON, by what is compared, in words for people."""
+
+
+def fingerprint(model: nn.Module, facts: ModelFacts, window_length: int, num_sink_tokens: int) -> Fingerprint:
+    """Of a model, as a cache of this size sees it; the same on any device."""
+    return {
+        "class": facts.model_class,
+        "model_type": facts.model_type,
+        "family": facts.family,
+        "positions": [facts.context.length, facts.context.limit],
+        "number of layers": len(facts.layers),
+        "kinds of layers": [_kind(layer, window_length, num_sink_tokens) for layer in facts.layers],
+        "rotations": [[_turns(layer.adapter.keys), _turns(layer.adapter.values)] for layer in facts.layers],
+        "weights": _digest(model),
+    }
+
+
+def differences(saved: Fingerprint, found: Fingerprint) -> list[str]:
+    """What is not the same, in words."""
+    names = [name for name in found if not _same(saved.get(name), found[name])]
+    return [_difference(name, str(saved.get(name)), str(found[name])) for name in names]
+
+
+def _difference(name: str, saved: str, found: str) -> str:
+    return f"{name} ({saved} then, {found} now)" if max(len(saved), len(found)) <= _SHORT else name
+
+
+def _same(one: Any, two: Any) -> bool:
+    """Frequencies that two devices or releases compute may differ in the last bit; all else is equal or not."""
+    if isinstance(one, float) and isinstance(two, float):
+        return math.isclose(one, two, rel_tol=1e-6)
+    if isinstance(one, list) and isinstance(two, list):
+        return len(one) == len(two) and all(map(_same, one, two))
+    if isinstance(one, dict) and isinstance(two, dict):
+        return one.keys() == two.keys() and all(_same(one[key], two[key]) for key in one)
+    return bool(one == two)
+
+
+def _kind(layer: LayerFacts, window_length: int, num_sink_tokens: int) -> list[Any]:
+    entry = layer.entry
+    return [entry.attention, entry.state, asdict(layer.kind(window_length, num_sink_tokens))]
+
+
+def _turns(rotation: Rotation | None) -> list[Any] | None:
+    return None if rotation is None else [rotation.pairing, rotation.start, rotation.sign, rotation.inv_freq.tolist()]
+
+
+def _digest(model: nn.Module) -> str:
+    """Of dtype, shape and samples of all parameters, whose names and order depend on the version of transformers."""
+    return hashlib.sha256("\n".join(sorted(map(_sampled, model.parameters()))).encode()).hexdigest()
+
+
+def _sampled(parameter: torch.Tensor) -> str:
+    named = f"{parameter.dtype} {tuple(parameter.shape)}"
+    if parameter.is_meta or not parameter.numel() or type(parameter.data) is not torch.Tensor:
+        return named  # of weights that lie on disk, or are packed in ways of their own, nothing more can be said
+    places = (torch.arange(_SAMPLES) * _STEP % parameter.numel()).to(parameter.device)
+    bits = parameter.detach().reshape(-1).view(_BITS[parameter.element_size()])
+    return f"{named} {bits[places].tolist()}"

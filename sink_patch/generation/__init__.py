@@ -1,0 +1,1 @@
+"""What the wrapped methods of `generate` do."""

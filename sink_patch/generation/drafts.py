@@ -1,0 +1,109 @@
+"""Decoding with drafts (an assistant model, prompt lookup): what is asked of both caches, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from sink_patch.arguments import ARGUMENTS
+from sink_patch.cache.sink_cache import SinkCache
+from sink_patch.errors import UnsupportedGenerationError
+from sink_patch.generation.request import NAME
+from sink_patch.models.entries import CACHE_NAMES, unwrapped
+from sink_patch.models.examine import examine
+
+MODE = "assisted_generation"
+
+_OTHER_DRAFTS = ("assistant_early_exit", "use_mtp", "speculation_type")
+_WHOLE_OUTPUTS = ("output_attentions", "output_hidden_states")
+_LOOKBEHIND = 16  # tokens that an assistant with another tokenizer may take back beside its draft
+
+
+def check(model: nn.Module, generation_config: Any) -> None:
+    """Refuse what cannot be right, before anything is computed.
+
+    Raises:
+        UnsupportedGenerationError: with the reason.
+    """
+    for name in _OTHER_DRAFTS:
+        if getattr(generation_config, name, None):
+            raise UnsupportedGenerationError(
+                f"{name}={getattr(generation_config, name)!r} was asked for with a sink cache, but such drafts "
+                "come from a cache without end. Use an assistant_model or prompt_lookup_num_tokens, or another cache."
+            )
+    for name in _WHOLE_OUTPUTS:
+        if getattr(generation_config, name, None):
+            raise UnsupportedGenerationError(
+                f"{name} was asked for with drafts and a sink cache, which takes the prompt in before transformers "
+                "looks at its outputs. Leave it out, or decode without drafts."
+            )
+    check_model(model)
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model, or an assistant, that cannot take tokens back.
+
+    Raises:
+        UnsupportedGenerationError: with the reason.
+    """
+    facts = examine(unwrapped(model))
+    if facts.one_by_one is not None or any(layer.entry.state for layer in facts.layers):
+        raise UnsupportedGenerationError(
+            f"{facts.model_class} ({facts.model_type}) can neither make drafts nor decode with them: its recurrent "
+            "states, or its masks, cannot take tokens back. Use another assistant_model, or decode without drafts."
+        )
+
+
+def check_inputs(columns: int, stream: int) -> None:
+    """Drafts are counted from the first token of the stream on.
+
+    Args:
+        columns: of the input ids.
+        stream: columns of the stream, the input ids counted in.
+    """
+    if columns != stream:
+        raise UnsupportedGenerationError(
+            f"{columns} tokens of a stream of {stream} were given as input_ids to decode with drafts, which "
+            "transformers counts from the first token on. Pass the whole history as input_ids."
+        )
+
+
+def assistants_config(passed: Any, arguments: Mapping[str, Any]) -> Any:
+    """What an assistant is asked for: a sink cache like its target's, that records its past. Else None.
+
+    transformers copies the target's generation config for the assistant, but for the name of the cache.
+
+    Args:
+        passed: the generation config passed to `generate`, or None.
+        arguments: the others of `generate`.
+    """
+    sizes = getattr(passed, "cache_config", None)
+    if not getattr(passed, "is_assistant", None) or not isinstance(sizes, Mapping) or set(sizes) != set(ARGUMENTS):
+        return None
+    config, is_first = copy.deepcopy(passed), all(arguments.get(name) is None for name in CACHE_NAMES)
+    config.cache_implementation, config.cache_config = (NAME, sizes) if is_first else (None, None)
+    return config
+
+
+def prepare(generation_config: Any, cache: SinkCache, mode: str) -> None:
+    """Say the sizes to an assistant to come; let an assistant's cache record as much as it may have to take back."""
+    if mode == MODE:
+        generation_config.cache_config = {name: getattr(cache, name) for name in ARGUMENTS}
+    if getattr(generation_config, "is_assistant", None):
+        cache.activate_past_recording(2 * (generation_config.max_new_tokens or 0) + _LOOKBEHIND)
+
+
+@contextlib.contextmanager
+def recorded(cache: SinkCache) -> Iterator[None]:
+    """Inside, rejected tokens can be taken back."""
+    recording = cache.is_croppable
+    cache.activate_past_recording()
+    try:
+        yield
+    finally:
+        if not recording:
+            cache.deactivate_past_recording()

@@ -1,0 +1,110 @@
+"""What `generate` cannot do with a sink cache, and what contradicts itself: said before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from sink_patch.arguments import ARGUMENTS
+from sink_patch.cache.sink_cache import SinkCache
+from sink_patch.errors import SinkArgumentError, UnsupportedGenerationError
+from sink_patch.generation import drafts
+from sink_patch.generation.request import NAME, Request
+from sink_patch.rules.padding import check_left_padded
+
+_MODES = ("greedy_search", "sample", "beam_search", "beam_sample", drafts.MODE)
+
+
+def check_no_sizes(request: Request, given: Mapping[str, Any], asked: Any) -> None:
+    """Sizes of the sink cache without the sink cache; a config that asks for another one may still hold them."""
+    passed = given.get("generation_config")
+    said = request.said if passed is None or passed.cache_implementation is None else request.said[:2]
+    names = [name for name in ARGUMENTS if any(name in source for source in said)]
+    if names:
+        raise SinkArgumentError(
+            f"{' and '.join(names)} belong to the sink cache, but cache_implementation is {asked!r}. Add "
+            f"cache_implementation={NAME!r}, or leave them out."
+        )
+
+
+def check_options(generation_config: Any) -> None:
+    """Options of other modules of transformers that know caches of their own only."""
+    if generation_config.guidance_scale not in (None, 1):
+        raise UnsupportedGenerationError(
+            f"guidance_scale={generation_config.guidance_scale} was asked for with a sink cache. The text without the "
+            "prompt, which guidance compares with, has a cache of transformers' own, that grows without end. Leave it "
+            "out, or use another cache."
+        )
+    if generation_config.return_dict_in_generate and getattr(generation_config, "return_legacy_cache", None):
+        raise SinkArgumentError(
+            "return_legacy_cache=True was asked for with a sink cache, which cannot be given back as tuples of keys "
+            "and values: they would not say which tokens they belong to. Leave it out; past_key_values is a SinkCache."
+        )
+
+
+def check_own_cache(cache: SinkCache, request: Request) -> None:
+    """The user's cache beside arguments that ask for another one, or for other sizes."""
+    asked = request.implementation
+    if asked not in (None, NAME):
+        raise SinkArgumentError(
+            f"cache_implementation={asked!r} was asked for, together with a SinkCache in past_key_values. Leave one "
+            "of them out."
+        )
+    for name, value in request.sizes_said().items():
+        if value != getattr(cache, name):
+            raise SinkArgumentError(
+                f"{name}={value!r} was given, but the SinkCache in past_key_values has {name}={getattr(cache, name)}. "
+                "A cache keeps its sizes: leave the argument out, or pass no cache."
+            )
+
+
+def check_no_other_cache(cache: Any) -> None:
+    """A sink cache asked for beside a cache of another kind."""
+    if cache is not None:
+        raise SinkArgumentError(
+            f"cache_implementation={NAME!r} was asked for, together with a {type(cache).__name__} in past_key_values. "
+            "Pass a SinkCache, or none, or cache_implementation=None."
+        )
+
+
+def check_mode(mode: str) -> None:
+    """Decoding modes that cannot use a sink cache."""
+    if mode not in _MODES:
+        raise UnsupportedGenerationError(
+            f"The decoding mode {mode!r} was asked for with a sink cache, which it cannot use: it goes back over its "
+            f"cache in ways of its own. Use one of {', '.join(_MODES)}, or another cache."
+        )
+
+
+def check_assistant(given: Mapping[str, Any]) -> None:
+    """An assistant that cannot have a sink cache; versions say who it is in different places."""
+    if isinstance(given.get("assistant_model"), nn.Module):
+        drafts.check_model(given["assistant_model"])
+
+
+def check_rows(attention_mask: Any) -> None:
+    """Rows without a token, and padding to the right of one; shape [rows, columns]."""
+    if not isinstance(attention_mask, torch.Tensor):
+        return
+    empty = (attention_mask != 0).sum(dim=-1) == 0  # [rows]
+    if bool(empty.any()):
+        raise SinkArgumentError(
+            f"Row {empty.nonzero()[0].item()} of attention_mask is padding only. Every row needs a token to start from."
+        )
+    check_left_padded(attention_mask[:, -2:] != 0, to_the_end=True)
+
+
+def check_embeds(model_kwargs: Mapping[str, Any], cache: SinkCache) -> None:
+    """Embeddings of new tokens alone, which transformers does not tell from those of the history."""
+    embeds, mask, fed = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask"), cache.get_seq_length()
+    if embeds is None or not fed:
+        return
+    columns = embeds.shape[1]
+    if columns <= fed or (mask is not None and columns < mask.shape[-1]):
+        raise SinkArgumentError(
+            f"inputs_embeds of {columns} columns were given with a SinkCache that has seen {fed}. transformers takes "
+            "embeddings for the whole history: pass that, or the new tokens as input_ids."
+        )

@@ -1,0 +1,1 @@
+"""The table of families, and the verdict on every model of the installed transformers."""

@@ -1,0 +1,95 @@
+"""`sink_patch.inspect`: what would happen to a model, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+from torch import nn
+
+from sink_patch.arguments import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, check_window
+from sink_patch.models.entries import unwrapped
+from sink_patch.models.examine import LayerFacts, examine, horizon
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer: what turns when its tokens move, and what it holds."""
+
+    layer_type: str
+    adapter: str
+    holds: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `sink_patch.inspect` found; `str()` is for people, the fields and `as_dict()` for programs.
+
+    `horizon` is the RoPE position (tokens) at which the clock is set back.
+    """
+
+    model_class: str
+    model_type: str
+    family: str
+    window_length: int
+    num_sink_tokens: int
+    context_length: int
+    horizon: int
+    layers: tuple[LayerReport, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model_class} ({self.model_type}) can stream with attention sinks.",
+            f"  family   {self.family}",
+            f"  window   {self.window_length} tokens, the first {self.num_sink_tokens} of them for good",
+            f"  clock    positions stay below {self.horizon} (trained on {self.context_length})",
+        ]
+        start = 0
+        for layer, same in groupby(self.layers):
+            count = len(list(same))
+            span = f"layer {start}" if count == 1 else f"layers {start} to {start + count - 1}"
+            lines.append(f"  {span:<16} {layer.layer_type}: {layer.adapter}; {layer.holds}")
+            start += count
+        return "\n".join(lines)
+
+
+def inspect(
+    model: nn.Module,
+    window_length: int = DEFAULT_WINDOW_LENGTH,
+    num_sink_tokens: int = DEFAULT_NUM_SINK_TOKENS,
+) -> Report:
+    """Family, adapter and kind of each layer of a model, proven by the probe.
+
+    Raises:
+        SinkArgumentError: impossible sizes.
+        UnsupportedModelError: the model cannot stream; the message says why.
+    """
+    check_window(window_length, num_sink_tokens)
+    facts = examine(unwrapped(model))
+    return Report(
+        model_class=facts.model_class,
+        model_type=facts.model_type,
+        family=facts.family or "none registered; chosen by the probe",
+        window_length=window_length,
+        num_sink_tokens=num_sink_tokens,
+        context_length=facts.context.length,
+        horizon=horizon(facts, window_length, num_sink_tokens),
+        layers=tuple(_layer(layer, window_length, num_sink_tokens) for layer in facts.layers),
+    )
+
+
+def _layer(layer: LayerFacts, window_length: int, num_sink_tokens: int) -> LayerReport:
+    entry, kind = layer.entry, layer.kind(window_length, num_sink_tokens)
+    if not entry.attention:
+        return LayerReport(
+            entry.layer_type or "other", "no keys", "its recurrent state, untouched" if entry.state else "nothing"
+        )
+    holds = f"window of {kind.capacity} with {kind.num_sink_tokens} sinks"
+    if kind.local:
+        holds = f"its own sliding window of {kind.capacity}, no sinks"
+    holds += "; its recurrent state, untouched" if entry.state else ""
+    return LayerReport(entry.layer_type or "full_attention", layer.adapter.describe(), holds)

@@ -1,0 +1,1 @@
+"""Switching sink_patch on and off."""

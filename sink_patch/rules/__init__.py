@@ -1,0 +1,1 @@
+"""What a forward sees and where tokens lie, in plain integers."""

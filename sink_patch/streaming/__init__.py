@@ -1,0 +1,1 @@
+"""One forward from beginning to end, and the rows of a cache between forwards."""

@@ -1,0 +1,140 @@
+"""Sinks are turned together, and shown in the buffers of all layers: each must get its own."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+
+from sink_patch.buffers.rings import Ring
+from sink_patch.buffers.rotation import Rotation, Turn
+from sink_patch.buffers.sinks import Sinks
+from sink_patch.rules.kinds import LayerKind
+
+S, SLOTS, HEADS, DIM = 3, 8, 2, 12
+ROTATIONS = {
+    "half": Rotation(torch.tensor([1.0, 0.1, 0.01, 0.5, 0.05, 0.3], dtype=torch.float64)),
+    "partial": Rotation(torch.tensor([1.0, 0.1], dtype=torch.float64)),
+    "tail": Rotation(torch.tensor([1.0, 0.1], dtype=torch.float64), start=DIM - 4),
+    "interleaved": Rotation(torch.tensor([1.0, 0.1, 0.7], dtype=torch.float64), pairing="interleaved", start=2),
+    "backwards": Rotation(torch.tensor([1.0, 0.1], dtype=torch.float64), sign=-1),
+}
+
+
+class Step:
+    """What `Sinks` asks of a step."""
+
+    def __init__(self, *turns):
+        self.sink_turn = Turn(turns)
+
+
+def turned(states, rotation, turns):
+    """Pair by pair, in complex numbers."""
+    out = states.double().clone()
+    for pair, frequency in enumerate(rotation.inv_freq.tolist()):
+        half = rotation.inv_freq.numel()
+        first, second = (pair, pair + half) if rotation.pairing == "half" else (2 * pair, 2 * pair + 1)
+        first, second = first + rotation.start, second + rotation.start
+        for row, turn in enumerate(turns):
+            number = torch.complex(out[row, ..., first], out[row, ..., second])
+            number = number * torch.exp(torch.tensor(1j * rotation.sign * turn * frequency, dtype=torch.complex128))
+            out[row, ..., first], out[row, ..., second] = number.real, number.imag
+    return out
+
+
+def full_rings(rotations, rows=2, dtype=torch.float32):
+    generator, rings = torch.Generator().manual_seed(0), []
+    for rotation in rotations:
+        ring = Ring(LayerKind(SLOTS, S), rotation)
+        ring.buffer = torch.randn(rows, HEADS, SLOTS, DIM, generator=generator).to(dtype)
+        ring.pristine = ring.buffer[:, :, :S].clone()
+        rings.append(ring)
+    return rings
+
+
+def copies(rings):
+    return [(ring.buffer.clone(), ring.pristine.clone()) for ring in rings]
+
+
+def assert_shown(rings, before, turns):
+    for ring, (buffer, pristine) in zip(rings, before, strict=True):
+        assert torch.equal(ring.pristine, pristine)
+        assert torch.equal(ring.buffer[:, :, S:], buffer[:, :, S:])
+        wanted = turned(pristine, ring.rotation, turns)
+        off = (ring.buffer[:, :, :S].double() - wanted).norm() / wanted.norm()
+        assert off < (2e-3 if ring.buffer.dtype == torch.bfloat16 else 1e-6)  # rounded once: 2^-9, and less on average
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_each_of_many_layers_shows_its_own_sinks(name, dtype):
+    rings = full_rings([ROTATIONS[name]] * 19, dtype=dtype)  # more than lie side by side, and not a multiple of that
+    before, sinks = copies(rings), Sinks(rings)
+    for turns in ((5, 5), (6, 6), (7, 9), (7, 9), (0, 0), (1000, 2)):  # they are brought side by side with the second
+        sinks.show(Step(*turns))
+        assert_shown(rings, before, turns)
+
+
+def test_layers_that_turn_in_different_ways_or_have_other_shapes():
+    rings = full_rings([*ROTATIONS.values()] * 2) + full_rings([ROTATIONS["half"]] * 2, rows=2)
+    rings[-1].buffer = rings[-1].buffer[:, :1].clone()
+    rings[-1].pristine = rings[-1].pristine[:, :1].clone()
+    before, sinks = copies(rings), Sinks(rings)
+    for turns in ((5, 4), (6, 5), (7, 6)):
+        sinks.show(Step(*turns))
+        assert_shown(rings, before, turns)
+
+
+def test_sinks_that_come_later_are_shown_too():
+    rings = full_rings([ROTATIONS["partial"]] * 3)
+    sinks = Sinks(rings)
+    for turns in ((1, 1), (2, 2), (3, 3)):
+        sinks.show(Step(*turns))
+    for ring in rings:  # as a layout writes them: where they are kept, and where they are shown
+        late = torch.randn(HEADS, DIM)
+        ring.pristine[0, :, 2], ring.buffer[0, :, 2] = late, late
+    before = copies(rings)
+    sinks.show(Step(4, 4))
+    assert_shown(rings, before, (4, 4))
+
+
+def test_rings_with_other_buffers_are_seen():
+    rings = full_rings([ROTATIONS["half"]] * 9)
+    sinks = Sinks(rings)
+    for turns in ((1, 1), (2, 2)):
+        sinks.show(Step(*turns))
+    for ring in rings:
+        ring.select_rows(torch.tensor([1, 0]))
+    before = copies(rings)
+    for turns in ((2, 2), (3, 3), (4, 4)):
+        sinks.show(Step(*turns))
+        assert_shown(rings, before, turns)
+
+
+def test_buffers_that_change_with_each_token_are_not_brought_side_by_side():
+    """As those of beams, which would be copied once more each time."""
+    rings = full_rings([ROTATIONS["half"]] * 9)
+    sinks = Sinks(rings)
+    for turn in range(4):
+        for ring in rings:
+            ring.select_rows(torch.tensor([1, 0]))
+        addresses = [ring.buffer.data_ptr() for ring in rings]
+        sinks.show(Step(turn, turn))
+        assert [ring.buffer.data_ptr() for ring in rings] == addresses
+
+
+def test_only_some_buffers_are_held_twice_while_they_are_brought_side_by_side(monkeypatch):
+    rings = full_rings([ROTATIONS["half"]] * 24)
+    sinks, alive, stack = Sinks(rings), [], torch.stack
+    old = [weakref.ref(ring.buffer) for ring in rings]
+    sinks.show(Step(1, 1))
+
+    def counting_stack(tensors):
+        alive.append(sum(buffer() is not None for buffer in old))
+        return stack(tensors)
+
+    monkeypatch.setattr(torch, "stack", counting_stack)
+    sinks.show(Step(2, 2))
+    assert alive == [24, 16, 8]
+    assert not any(buffer() is not None for buffer in old)

@@ -1,0 +1,536 @@
+"""A cache that is copied, saved and loaded goes on to the bit; what cannot go on is refused, and changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
+
+import sink_patch
+from sink_patch import CacheFileError, CacheStateError, SinkCache
+from sink_patch.cache import files as storage
+from sink_patch.cache.packing import tensors_in
+from tests.support import zoo
+from tests.support.replay import cache_name
+from tests.support.tiny import tiny, tokens
+
+W, S = 12, 3
+SHORT_CONTEXT = {"max_position_embeddings": 32}
+AFTER = [1, 4, 1, 12, 1, 1]  # forwards after the cache was kept
+STREAM = 120
+
+
+def llama(**settings):
+    return tiny("llama", layers=2, **{**SHORT_CONTEXT, **settings})
+
+
+def gemma3_text():
+    types = ["sliding_attention", "full_attention"]
+    return tiny("gemma3_text", layers=2, layer_types=types, sliding_window=7, query_pre_attn_scalar=16, **SHORT_CONTEXT)
+
+
+def without_hooks(model):
+    """A copy of a model with which nothing has streamed yet."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        module._forward_pre_hooks.clear()
+        module._forward_hooks.clear()
+    return model
+
+
+def hooks(model):
+    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
+
+
+@torch.no_grad()
+def feed(model, cache, stream, schedule, mask=None):
+    """All logits of the forwards of a schedule, which go on where the cache stands."""
+    logits = []
+    for new in schedule:
+        start = cache.get_seq_length()
+        more = {} if mask is None else {"attention_mask": mask[:, : start + new]}
+        logits.append(model(stream[:, start : start + new], **{cache_name(model): cache}, **more).logits)
+    return logits
+
+
+def same(found, wanted):
+    return all(torch.equal(one, two) for one, two in zip(found, wanted, strict=True))
+
+
+def file_of(cache, path):
+    cache.save(path)
+    return path
+
+
+def rewrite(path, **changes):
+    """Say other things in the header of a file."""
+    header = {**header_of(path), **changes}
+    save_file(load_file(path), path, metadata={"sink_patch": json.dumps(header)})
+
+
+def header_of(path):
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["sink_patch"])
+
+
+def by_file(cache, model, path):
+    return SinkCache.load(file_of(cache, path), model=model)
+
+
+def by_clone(cache, model, path):
+    return cache.clone()
+
+
+KEPT = pytest.mark.parametrize("keep", [by_file, by_clone])
+BEFORE = {"nothing": [], "not full": [5], "full": [9, 1, 1, 4], "clock set back": [20, *[1] * 40]}
+
+
+@KEPT
+@pytest.mark.parametrize("before", BEFORE.values(), ids=BEFORE)
+@pytest.mark.parametrize("make", [llama, gemma3_text])
+def test_it_goes_on_to_the_bit(make, before, keep, tmp_path):
+    model, stream = make(), tokens(STREAM, rows=2)
+    cache = SinkCache(W, S, model=model)
+    feed(model, cache, stream, before)
+    kept = keep(cache, model, tmp_path / "cache")
+    assert repr(kept) == repr(cache)
+    assert [layer.kind for layer in kept.layers] == [layer.kind for layer in cache.layers]
+    wanted = feed(model, cache, stream, AFTER)
+    assert same(feed(model, kept, stream, AFTER), wanted)  # the other has gone on meanwhile, and shares nothing
+    assert kept.get_seq_length() == cache.get_seq_length()
+
+
+def test_the_clock_of_these_streams_is_set_back_before_and_after(tmp_path):
+    model, bases = llama(), []
+    cache = SinkCache(W, S, model=model)
+    for steps in (BEFORE["clock set back"], AFTER):
+        feed(model, cache, tokens(STREAM), steps)
+        bases.append(header_of(file_of(cache, tmp_path / "cache"))["rows"][0]["base"])
+    assert 0 < bases[0] < bases[1]
+
+
+@KEPT
+def test_rows_of_different_lengths_go_on_to_the_bit(keep, tmp_path):
+    model, stream = llama(), tokens(STREAM, rows=3)
+    mask = torch.ones(3, STREAM, dtype=torch.long)
+    mask[1, :4], mask[2, :9] = 0, 0
+    for before in ([10], [20, *[1] * 30]):
+        cache = SinkCache(W, S, model=model)
+        feed(model, cache, stream, before, mask)
+        kept = keep(cache, model, tmp_path / "cache")
+        assert same(feed(model, kept, stream, AFTER, mask), feed(model, cache, stream, AFTER, mask))
+
+
+def values_of(cache):
+    """What layers hold beside tensors."""
+    plain = (bool, int, torch.dtype, torch.device, dict)
+    return [
+        {
+            name: value
+            for name, value in vars(layer).items()
+            if isinstance(value, plain) and not name.endswith("_states")
+        }
+        for layer in cache.layers
+    ]
+
+
+@KEPT
+@pytest.mark.parametrize("model_type", ["falcon_h1", "lfm2", "qwen3_next"])
+def test_states_go_on_to_the_bit(model_type, keep, tmp_path):
+    model, stream = zoo.build(model_type), tokens(STREAM, rows=2)
+    after = [1] * 6 if sink_patch.families()[model_type].whole_prompts else AFTER
+    for before in ([], [20, 1, 1]):
+        cache = SinkCache(W, S, model=model)
+        with torch.inference_mode():
+            feed(model, cache, stream, before)
+        kept = keep(cache, model, tmp_path / "cache")
+        assert values_of(kept) == values_of(cache)
+        with torch.inference_mode():
+            wanted = feed(model, cache, stream, after)
+        assert same(feed(model, kept, stream, after), wanted)
+
+
+@KEPT
+def test_states_that_hang_on_a_graph_are_kept_without_it(keep, tmp_path):
+    model, stream = zoo.build("lfm2"), tokens(30)
+    cache = SinkCache(W, S, model=model)
+    model(stream[:, :20], **{cache_name(model): cache})
+    kept = keep(cache, model, tmp_path / "cache")
+    assert not any(tensor.requires_grad for tensor in tensors_in(vars(kept.layers[0])))
+    assert same(feed(model, kept, stream, [1] * 5), feed(model, cache, stream, [1] * 5))
+
+
+@KEPT
+def test_bfloat16_and_rings_that_do_not_turn_stay_as_they_are(keep, tmp_path):
+    model, stream = copy.deepcopy(llama()).bfloat16(), tokens(STREAM)
+    cache = SinkCache(W, S, model=model)
+    feed(model, cache, stream, [20, *[1] * 40])
+    kept = keep(cache, model, tmp_path / "cache")
+    assert kept.layers[0].keys.dtype == torch.bfloat16
+    assert kept.layers[0].rings[1].pristine is None
+    assert same(feed(model, kept, stream, AFTER), feed(model, cache, stream, AFTER))
+
+
+@KEPT
+def test_grad_modes_may_change_afterwards(keep, tmp_path):
+    model, stream = llama(), tokens(STREAM)
+    cache = SinkCache(W, S, model=model)
+    with torch.inference_mode():
+        feed(model, cache, stream, [20])
+        kept = keep(cache, model, tmp_path / "cache")
+    feed(model, kept, stream, AFTER)
+
+
+@KEPT
+def test_spare_slots_are_kept(keep, tmp_path):
+    """Where what leaves the window is recorded, so that it can come back."""
+    model, stream = llama(), tokens(STREAM)
+    cache = SinkCache(W, S, model=model)
+    feed(model, cache, stream, [9])
+    cache.activate_past_recording(4)
+    feed(model, cache, stream, [1] * 30)
+    kept = keep(cache, model, tmp_path / "cache")
+    for one in (cache, kept):
+        one.forget(3, "")
+    assert kept.is_croppable
+    assert kept.layers[0].kind.spare >= 4
+    assert kept.layers[0].rings[0].kind == cache.layers[0].kind
+    assert same(feed(model, kept, stream, AFTER), feed(model, cache, stream, AFTER))
+
+
+def test_an_equal_model_of_another_process_will_do(tmp_path):
+    model, stream = llama(), tokens(STREAM)
+    other = without_hooks(model)
+    cache = SinkCache(W, S, model=model)
+    feed(model, cache, stream, [20, *[1] * 40])
+    loaded = by_file(cache, other, tmp_path / "cache")
+    assert loaded.is_bound_to(other)
+    assert not loaded.is_bound_to(model)
+    assert same(feed(other, loaded, stream, AFTER), feed(model, cache, stream, AFTER))
+
+
+def test_it_goes_on_in_generate(tmp_path):
+    model = llama()
+    asked = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    first = model.generate(tokens(9), **asked, cache_implementation="sink", window_length=W, num_sink_tokens=S)
+    cache = first.past_key_values
+    kept = [by_file(cache, model, tmp_path / "cache"), cache.clone()]
+    history = torch.cat((first.sequences, tokens(5, seed=1)), dim=1)
+    wanted, *found = (model.generate(history, **asked, past_key_values=one) for one in (cache, *kept))
+    assert all(same(one.logits, wanted.logits) for one in found)
+
+
+def test_a_second_save_replaces_the_first_and_one_that_fails_leaves_it(tmp_path, monkeypatch):
+    model, path = llama(), tmp_path / "cache"
+    cache = SinkCache(W, S, model=model)
+    feed(model, cache, tokens(STREAM), [5])
+    cache.save(path)
+    feed(model, cache, tokens(STREAM), [5])
+    cache.save(str(path))
+    assert SinkCache.load(path, model=model).get_seq_length() == 10
+
+    def interrupted(tensors, unfinished, metadata):
+        Path(unfinished).write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(storage, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache.save(path)
+    assert SinkCache.load(path, model=model).get_seq_length() == 10
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_stays_a_link(tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "cache")
+    SinkCache(W, S, model=llama()).save(link)
+    assert link.is_symlink()
+    assert (tmp_path / "cache").is_file()
+
+
+def test_each_layer_is_loaded_to_where_the_model_has_it(tmp_path, monkeypatch):
+    model = llama()
+    cache = SinkCache(W, S, model=model)
+    feed(model, cache, tokens(STREAM), [20])
+    cache.save(tmp_path / "cache")
+    places = {0: "cpu", 1: "meta"}  # stands for a second device
+    monkeypatch.setattr(storage, "_device_of", lambda module: torch.device(places[getattr(module, "layer_idx", 0)]))
+    loaded = SinkCache.load(tmp_path / "cache", model=model)
+    assert [layer.keys.device.type for layer in loaded.layers] == ["cpu", "meta"]
+
+
+def test_a_loaded_cache_does_not_need_its_file(tmp_path):
+    model, stream, path = llama(), tokens(STREAM), tmp_path / "cache"
+    cache = SinkCache(W, S, model=model)
+    feed(model, cache, stream, [20])
+    loaded = by_file(cache, model, path)
+    path.write_bytes(b"\0" * path.stat().st_size)
+    assert same(feed(model, loaded, stream, AFTER), feed(model, cache, stream, AFTER))
+
+
+def test_a_directory_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(CacheFileError, match=r"nowhere.cache could not be written"):
+        SinkCache(W, S, model=llama()).save(tmp_path / "nowhere" / "cache")
+
+
+def test_only_a_sound_cache_between_forwards_is_saved(tmp_path):
+    model, path = copy.deepcopy(llama()), tmp_path / "cache"
+    with pytest.raises(sink_patch.UnboundCacheError, match="cannot be saved: it has no model"):
+        SinkCache(W, S).save(path)
+    cache = SinkCache(W, S, model=model)
+    feed(model, cache, tokens(STREAM), [20])
+    errors = []
+
+    def keep(*_):
+        for act in (lambda: cache.save(path), cache.clone, lambda: copy.deepcopy([cache])):
+            with pytest.raises(CacheStateError, match=r"cannot be (saved|copied) in the middle of a forward") as caught:
+                act()
+            errors.append(caught.value)
+
+    handle = model.model.layers[1].register_forward_pre_hook(keep)
+    feed(model, cache, tokens(STREAM), [1])
+    assert len(errors) == 3
+    handle.remove()
+
+    def fail(*_):
+        raise MemoryError
+
+    handle = model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        feed(model, cache, tokens(STREAM), [4])
+    handle.remove()
+    with pytest.raises(CacheStateError, match=r"cannot be saved\. A forward .* failed half-way.*reset"):
+        cache.save(path)
+    cache.reset()
+    cache.save(path)
+
+
+def test_a_cache_whose_model_is_gone_is_not_saved(tmp_path):
+    model = copy.deepcopy(llama())
+    cache = SinkCache(W, S, model=model)
+    del model
+    gc.collect()
+    with pytest.raises(CacheStateError, match="its model is gone"):
+        cache.save(tmp_path / "cache")
+
+
+def test_what_it_does_not_know_in_a_layer_is_not_saved(tmp_path):
+    model = zoo.build("lfm2")
+    cache = SinkCache(W, S, model=model)
+    cache.layers[0].ready = torch.Generator()
+    with pytest.raises(CacheStateError, match=r"layers\.0\.ready is a Generator"):
+        cache.save(tmp_path / "cache")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A file, and the model of its cache without any hooks."""
+    model = without_hooks(llama())
+    cache = SinkCache(W, S, model=model)
+    feed(model, cache, tokens(STREAM), [20])
+    cache.save(tmp_path / "cache")
+    return tmp_path / "cache", without_hooks(model)
+
+
+def refuses(path, model, match):
+    with pytest.raises(CacheFileError, match=match) as caught:
+        SinkCache.load(path, model=model)
+    assert hooks(model) == 0
+    return str(caught.value)
+
+
+def test_a_file_that_is_none_of_ours_is_refused(saved):
+    path, model = saved
+    save_file({"weight": torch.zeros(2)}, path)
+    refuses(path, model, r"holds no SinkCache\. Load a file")
+    for content in (b"", b"hello", b"hello, I am a longer text than that"):
+        path.write_bytes(content)
+        refuses(path, model, "holds no SinkCache, or has been cut short")
+    with pytest.raises(FileNotFoundError):
+        SinkCache.load(path.with_name("nowhere"), model=model)
+
+
+@pytest.mark.parametrize("part", [0.02, 0.5, 0.999])
+def test_a_file_that_is_cut_short_is_refused(saved, part):
+    path, model = saved
+    content = path.read_bytes()
+    path.write_bytes(content[: int(part * len(content))])
+    refuses(path, model, "cut short")
+
+
+def test_another_format_is_refused(saved):
+    path, model = saved
+    rewrite(path, format=storage.FORMAT + 1, sink_patch="9.9")
+    refuses(path, model, r"is of format 2, written by sink_patch 9\.9; .* reads format 1")
+
+
+@pytest.mark.parametrize("what", ["Row", "LayerKind", "Ring"])
+def test_a_file_of_a_sink_patch_that_holds_other_things_is_refused(saved, what):
+    path, model = saved
+    header = header_of(path)
+    place = {"Row": header["rows"][0], "LayerKind": header["layers"][1]["kind"]}.get(what)
+    if place is None:
+        header["layers"][1]["keys"]["dict"].append(["news", 1])
+    else:
+        place["news"] = 1
+    rewrite(path, **header)
+    refuses(path, model, rf"whose {what} holds .*'news'")
+
+
+OTHERS = {
+    "class": (lambda: llama().model, r"same: class \(LlamaForCausalLM then, LlamaModel now\), weights"),
+    "model_type": (lambda: tiny("qwen3", layers=2, **SHORT_CONTEXT), r"model_type \(llama then, qwen3 now\)"),
+    "positions": (
+        lambda: llama(max_position_embeddings=64),
+        r"same: positions \(\[32, None\] then, \[64, None\] now\)\.",
+    ),
+    "layers": (lambda: tiny("llama", layers=3, **SHORT_CONTEXT), r"number of layers \(2 then, 3 now\)"),
+    "weights": (lambda: llama(seed=1), r"same: weights\."),
+    "dtype": (lambda: copy.deepcopy(llama()).bfloat16(), r"rotations, weights"),
+}
+
+
+@pytest.mark.parametrize(("make", "difference"), OTHERS.values(), ids=OTHERS)
+def test_another_model_is_refused_with_what_differs(saved, make, difference):
+    refuses(saved[0], without_hooks(make()), rf"cache was saved with another model .*not the {difference}|{difference}")
+
+
+def test_one_layer_of_other_weights_is_another_model(saved):
+    path, model = saved
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight.mul_(1.01)
+    refuses(path, model, r"same: weights\.")
+
+
+def test_other_rotations_are_another_model(saved):
+    path, model = saved
+    for buffer in (model.model.rotary_emb.inv_freq, model.model.rotary_emb.original_inv_freq):
+        buffer.mul_(0.9)
+    refuses(path, model, r"same: rotations\.")
+
+
+def test_rotations_may_differ_in_the_last_bit(saved):
+    path, model = saved
+    for buffer in (model.model.rotary_emb.inv_freq, model.model.rotary_emb.original_inv_freq):
+        buffer.mul_(1 + 1e-7)
+    assert SinkCache.load(path, model=model).get_seq_length() == 20
+
+
+def test_other_sliding_windows_are_another_model(tmp_path):
+    model = without_hooks(gemma3_text())
+    SinkCache(W, S, model=gemma3_text()).save(tmp_path / "cache")
+    model.config.sliding_window = 8
+    refuses(tmp_path / "cache", model, r"same: kinds of layers\.")
+
+
+def test_a_model_that_cannot_stream_is_refused_as_ever(saved):
+    with pytest.raises(sink_patch.UnsupportedModelError):
+        SinkCache.load(saved[0], model=tiny("opt"))
+
+
+def test_keys_and_values_go_on_in_another_version_of_transformers(saved):
+    path, model = saved
+    rewrite(path, transformers="4.99.9")
+    assert SinkCache.load(path, model=model).get_seq_length() == 20
+
+
+@pytest.mark.parametrize("model_type", ["falcon_h1", "lfm2"])
+def test_states_do_not_go_on_in_another_version_of_transformers(model_type, tmp_path):
+    model = without_hooks(zoo.build(model_type))
+    used = copy.deepcopy(model)
+    SinkCache(W, S, model=used).save(tmp_path / "cache")
+    rewrite(tmp_path / "cache", transformers="4.99.9")
+    refuses(tmp_path / "cache", model, r"states of transformers 4\.99\.9, and this is")
+
+
+def test_a_copy_does_not_copy_the_model(monkeypatch):
+    model, stream = llama(), tokens(STREAM)
+    cache = SinkCache(W, S, model=model)
+    feed(model, cache, stream, [20])
+    monkeypatch.setattr(type(model), "__deepcopy__", lambda *_: pytest.fail("the model was copied"), raising=False)
+    cache.owner = held = {"cache": cache, "again": cache}
+    twin = copy.deepcopy(held)
+    assert twin["cache"] is twin["again"]
+    clone = cache.clone()
+    assert clone.owner["cache"] is clone
+    assert twin["cache"].is_bound_to(model)
+    third = copy.copy(cache)
+    wanted = feed(model, cache, stream, AFTER)
+    assert same(feed(model, twin["cache"], stream, AFTER), wanted)
+    assert same(feed(model, third, stream, AFTER), wanted)
+    assert SinkCache(W, S).clone().window_length == W  # unbound
+
+
+def test_a_copy_shares_no_tensor():
+    model = llama()
+    cache = SinkCache(W, S, model=model)
+    feed(model, cache, tokens(STREAM), [20])
+    addresses = [
+        {
+            tensor.data_ptr()
+            for layer in one.layers
+            for ring in layer.rings
+            for tensor in (ring.buffer, ring.pristine)
+            if tensor is not None
+        }
+        for one in (cache, cache.clone())
+    ]
+    assert len(addresses[0]) == 6
+    assert not addresses[0] & addresses[1]
+
+
+@pytest.mark.parametrize("act", [pickle.dumps, lambda cache: torch.save(cache, io.BytesIO())])
+def test_a_cache_is_not_pickled(act):
+    with pytest.raises(sink_patch.UnpicklableCacheError, match=r"pickled: .* Use cache\.save\(path\)") as caught:
+        act(SinkCache(W, S, model=llama()))
+    assert isinstance(caught.value, TypeError)
+
+
+def through_torch(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("take", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), through_torch])
+def test_a_model_that_has_streamed_can_be_copied_and_pickled(take):
+    model, stream = llama(), tokens(STREAM)
+    cache = SinkCache(W, S, model=model)
+    wanted = feed(model, cache, stream, [20, *AFTER])
+    other = take(model)
+    with pytest.raises(sink_patch.UnboundCacheError):
+        feed(other, cache, stream, [1])
+    assert same(feed(other, SinkCache(W, S, model=other), stream, [20, *AFTER]), wanted)
+    assert hooks(other) == hooks(model)
+
+
+def test_an_unpickled_model_may_have_lost_a_hook_to_another(monkeypatch):
+    """In a new process torch counts hooks from 0 again, and puts them over those that a model brings."""
+    model, stream = copy.deepcopy(llama()), tokens(STREAM)
+    SinkCache(W, S, model=model)
+    model = pickle.loads(pickle.dumps(model))
+    monkeypatch.setattr(torch.utils.hooks.RemovableHandle, "next_id", next(iter(model._forward_hooks)))
+    model.register_forward_hook(lambda *_: None)
+    cache = SinkCache(W, S, model=model)
+    feed(model, cache, stream, [5, 1])
+    assert cache.get_seq_length() == 6
+
+
+@pytest.mark.parametrize("take", [copy.deepcopy, copy.copy, lambda config: pickle.loads(pickle.dumps(config))])
+def test_a_generation_config_that_asks_for_the_sink_cache_can_be_copied_and_pickled(take):
+    asked = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True}
+    sizes = {"window_length": W, "num_sink_tokens": S}
+    config = take(GenerationConfig(cache_implementation="sink", **sizes, **asked))
+    out = llama().generate(tokens(9), generation_config=config)
+    assert (out.past_key_values.window_length, out.past_key_values.num_sink_tokens) == (W, S)

@@ -1,0 +1,387 @@
+"""Decoding through a graph: compiled once, for all tokens of all streams, and right."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import threading
+
+import pytest
+import torch
+import torch._dynamo
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
+
+from sink_patch import SinkCache
+from sink_patch.streaming import fixed_steps as fixed
+from tests.support import zoo
+from tests.support.known_gaps import is_newest, skip_what_is_to_come
+from tests.support.oracle import relative_error, visible_tokens
+from tests.support.replay import cache_name
+from tests.support.tiny import tiny, tokens
+
+# of torch itself, where it traces the masks of transformers 4.53 to 4.57
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+W, S = 12, 3
+CONTEXT = 48  # so short that the clock is set back
+SINK = {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S}
+MODELS = {
+    "llama": {},
+    "cohere": {},  # interleaved
+    "gptj": {"n_positions": CONTEXT, "n_ctx": CONTEXT},  # a table of angles
+    "phi": {},  # partial
+    "mistral": {"sliding_window": 128},
+    # two kinds of layers, which share a mask once both are full
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7},
+    "gpt_oss": {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 7},
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_graphs():
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch._dynamo.reset()
+
+
+def graph_config(backend="eager"):
+    config = CompileConfig(backend=backend, mode=None, fullgraph=True, dynamic=False)
+    config._compile_all_devices = True  # else on GPUs only
+    return config
+
+
+def run(model, ids, **settings):
+    asked = {"do_sample": False, "max_new_tokens": 5 * W, "return_dict_in_generate": True, "output_logits": True}
+    return model.generate(ids, **{**asked, **SINK, **settings})
+
+
+def graphs():
+    """How many were made, and at how many places one was broken."""
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+def assert_same(found, wanted):
+    assert torch.equal(found.sequences, wanted.sequences)
+    for one, other in zip(found.logits, wanted.logits, strict=True):
+        assert relative_error(one, other) < 1e-5
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("model_type", MODELS)
+def test_one_graph_serves_all_tokens_of_three_streams(model_type, attention):
+    context = {} if model_type == "gptj" else {"max_position_embeddings": CONTEXT}
+    if model_type in ("gptj", "gpt_oss") and attention == "sdpa":
+        pytest.skip(f"transformers has no sdpa for {model_type}")
+    model = tiny(model_type, layers=2, attention=attention, **context, **MODELS[model_type])
+    for prompt in (1, 6, 2 * W):
+        ids = tokens(prompt, seed=prompt)
+        found = run(model, ids, compile_config=graph_config())
+        assert_same(found, run(model, ids))
+        assert graphs() == (1, 0)
+        assert not found.past_key_values.is_compileable  # masks outside the graph are not transformers' business
+
+
+def test_each_token_is_the_oracles():
+    model, ids = tiny("llama", attention="sdpa", max_position_embeddings=CONTEXT), tokens(6)
+    out = run(model, ids, compile_config=graph_config())
+    for step, logits in enumerate(out.logits[1:]):
+        seen = ids.shape[1] + step
+        with torch.no_grad():
+            wanted = model(visible_tokens(out.sequences, seen, 1, W, S), use_cache=False).logits[:, -1]
+        assert relative_error(logits, wanted) < 1e-5
+
+
+def test_rows_of_different_lengths_and_a_second_turn():
+    model = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT)
+    ids, mask = tokens(14, rows=2), torch.ones(2, 14, dtype=torch.long)
+    mask[1, :9] = 0
+    more = {"attention_mask": mask, "pad_token_id": 0}
+    found, wanted = (run(model, ids, **more, **compiled) for compiled in ({"compile_config": graph_config()}, {}))
+    assert_same(found, wanted)
+    history = torch.cat((found.sequences, tokens(5, rows=2, seed=1)), dim=1)
+    more["attention_mask"] = torch.cat((mask, torch.ones(2, history.shape[1] - 14, dtype=torch.long)), dim=1)
+    turns = []
+    for first, compiled in ((found, {"compile_config": graph_config()}), (wanted, {})):
+        resumed = {"past_key_values": first.past_key_values, "cache_implementation": None, **compiled}
+        turns.append(run(model, history, **more, **resumed))
+    assert_same(*turns)
+    assert graphs() == (1, 0)
+
+
+def test_two_kinds_of_layers_in_rows_of_different_lengths():
+    model = tiny("gemma3_text", layers=2, attention="sdpa", max_position_embeddings=CONTEXT, **MODELS["gemma3_text"])
+    ids, mask = tokens(10, rows=2), torch.ones(2, 10, dtype=torch.long)
+    mask[1, :7] = 0
+    more = {"attention_mask": mask, "pad_token_id": 0}
+    found, wanted = (run(model, ids, **more, **compiled) for compiled in ({"compile_config": graph_config()}, {}))
+    assert_same(found, wanted)
+    assert graphs() == (1, 0)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_what_a_graph_writes_to_stays_where_it_is_and_is_said_to(model_type, monkeypatch):
+    """Else CUDA graphs are given up (torch/_inductor/cudagraph_utils.py, on mutated inputs)."""
+    monkeypatch.setattr(fixed, "HAVE_GRAPHS", ("cpu",))
+    model = tiny(model_type, layers=2, attention="sdpa", max_position_embeddings=CONTEXT, **MODELS[model_type])
+    addresses = []
+
+    def backend(graph, _):
+        inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        static = ["_dynamo_static_input_type" in node.meta.get("tensor_dict", {}) for node in inputs]
+        held = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+
+        def call(*given):
+            before = [tensor._version for tensor in given]
+            out = graph.forward(*given)
+            written = [tensor._version != version for tensor, version in zip(given, before, strict=True)]
+            assert sum(written) == 4  # keys and values of two layers
+            assert all(said for said, is_written in zip(static, written, strict=True) if is_written)
+            others = [tensor for tensor, said in zip(given, static, strict=True) if not said]
+            others = [tensor for tensor in others if tensor.data_ptr() not in held]
+            assert [tensor.shape for tensor in others] == [(1, 1)]  # the token
+            addresses.append([tensor.data_ptr() for tensor, said in zip(given, static, strict=True) if said])
+            return out
+
+        return call
+
+    run(model, tokens(6), compile_config=graph_config(backend))
+    assert len(addresses) > 4 * W
+    assert all(here == addresses[0] for here in addresses)
+
+
+def test_other_windows_and_batches_do_not_each_have_a_graph():
+    model = tiny("llama", layers=2, attention="sdpa")
+    config = graph_config()
+    config.dynamic = None  # torch's default: what changes once is a variable
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        for rows, window in ((1, 12), (1, 16), (2, 14), (3, 20), (4, 24), (2, 28)):
+            settings = {"window_length": window, "max_new_tokens": 40}
+            ids = tokens(6, rows=rows)
+            assert_same(run(model, ids, compile_config=config, **settings), run(model, ids, **settings))
+    assert graphs()[0] <= 3
+
+
+@torch.no_grad()
+def test_compiled_and_plain_forwards_may_follow_each_other():
+    """What the graph sees is then another part of the slots than after the token before."""
+    model = copy.copy(tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT))
+    stream, caches = tokens(60), [SinkCache(W, S, model=model) for _ in range(2)]
+    compiled, logits = torch.compile(model.forward, backend="eager", dynamic=False), []
+    for cache, is_compiled in zip(caches, (False, True), strict=True):
+        for count in (4, 1, 1, -1, 1, 1, 2, 1, -2, 1, 1, 1, 3, 1, 1, 5, *[1] * 12):
+            if count < 0:
+                cache.crop(count)  # which all versions of transformers understand
+                continue
+            seen = cache.get_seq_length()
+            if is_compiled and count == 1:
+                model.forward = compiled
+            logits.append(model(stream[:, seen : seen + count], past_key_values=cache).logits[:, -1])
+            vars(model).pop("forward", None)
+    half = len(logits) // 2
+    for found, wanted in zip(logits[half:], logits[:half], strict=True):
+        assert relative_error(found, wanted) < 1e-5
+
+
+def test_beams_are_compiled_too():
+    model = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT)
+    more = {"num_beams": 3, "output_scores": True}
+    found, wanted = (run(model, tokens(6), **more, **compiled) for compiled in ({"compile_config": graph_config()}, {}))
+    assert torch.equal(found.sequences, wanted.sequences)
+
+
+def test_nothing_is_compiled_unless_that_is_asked_for():
+    run(tiny("llama", layers=2, attention="sdpa"), tokens(6))
+    assert graphs() == (0, 0)
+
+
+def test_a_compiled_forward_is_a_graph_for_prompts_and_one_for_tokens():
+    model = copy.copy(tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT))
+    wanted = [run(model, tokens(6, seed=seed)) for seed in range(3)]
+    with torch._dynamo.config.patch(error_on_recompile=False):  # prompts have another shape than tokens
+        model.forward = torch.compile(model.forward, backend="eager", fullgraph=True, dynamic=False)
+        for seed in range(3):
+            assert_same(run(model, tokens(6, seed=seed)), wanted[seed])
+    assert graphs() == (2, 0)
+
+
+@torch.no_grad()
+def test_a_compiled_model_in_a_loop_of_ones_own_is_right():
+    model = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT)
+    stream, plain, cache = tokens(5 * W), SinkCache(W, S, model=model), SinkCache(W, S, model=model)
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        compiled = torch.compile(model, backend="eager", dynamic=False)
+        for start, count in ((0, 6), *((start, 1) for start in range(6, 5 * W))):
+            new = stream[:, start : start + count]
+            found = compiled(new, **{cache_name(model): cache}).logits
+            assert relative_error(found, model(new, past_key_values=plain).logits) < 1e-5
+    assert cache.get_seq_length() == 5 * W
+
+
+@torch.no_grad()
+def test_other_caches_of_a_model_that_has_streamed_are_compiled_as_ever():
+    model = tiny("llama", layers=2, attention="sdpa")
+    SinkCache(W, S, model=model)
+    asked = {"cache_implementation": "static", "do_sample": False, "max_new_tokens": 20}
+    wanted = model.generate(tokens(6), **asked)
+    assert torch.equal(model.generate(tokens(6), **asked, compile_config=graph_config()), wanted)
+    assert graphs() == (1, 0)
+
+
+REFUSED = {
+    "biases by the order of keys": lambda: tiny("falcon", alibi=True),
+    "recurrent states": lambda: (skip_what_is_to_come("qwen3_next"), zoo.build("qwen3_next"))[1],
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_one_graph_cannot_serve_is_not_compiled(name):
+    model = REFUSED[name]()
+    wanted = run(model, tokens(6))
+    assert_same(run(model, tokens(6), compile_config=graph_config()), wanted)
+    assert graphs() == (0, 0)
+
+
+def test_a_graph_that_fails_leaves_a_cache_that_says_so():
+    model = tiny("llama", layers=2, attention="sdpa")
+    first = run(model, tokens(6))
+    cache, fails = first.past_key_values, [True]
+
+    def backend(graph, _):
+        def call(*inputs):
+            out = graph.forward(*inputs)
+            if fails:
+                raise MemoryError
+            return out
+
+        return call
+
+    history = torch.cat((first.sequences, tokens(1)), dim=1)
+    resumed = {"past_key_values": cache, "cache_implementation": None, "compile_config": graph_config(backend)}
+    with pytest.raises(MemoryError):
+        run(model, history, **resumed)
+    fails.clear()
+    with pytest.raises(RuntimeError, match=r"failed half-way.*reset\(\)"):
+        run(model, history, **resumed)
+    cache.reset()
+    assert torch.equal(run(model, tokens(6), **resumed).sequences, first.sequences)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler: g++")
+@pytest.mark.skipif(not is_newest(), reason="what inductor makes of a graph does not depend on transformers")
+@pytest.mark.slow
+def test_inductor_makes_the_same_of_it():
+    model = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT)
+    for seed in range(3):
+        ids = tokens(6, seed=seed)
+        assert_same(run(model, ids, compile_config=graph_config("inductor")), run(model, ids))
+    assert graphs() == (1, 0)
+
+
+@torch.no_grad()
+def test_a_compiled_model_goes_on_after_an_interrupt():
+    """torch runs no hooks then, so what was begun is still there when the model is called again."""
+    model = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT)
+    stream, plain, cache = tokens(40), SinkCache(W, S, model=model), SinkCache(W, S, model=model)
+    interrupts = []
+
+    def backend(graph, _):
+        def call(*inputs):
+            if interrupts:
+                raise interrupts.pop()
+            return graph.forward(*inputs)
+
+        return call
+
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        compiled = torch.compile(model, backend=backend, dynamic=False)
+        for start, count in ((0, 4), *((start, 1) for start in range(4, 30))):
+            new = stream[:, start : start + count]
+            if start == 7:  # the window is not full, so nothing is overwritten
+                interrupts.append(KeyboardInterrupt())
+                with pytest.raises(KeyboardInterrupt):
+                    compiled(new, **{cache_name(model): cache})
+                assert cache.get_seq_length() == 7
+            found = compiled(new, **{cache_name(model): cache}).logits
+            assert relative_error(found, model(new, past_key_values=plain).logits) < 1e-5
+
+
+@pytest.mark.parametrize("how", ["compile_config", "forward"])
+def test_where_torch_gives_up_and_runs_a_graph_without_compiling_the_text_is_the_same(how):
+    """As after too many prompts of different lengths."""
+    model = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT)
+    wanted = run(model, tokens(6))
+    if how == "forward":
+        model = copy.copy(model)
+        model.forward = torch.compile(model.forward, backend="eager", dynamic=False)
+    with torch.compiler.set_stance("force_eager"):
+        settings = {"compile_config": graph_config()} if how == "compile_config" else {}
+        assert_same(run(model, tokens(6), **settings), wanted)
+
+
+def test_what_was_compiled_in_inference_mode_goes_on_outside_it():
+    model = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT)
+    wanted = run(model, tokens(6))
+    with torch.inference_mode():
+        first = run(model, tokens(6), compile_config=graph_config(), max_new_tokens=20)
+    resumed = {"past_key_values": first.past_key_values, "cache_implementation": None, "max_new_tokens": 5 * W - 20}
+    with torch._dynamo.config.patch(error_on_recompile=False):  # the mode is another one
+        second = run(model, first.sequences.clone(), compile_config=graph_config(), **resumed)
+    assert torch.equal(second.sequences, wanted.sequences)
+
+
+@torch.no_grad()
+def test_a_row_may_bring_no_token():
+    model = copy.copy(tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT))
+    stream, caches = tokens(40, rows=2), [SinkCache(W, S, model=model) for _ in range(2)]
+    steps = [(0, 20, [1, 1]), *((at, at + 1, [1, at % 2]) for at in range(20, 30))]
+    compiled, logits = torch.compile(model.forward, backend="eager", dynamic=False), []
+    with torch._dynamo.config.patch(error_on_recompile=False, recompile_limit=32):
+        for cache, forward in zip(caches, (None, compiled), strict=True):
+            mask = torch.empty(2, 0, dtype=torch.long)
+            if forward is not None:
+                model.forward = forward
+            for start, end, real in steps:
+                mask = torch.cat((mask, torch.tensor(real)[:, None].expand(2, end - start)), dim=1)
+                logits.append(model(stream[:, start:end], attention_mask=mask, past_key_values=cache).logits[:, -1])
+    for (*_, real), found, wanted in zip(steps, logits, logits[len(steps) :], strict=False):
+        rows = torch.tensor(real, dtype=torch.bool)
+        assert relative_error(found[rows], wanted[rows]) < 1e-5
+
+
+def test_a_graph_that_is_called_by_hand_takes_what_it_always_took():
+    model = tiny("llama", layers=2, attention="sdpa")
+    with torch.no_grad():
+        assert torch.equal(model.get_compiled_call(graph_config())(tokens(3)).logits, model(tokens(3)).logits)
+
+
+@torch.no_grad()
+def test_a_thread_that_compiles_something_else_does_not_disturb_a_stream():
+    """`torch.compiler.is_compiling` is true in all threads then."""
+    model, started, done = tiny("llama", layers=2), threading.Event(), threading.Event()
+    cache, plain, stream = SinkCache(W, S, model=model), SinkCache(W, S, model=model), tokens(8)
+
+    def backend(graph, _):
+        started.set()
+        done.wait(60)
+        return graph.forward
+
+    def start(*_):
+        if not thread.is_alive() and not started.is_set():
+            thread.start()
+            started.wait(60)
+
+    thread = threading.Thread(target=lambda: torch.compile(torch.nn.Linear(4, 4), backend=backend)(torch.ones(1, 4)))
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(start)
+    try:
+        model(stream[:, :5], past_key_values=cache)
+    finally:
+        handle.remove()
+        done.set()
+        thread.join()
+    assert cache.get_seq_length() == 5
+    model(stream[:, :5], past_key_values=plain)
+    found, wanted = (model(stream[:, 5:6], past_key_values=one).logits for one in (cache, plain))
+    assert torch.equal(found, wanted)

@@ -1,0 +1,275 @@
+"""`cache_implementation="sink"` in `generate`."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from sink_patch import SinkArgumentError, SinkCache, UnsupportedGenerationError
+from sink_patch.generation import wrappers as sink_generate
+from tests.support.oracle import relative_error, visible_tokens
+from tests.support.tiny import tiny, tokens
+
+W, S = 12, 3
+PROMPT = tokens(6)
+
+
+def run(model, ids=PROMPT, *, new=40, **kwargs):
+    kwargs = {"do_sample": False, "max_new_tokens": new, "return_dict_in_generate": True, **kwargs}
+    return model.generate(ids, **kwargs)
+
+
+@pytest.fixture
+def model():
+    """A model with its own generation config, so that tests may change it."""
+    shared = tiny("llama", layers=1, max_position_embeddings=64)
+    model = copy.copy(shared)
+    model.generation_config = copy.deepcopy(shared.generation_config)
+    return model
+
+
+def sizes(cache):
+    return cache.window_length, cache.num_sink_tokens
+
+
+def test_each_token_is_the_oracles(model):
+    out = run(model, new=150, cache_implementation="sink", window_length=W, num_sink_tokens=S, output_logits=True)
+    assert isinstance(out.past_key_values, SinkCache)
+    stream = out.sequences
+    for step, logits in enumerate(out.logits):
+        seen = 0 if step == 0 else PROMPT.shape[1] + step - 1
+        visible = visible_tokens(stream, seen, PROMPT.shape[1] if step == 0 else 1, W, S)
+        with torch.no_grad():
+            assert relative_error(logits, model(visible, use_cache=False).logits[:, -1]) < 1e-5
+
+
+WAYS = {
+    "arguments": ({"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S}, {}),
+    "cache_config": ({"cache_implementation": "sink", "cache_config": {"window_length": W, "num_sink_tokens": S}}, {}),
+    "entries of the config": ({}, {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S}),
+    "cache_config of the config": (
+        {},
+        {"cache_implementation": "sink", "cache_config": {"window_length": W, "num_sink_tokens": S}},
+    ),
+    "an argument beside the config": (
+        {"cache_implementation": "sink"},
+        {"window_length": W, "cache_config": {"num_sink_tokens": S}},
+    ),
+    "an argument beats the config": (
+        {"window_length": W},
+        {"cache_implementation": "sink", "window_length": 99, "num_sink_tokens": S},
+    ),
+    "an argument beats cache_config": (
+        {"window_length": W, "cache_config": {"window_length": 77, "num_sink_tokens": S}},
+        {"cache_implementation": "sink"},
+    ),
+    "cache_config beats the config's entries": (
+        {"cache_config": {"window_length": W}},
+        {"cache_implementation": "sink", "window_length": 99, "num_sink_tokens": S},
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_sizes_may_be_given_in_many_ways(model, way, tmp_path):
+    arguments, entries = WAYS[way]
+    GenerationConfig(**entries).save_pretrained(tmp_path)
+    model.generation_config = GenerationConfig.from_pretrained(tmp_path)
+    before = copy.deepcopy(model.generation_config.to_dict())
+    out = run(model, **arguments)
+    assert sizes(out.past_key_values) == (W, S)
+    assert model.generation_config.to_dict() == before
+
+
+@pytest.mark.parametrize("other", [None, "dynamic", "static"])
+def test_a_call_may_ask_for_another_cache_than_the_config(model, other):
+    """4.52 and 4.53 would give the other cache the stored sizes of the sink cache, and refuse them."""
+    wanted = run(model).sequences
+    model.generation_config.cache_implementation = "sink"
+    model.generation_config.cache_config = {"window_length": W, "num_sink_tokens": S}
+    before = copy.deepcopy(model.generation_config.to_dict())
+    out = run(model, cache_implementation=other)
+    assert not isinstance(out.past_key_values, SinkCache)
+    assert torch.equal(out.sequences, wanted)
+    assert model.generation_config.to_dict() == before
+
+
+def test_a_config_may_be_passed(model):
+    config = GenerationConfig(
+        cache_implementation="sink", window_length=W, max_new_tokens=20, return_dict_in_generate=True
+    )
+    before = config.to_dict()
+    out = model.generate(PROMPT, generation_config=config)
+    assert sizes(out.past_key_values) == (W, 4)
+    assert config.to_dict() == before
+
+
+def test_defaults(model):
+    assert sizes(run(model, cache_implementation="sink").past_key_values) == (256, 4)
+
+
+def test_a_cache_may_be_passed_bound_or_not(model):
+    wanted = run(model, cache_implementation="sink", window_length=W, num_sink_tokens=S).sequences
+    for cache in (SinkCache(W, S), SinkCache(W, S, model=model)):
+        out = run(model, past_key_values=cache)
+        assert out.past_key_values is cache
+        assert torch.equal(out.sequences, wanted)
+    model.generation_config.cache_implementation = "sink"  # and where the config asks for one anyway
+    assert torch.equal(run(model, past_key_values=SinkCache(W, S)).sequences, wanted)
+
+
+@pytest.mark.parametrize("history", [True, False])
+def test_a_second_turn_goes_on_where_the_first_ended(model, history):
+    first = run(model, cache_implementation="sink", window_length=W, num_sink_tokens=S)
+    turn = tokens(5, seed=1)
+    whole = torch.cat((first.sequences, turn), dim=1)
+    cache = first.past_key_values
+    fed = cache.get_seq_length()
+    mask = torch.ones_like(whole)
+    new = whole if history else whole[:, fed:]
+    second = run(model, new, past_key_values=cache, attention_mask=mask, output_logits=True, new=1)
+    with torch.no_grad():
+        wanted = model(visible_tokens(whole, fed, whole.shape[1] - fed, W, S), use_cache=False).logits[:, -1]
+    assert relative_error(second.logits[0], wanted) < 1e-5
+
+
+def test_a_second_turn_of_new_tokens_needs_no_mask(model):
+    first = run(model, cache_implementation="sink", window_length=W, num_sink_tokens=S)
+    cache, turn = first.past_key_values, torch.cat((first.sequences[:, -1:], tokens(5, seed=1)), dim=1)
+    whole = torch.cat((first.sequences, turn[:, 1:]), dim=1)
+    out = run(model, turn, past_key_values=cache, output_logits=True, new=3)
+    with torch.no_grad():
+        wanted = model(visible_tokens(whole, whole.shape[1] - 6, 6, W, S), use_cache=False).logits[:, -1]
+    assert relative_error(out.logits[0], wanted) < 1e-5
+    assert out.past_key_values.get_seq_length() == whole.shape[1] + 2
+
+
+def test_a_second_turn_may_have_the_mask_of_its_new_tokens_alone(model):
+    """As tokenizers give it for a batch of new messages; the padding of the first turn is known to the cache."""
+    ids, mask = tokens(9, rows=2), torch.ones(2, 9, dtype=torch.long)
+    mask[1, :4] = 0
+    sink = {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S}
+    first = run(model, ids, attention_mask=mask, pad_token_id=0, **sink)
+    turn, new_mask = tokens(6, rows=2, seed=1), torch.ones(2, 6, dtype=torch.long)
+    new_mask[0, :2] = 0
+    fed, last = first.past_key_values.get_seq_length(), first.sequences[:, -1:]
+    ids_of_turn = torch.cat((last, turn), dim=1)
+    mask_of_turn = torch.cat((torch.ones_like(last), new_mask), dim=1)
+    # padding stands to the left of all new tokens of a row
+    ids_of_turn[0, :3] = torch.cat((turn[0, :2], last[0]))
+    mask_of_turn[0, :3] = torch.tensor([0, 0, 1])
+    more = {"output_logits": True, "new": 1, "pad_token_id": 0}
+    out = run(model, ids_of_turn, past_key_values=first.past_key_values, attention_mask=mask_of_turn, **more)
+    for row, (start, skipped) in enumerate(((0, 2), (4, 0))):
+        whole = torch.cat((first.sequences[row, start:], turn[row, skipped:]))[None]
+        new = 7 - skipped
+        with torch.no_grad():
+            standing_for = visible_tokens(whole, whole.shape[1] - new, new, W, S)
+            wanted = model(standing_for, use_cache=False).logits[:, -1]
+        assert relative_error(out.logits[0][row : row + 1], wanted) < 1e-5
+    assert out.past_key_values.get_seq_length() == fed + 7
+
+
+@pytest.mark.parametrize("mode", [{"do_sample": True}, {"num_beams": 3}, {"num_beams": 2, "do_sample": True}])
+def test_below_the_window_every_mode_equals_the_default_cache(mode):
+    model = tiny("llama", layers=2)
+    texts = []
+    for cache in ({}, {"cache_implementation": "sink", "window_length": 64}):
+        torch.manual_seed(0)
+        texts.append(run(model, tokens(6, rows=2), **mode, **cache).sequences)
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("mode", [{"do_sample": True, "num_return_sequences": 2}, {"num_beams": 3}])
+def test_other_modes_stream_past_the_window(mode):
+    out = run(tiny("llama", layers=2), **mode, cache_implementation="sink", window_length=W, num_sink_tokens=S)
+    assert out.sequences.shape[1] > 3 * W
+    assert isinstance(out.past_key_values, SinkCache)
+
+
+def test_padded_rows_stream_as_if_alone():
+    model = tiny("llama", layers=2)
+    ids, mask = tokens(9, rows=2), torch.ones(2, 9, dtype=torch.long)
+    mask[1, :5] = 0
+    sink = {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S}
+    together = run(model, ids, attention_mask=mask, pad_token_id=0, **sink).sequences
+    for row, start in ((0, 0), (1, 5)):
+        assert torch.equal(together[row, start:], run(model, ids[row : row + 1, start:], **sink).sequences[0])
+
+
+def test_embeddings_may_be_the_prompt(model):
+    sink = {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S}
+    wanted = run(model, **sink).sequences[:, PROMPT.shape[1] :]
+    embeds = model.get_input_embeddings()(PROMPT).detach()
+    assert torch.equal(model.generate(inputs_embeds=embeds, max_new_tokens=40, do_sample=False, **sink), wanted)
+
+
+def test_a_prompt_longer_than_the_context_goes_in_by_pieces_and_says_so_once(model, caplog, monkeypatch):
+    monkeypatch.setattr(sink_generate, "_told_about_chunks", set())
+    prompt = tokens(200)  # the context has 64 positions
+    sink = {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S, "new": 1, "output_logits": True}
+    with caplog.at_level(logging.INFO, logger="sink_patch"):
+        found = run(model, prompt, **sink).logits[0]
+        run(model, prompt, **sink)
+    assert [record.getMessage() for record in caplog.records if record.name == "sink_patch"] == [
+        "A prompt of 200 tokens is longer than the model's context: it goes into the sink cache in pieces of 9."
+    ]
+    standing_for = visible_tokens(prompt, 198, 2, W, S)  # 200 = 22 * 9 + 2
+    with torch.no_grad():
+        assert relative_error(found, model(standing_for, use_cache=False).logits[:, -1]) < 1e-5
+
+
+def test_a_chunk_size_of_the_users_is_honoured(model):
+    prompt = tokens(50)
+    sink = {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S}
+    found = run(model, prompt, new=1, output_logits=True, prefill_chunk_size=7, **sink).logits[0]
+    with torch.no_grad():
+        wanted = model(visible_tokens(prompt, 49, 1, W, S), use_cache=False).logits[:, -1]  # 50 = 7 * 7 + 1
+    assert relative_error(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("extra", [{"prefill_chunk_size": 7}, {}], ids=["chunks", "past the context"])
+def test_embeddings_go_in_by_pieces_too(model, extra):
+    prompt = tokens(50 if extra else 130)
+    sink = {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S, "new": 20}
+    wanted = run(model, prompt, **sink, **extra).sequences[:, prompt.shape[1] :]
+    embeds = model.get_input_embeddings()(prompt).detach()
+    assert torch.equal(run(model, None, inputs_embeds=embeds, **sink, **extra).sequences, wanted)
+
+
+@pytest.mark.parametrize("history", [True, False])
+@pytest.mark.parametrize("mask", [True, False])
+def test_a_second_turn_goes_in_by_pieces_too(model, history, mask):
+    first = run(model, cache_implementation="sink", window_length=W, num_sink_tokens=S)
+    fed = first.past_key_values.get_seq_length()
+    whole = torch.cat((first.sequences, tokens(20, seed=1)), dim=1)
+    new = whole if history else whole[:, fed:]
+    more = {"attention_mask": torch.ones_like(whole)} if mask or history else {}
+    more |= {"past_key_values": first.past_key_values, "prefill_chunk_size": 8, "output_logits": True, "new": 1}
+    out = run(model, new, **more)
+    with torch.no_grad():  # 21 = 8 + 8 + 5
+        wanted = model(visible_tokens(whole, whole.shape[1] - 5, 5, W, S), use_cache=False).logits[:, -1]
+    assert relative_error(out.logits[0], wanted) < 1e-5
+    assert torch.equal(out.sequences[:, : new.shape[1]], new)
+
+
+def test_continuous_batching_is_refused_by_name(model):
+    model.generation_config.cache_implementation = "sink"
+    with pytest.raises(UnsupportedGenerationError, match="paged cache of its own"):
+        model.init_continuous_batching()
+
+
+def test_a_second_turn_must_bring_each_row_a_token(model):
+    """Its one new column is padding there; that is looked at, though single tokens that `generate` made are not."""
+    sink = {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S, "pad_token_id": 0}
+    first = run(model, tokens(6, rows=2), new=20, **sink)
+    cache, fed = first.past_key_values, first.past_key_values.get_seq_length()
+    mask = torch.ones(2, fed + 1, dtype=torch.long)
+    mask[1, -1] = 0
+    with pytest.raises(SinkArgumentError, match="padding to the right"):
+        run(model, tokens(1, rows=2), past_key_values=cache, attention_mask=mask, new=1, pad_token_id=0)
+    assert cache.get_seq_length() == fed

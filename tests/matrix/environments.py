@@ -1,0 +1,66 @@
+"""A virtual environment for each version of transformers; torch and the tools are those of the python that runs this.
+
+An environment holds only what differs from one version to the next (transformers, tokenizers, huggingface-hub). So all
+of them together take a few minutes and a few GB, and no second torch.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import IO
+
+from tests.matrix.versions import BESIDE
+
+SHARED = Path(sysconfig.get_path("purelib"))
+SHARE = f"import site; site.addsitedir({str(SHARED)!r})\n"
+ASK = "import importlib.metadata, torch, transformers; print(importlib.metadata.version('transformers'))"
+
+
+def python_of(folder: Path) -> Path:
+    """The python of an environment."""
+    return folder / "bin" / "python"
+
+
+def packages_of(folder: Path) -> Path:
+    """Where an environment's own packages lie."""
+    return Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+
+
+def environment(version: str, root: Path, log: IO[str]) -> Path:
+    """The folder of the environment of one version, made anew unless it is there and works.
+
+    Raises:
+        subprocess.CalledProcessError: it cannot be made; the log says why.
+    """
+    folder = root / version
+    if not is_ready(folder, version):
+        call("-m", "venv", "--without-pip", "--clear", str(folder), log=log)
+        share(folder)
+        pip = ("-m", "pip", "--python", str(python_of(folder)), "--disable-pip-version-check")
+        wanted = (f"transformers=={version}", *BESIDE.get(version, ()))
+        call(*pip, "install", "--quiet", "--no-compile", *wanted, log=log)
+    return folder
+
+
+def is_ready(folder: Path, version: str) -> bool:
+    """Whether an environment is there that imports this version beside our torch."""
+    if not packages_of(folder).is_dir():
+        return False
+    share(folder)
+    asked = [str(python_of(folder)), "-c", ASK]
+    done = subprocess.run(asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    return done.returncode == 0 and done.stdout.split()[-1:] == [version]
+
+
+def share(folder: Path) -> None:
+    """Let an environment see the packages of ours, after its own."""
+    (packages_of(folder) / "_shared.pth").write_text(SHARE)
+
+
+def call(*arguments: str, log: IO[str]) -> None:
+    """Run this python with arguments; what it says goes to the log."""
+    command = [sys.executable, *arguments]
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)

@@ -1,0 +1,146 @@
+"""One run of the tests for each version, some of them side by side."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.version import Version
+
+from tests.matrix.environments import environment, packages_of, python_of
+from tests.matrix.records import NO_ENVIRONMENT, TOO_LONG, Record, read
+from tests.matrix.versions import VERSIONS
+
+CHECKOUT = Path(__file__).parent.parent.parent
+RANDOM = "tests/streaming/streaming/test_oracle.py::test_no_schedule_is_a_counterexample"
+QUICK = (
+    *(
+        "tests/streaming/test_oracle.py",
+        "tests/generation/test_generate.py",
+        "tests/generation/test_same_text.py",
+        "tests/compat/test_private_places.py",
+    ),
+    "tests/patching/patching/test_autoload.py::test_with_no_import_of_ours_torch_switches_it_on[import transformers]",
+    "tests/serving/serving/test_pipeline.py::test_a_pipeline_that_knows_only_the_directory_streams[entries]",
+    *("--deselect", RANDOM),
+)
+SUITES: dict[str, tuple[str, ...]] = {
+    "all": (),
+    "quick": QUICK,
+    "quick + families": ("tests/models/test_coverage.py", *QUICK),
+}
+"""What pytest is given for each suite. The quick one leaves out a long search for schedules on which our bookkeeping is
+wrong: what that would find does not depend on the version."""
+PATIENCE = 60 * 60
+"""Seconds for one version; only what hangs takes longer."""
+OLD = "SINK_PATCH_OLD_TRANSFORMERS"
+"""Where tests/cache/test_old_sink_cache.py finds transformers 4.52, whose SinkCache it runs beside ours."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is to be run on one version.
+
+    Args:
+        version: of transformers.
+        suite: of SUITES, or "some" where the paths were named by hand.
+        paths: what pytest is given.
+        root: the folder of environments, logs and scratch files.
+    """
+
+    version: str
+    suite: str
+    paths: tuple[str, ...]
+    root: Path
+
+    @property
+    def log(self) -> Path:
+        """All that pip and pytest said."""
+        return self.root / f"{self.version}.log"
+
+    @property
+    def scratch(self) -> Path:
+        """Files of this run only: versions that run side by side do not meet."""
+        return self.root / "scratch" / self.version
+
+    @property
+    def cost(self) -> tuple[bool, Version]:
+        """Larger for what takes longer: a whole suite, and of equal ones that of the version with more models."""
+        return self.suite == "all", Version(self.version)
+
+
+def all_of(runs: Sequence[Run], jobs: int) -> Iterator[Record]:
+    """The records, in the order in which they are done.
+
+    All environments are made first, as a test may look into another one. Then the longest run starts first, so that no
+    processor is idle at the end.
+    """
+    with ThreadPoolExecutor(jobs) as pool:
+        made = dict(zip(runs, pool.map(prepare, runs), strict=True))
+        yield from (Record(run.version, run.suite, NO_ENVIRONMENT) for run in runs if not made[run])
+        ordered = sorted((run for run in runs if made[run]), key=lambda run: run.cost, reverse=True)
+        for done in as_completed([pool.submit(record, run) for run in ordered]):
+            yield done.result()
+
+
+def prepare(run: Run) -> bool:
+    """Make the environment of a version; False if that failed, and the log says why."""
+    run.scratch.mkdir(parents=True, exist_ok=True)
+    with run.log.open("w") as log:
+        try:
+            environment(run.version, run.root, log)
+        except subprocess.CalledProcessError as failure:
+            log.write(f"{failure}\n")
+            return False
+    return True
+
+
+def record(run: Run) -> Record:
+    """Run the tests in the environment of a version."""
+    junit = run.scratch / "junit.xml"
+    junit.unlink(missing_ok=True)
+    start = time.monotonic()
+    # not in the checkout: tests that start pytest, or copy the checkout, must not find themselves there
+    with tempfile.TemporaryDirectory(prefix=f"matrix-{run.version}-") as temporary:
+        try:
+            exit_code = run_pytest(run, junit, Path(temporary, "tests"))
+        except subprocess.TimeoutExpired:
+            exit_code = TOO_LONG
+    return read(run.version, run.suite, exit_code, time.monotonic() - start, junit, run.log)
+
+
+def run_pytest(run: Run, junit: Path, temporary: Path) -> int:
+    """Pytest's exit code; all that it says goes to the log."""
+    command = [str(python_of(run.root / run.version)), "-m", "pytest", "-p", "no:cacheprovider"]
+    own = ["--basetemp", str(temporary), "--junitxml", str(junit), "-o", "junit_family=xunit1"]
+    with run.log.open("a") as log:
+        return subprocess.run(
+            [*command, *own, *run.paths],
+            cwd=CHECKOUT,
+            env={**os.environ, **surroundings(run)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            timeout=PATIENCE,
+            check=False,
+        ).returncode
+
+
+def surroundings(run: Run) -> dict[str, str]:
+    """Environment variables: one thread, no network, and no file that two runs share."""
+    found = {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(run.scratch / "huggingface"),
+        "HYPOTHESIS_STORAGE_DIRECTORY": str(run.scratch / "hypothesis"),
+    }
+    oldest = packages_of(run.root / VERSIONS[0])
+    if OLD not in os.environ and oldest.is_dir():
+        found[OLD] = str(oldest)
+    return found
