@@ -1,6 +1,6 @@
 """The classes that `SinkCache` derives from: transformers' `Cache`, whose calls they map to ours.
 
-Ours are `mask_sizes(columns, layer_idx)`, `past_columns()` and `forget(count, asked)`; see `Ours`.
+Ours are `_mask_sizes(columns, layer_idx)`, `_past_columns()` and `forget(count, asked)`; see `Ours`.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from transformers.cache_utils import Cache
 class Ours:
     """What a sink cache answers, in the words of sink_patch."""
 
-    def mask_sizes(self, columns: int, layer_idx: int) -> tuple[int, int]:
+    def _mask_sizes(self, columns: int, layer_idx: int) -> tuple[int, int]:
         """(visible columns, mask coordinate of the first of them) of a layer, in a forward of so many new columns."""
         raise NotImplementedError
 
-    def past_columns(self) -> int:
+    def _past_columns(self) -> int:
         """Mask coordinate of the first new token."""
         raise NotImplementedError
 
-    def states_alone(self) -> list[bool]:
+    def _states_alone(self) -> list[bool]:
         """Of each layer, whether it holds a recurrent or convolution state and no attention."""
         raise NotImplementedError
 
-    def forget(self, count: int, asked: str) -> None:
+    def _take_back(self, count: int, asked: str) -> None:
         """Take back the newest `count` tokens; `asked` is how that was said."""
         raise NotImplementedError
 
@@ -36,11 +36,11 @@ class MasksByLength(Ours):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """(key length, offset of the keys) of the mask of a layer."""
-        return self.mask_sizes(query_length, layer_idx)
+        return self._mask_sizes(query_length, layer_idx)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - all layers share one coordinate
         """Mask coordinate of the first new token (asked for by 5.14 and newer)."""
-        return self.past_columns()
+        return self._past_columns()
 
 
 class LayersByContent(Ours):
@@ -49,7 +49,7 @@ class LayersByContent(Ours):
     @property
     def is_linear(self) -> list[bool]:
         """None of them where all do: of such a cache `generate` believes that it does not know its length."""
-        alone = self.states_alone()
+        alone = self._states_alone()
         return [False] * len(alone) if all(alone) else alone
 
 
@@ -58,7 +58,7 @@ class MasksByPosition(Ours):
 
     def get_mask_sizes(self, cache_position: torch.Tensor, layer_idx: int) -> tuple[int, int]:
         """(key length, offset of the keys) of the mask of a layer; `cache_position` has shape [columns]."""
-        return self.mask_sizes(cache_position.shape[0], layer_idx)
+        return self._mask_sizes(cache_position.shape[0], layer_idx)
 
 
 class CropByCount(Ours):
@@ -70,7 +70,7 @@ class CropByCount(Ours):
         Raises:
             CacheStateError: tokens that would have to come back are gone.
         """
-        self.forget(-tokens_to_remove, f"tokens_to_remove={tokens_to_remove}")
+        self._take_back(-tokens_to_remove, f"tokens_to_remove={tokens_to_remove}")
 
 
 class CropToLength(Ours):
@@ -84,7 +84,7 @@ class CropToLength(Ours):
         """
         length: int = cast(Any, self).get_seq_length()
         count = -max_length if max_length < 0 else max(0, length - max_length)
-        self.forget(count, f"max_length={max_length}")
+        self._take_back(count, f"max_length={max_length}")
 
 
 class Endless(Ours):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 from sink_patch.errors import SinkArgumentError
@@ -32,3 +33,14 @@ def check_window(window_length: Any, num_sink_tokens: Any) -> tuple[int, int]:
             f"the sinks. Use window_length={num_sink_tokens + 1} or more."
         )
     return operator.index(window_length), operator.index(num_sink_tokens)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    window_length: int = DEFAULT_WINDOW_LENGTH
+    num_sink_tokens: int = DEFAULT_NUM_SINK_TOKENS
+
+    def __post_init__(self) -> None:
+        window_length, num_sink_tokens = check_window(self.window_length, self.num_sink_tokens)
+        object.__setattr__(self, "window_length", window_length)
+        object.__setattr__(self, "num_sink_tokens", num_sink_tokens)

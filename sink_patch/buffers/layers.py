@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
+from sink_patch.buffers.layouts import Layout
 from sink_patch.buffers.rings import Ring
 from sink_patch.buffers.rotation import Rotation, Turn
 from sink_patch.rules.kinds import LayerKind
-from sink_patch.streaming.steps import Step
 
 
 class SinkLayer:
-    """Keys and values of one layer, as transformers' caches have them in `layers`.
+    """Keys and values of one layer, as transformers' caches have them in `layers` (cache_utils.py).
 
     Args:
         kind: how many tokens it holds, and how many of them are sinks.
@@ -33,16 +33,16 @@ class SinkLayer:
         sliding: bool = False,
     ):
         self.kind = kind
-        self.kind_index = 0  # its place among those of the cache
+        self.kind_index = 0  # its place among the kinds of the cache (store.py)
         self.is_sliding = sliding
-        self.rings = (Ring(kind, key_rotation), Ring(kind, value_rotation))
+        self.rings = (Ring(key_rotation), Ring(value_rotation))
 
     def __repr__(self) -> str:
         local = ", local" if self.kind.local else ""
         return f"SinkLayer(capacity={self.kind.capacity}, num_sink_tokens={self.kind.num_sink_tokens}{local})"
 
     def get_max_cache_shape(self) -> int:
-        """-1, as of a `DynamicLayer` (asked for before 5.14): there is no length at which a stream ends."""
+        """-1, as of a `DynamicLayer`: there is no length at which a stream ends."""
         return -1
 
     @property
@@ -60,27 +60,31 @@ class SinkLayer:
         return self.keys is not None
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layouts: Sequence[Layout]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store [rows, heads, columns, head_dim] and return the keys and values that this forward attends to."""
-        step.touched = True
+        """Store [rows, heads, columns, head_dim] and return the keys and values that this forward attends to.
+
+        Args:
+            layouts: of the forward, one for each kind of layer.
+        """
         keys, values = self.rings
-        layout = step.layout_of(self.kind_index)
+        layout = layouts[self.kind_index]
         return keys.update(key_states, layout), values.update(value_states, layout)
 
-    def fix(self) -> None:
+    def take_all_slots(self) -> None:
         for ring in self.rings:
-            ring.fix()
+            ring.take_all_slots(self.kind)
 
     def turn(self, turn: Turn) -> None:
         """Turn what is cached."""
         for ring in self.rings:
-            ring.turn(turn)
+            ring.turn(turn, self.kind)
 
     def lay_out(self, kind: LayerKind, seen: Sequence[int]) -> None:
-        self.kind = kind
+        """Take on a kind with another number of spare slots; rows have seen `seen` tokens."""
         for ring in self.rings:
-            ring.lay_out(kind, seen)
+            ring.lay_out(self.kind, kind, seen)
+        self.kind = kind
 
     def select_rows(self, rows: torch.Tensor) -> None:
         for ring in self.rings:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import torch
 
 from sink_patch.buffers.devices import moved
+from sink_patch.buffers.layouts import Layout
+from sink_patch.errors import CacheStateError
 from sink_patch.rules.kinds import LayerKind
 from sink_patch.rules.plans import RowPlan
 
 
-class RaggedLayout:
+class RaggedLayout(Layout):
     """Rows that have seen different numbers of tokens, or bring padding. Built on the CPU, moved once per device.
 
-    Read in place, a row that is not full would have its gap at the end, where other kinds of layers cannot follow and
-    where the models of 4.52 suspect padding. So all are read from the right, and in place where there is no gap.
+    All rows are read from the right, so that one mask serves every kind of layer. A window of 4 with one sink, a row
+    that has seen 2 tokens beside one that has seen 6, and one new token each (`.` is filler, which the mask hides):
+
+        buffer of row 0:  s 1 . .     read as   . s 1 2     (2 is new)
+        buffer of row 1:  s 4 5 3     read as   s 4 5 6     (6 is new, and is written over 3)
+
+    Read in place, row 0 would have its gap at the end, where other kinds of layers cannot follow and where the models of
+    some versions take it for padding. So the buffer itself is read only where no row has a gap.
     """
 
     def __init__(self, kind: LayerKind, plans: Sequence[RowPlan], columns: int):
@@ -34,7 +42,6 @@ class RaggedLayout:
             for step in range(length)
         ]
         self._writes = torch.tensor(triples, dtype=torch.long).reshape(-1, 3)  # [tokens, (row, slot, column)]
-        self._num_sink_tokens = kind.num_sink_tokens
         self.brings_sinks = any(slot < kind.num_sink_tokens for _, slot, _ in triples)
         self.reach = max((slot + 1 for _, slot, _ in triples), default=0)
         self._sources = None if self.in_place else self._source_index(kind, plans, columns)  # [rows, length]
@@ -67,10 +74,36 @@ class RaggedLayout:
 
     @cached_property
     def _sink_writes(self) -> torch.Tensor:
-        return self._writes[self._writes[:, 1] < self._num_sink_tokens]
+        return self._writes[self._writes[:, 1] < self.kind.num_sink_tokens]
 
     def _on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         if device not in self._devices:
             sources = self._writes[:0] if self._sources is None else self._sources
             self._devices[device] = (moved(self._writes, device), moved(sources, device))
         return self._devices[device]
+
+
+def visible_columns(layouts: Iterable[Layout], columns: int) -> torch.Tensor:
+    """Which of the last `columns` mask coordinates each row sees, [rows, columns], for all kinds of layers at once.
+
+    Each kind reads as many of them as it has, from the right. A sliding window may be offered more than it holds: the
+    model's own mask of the window hides the rest. Where rows see 3 and 5 tokens, and `columns` is 6:
+
+        row 0   . . . x x x
+        row 1   . x x x x x
+
+    Raises:
+        CacheStateError: the kinds of layers cannot share one mask.
+    """
+    ragged = [layout for layout in layouts if isinstance(layout, RaggedLayout)]
+    filled = [max(of_row) for of_row in zip(*(layout.filled for layout in ragged), strict=True)]
+    for layout in ragged:
+        offered = [min(count, layout.length) for count in filled]
+        if offered != layout.filled and not layout.kind.local:
+            raise CacheStateError(
+                "The rows of this forward bring different numbers of new tokens, some more than "
+                f"{layout.kind.ring}, to a model with sliding windows: one mask cannot say that. Feed pieces of "
+                f"{layout.kind.ring} columns or fewer."
+            )
+    column, count = torch.arange(columns)[None, :], torch.tensor(filled)[:, None]  # [1, columns], [rows, 1]
+    return column >= columns - count

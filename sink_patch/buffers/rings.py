@@ -1,8 +1,9 @@
-"""A buffer for one cached tensor: a ring behind a few fixed slots."""
+"""A buffer for one cached tensor of one layer: a ring behind a few fixed slots."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
@@ -11,94 +12,97 @@ from sink_patch.buffers.rotation import Rotation, Turn
 from sink_patch.rules.kinds import LayerKind
 
 
-class Ring:
-    """A buffer for one cached tensor, with pristine sinks where the tensor turns with position.
+class SinkOwner(Protocol):
+    """Who keeps the sinks of a ring as the model made them (`Sinks`, sinks.py)."""
 
-    `buffer` is [rows, heads, slots, dim]; it grows by doubling until it has `kind.slots` and stays in place from then
-    on. `pristine` is [rows, heads, num_sink_tokens, dim]: the sinks as the model made them.
+    def take(self, ring: Ring, states: torch.Tensor, layout: Layout) -> None:
+        """Keep the sinks among new states [rows, heads, columns, dim]."""
+
+    def buffer_replaced(self) -> None:
+        """A ring has another buffer, or none: hold the old one no longer."""
+
+
+class Ring:
+    """A buffer for one cached tensor, in which nothing moves.
+
+    `buffer` is [rows, heads, slots, dim]; it grows by doubling until it has all slots of its layer's kind, and stays
+    where it is from then on. The first slots are the sinks', turned to where the forward sees them.
+
+    Args:
+        rotation: how the tensor turns with position; None: it does not.
     """
 
-    def __init__(self, kind: LayerKind, rotation: Rotation | None):
-        self.kind = kind
+    def __init__(self, rotation: Rotation | None):
         self.rotation = rotation
         self.buffer: torch.Tensor | None = None
-        self.pristine: torch.Tensor | None = None
+        self.owner: SinkOwner | None = None  # of its sinks, where they turn with position
 
     def update(self, states: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """Store new states [rows, heads, columns, dim]; return what this forward sees, [rows, heads, visible, dim].
-
-        The sinks in the buffer have been turned to where it sees them (sinks.py).
-        """
+        """Store new states [rows, heads, columns, dim]; return what this forward sees, [rows, heads, visible, dim]."""
         stored = states.detach() if states.requires_grad else states
         buffer = self.buffer
         if buffer is None or buffer.shape[2] < layout.reach:
-            buffer = self._grown(stored, layout.reach)
+            buffer = self.grow(stored, layout.kind, layout.reach)
         seen = None if layout.in_place else layout.read(buffer, states)
         layout.write(buffer, stored)
-        if layout.brings_sinks and self.pristine is not None:
-            layout.write_sinks(self.pristine, stored)
+        if layout.brings_sinks and self.owner is not None:
+            self.owner.take(self, stored, layout)
         if seen is not None:
             return seen
         return buffer if layout.length == buffer.shape[2] else buffer[:, :, : layout.length]
 
-    @property
-    def has_turning_sinks(self) -> bool:
-        return self.rotation is not None and self.kind.num_sink_tokens > 0
-
-    @property
-    def nbytes(self) -> int:
-        held = [tensor for tensor in (self.buffer, self.pristine) if tensor is not None]
-        return sum(tensor.nbytes for tensor in held)
-
-    def fix(self) -> None:
-        """Take all slots at once."""
-        if self.buffer is not None and self.buffer.shape[2] < self.kind.slots:
-            self._grown(self.buffer, self.kind.slots)
-
-    def turn(self, turn: Turn) -> None:
-        """Turn all keys of the ring (not the sinks, which are shown anew in each forward)."""
-        if self.rotation is not None and self.buffer is not None:
-            ring = self.buffer[:, :, self.kind.num_sink_tokens :]  # [rows, heads, ring, dim]
-            ring.copy_(self.rotation.apply(ring, turn.cos_sin(self.rotation, ring.device)))
-
-    @torch.inference_mode(False)  # as in `_grown`
-    def select_rows(self, rows: torch.Tensor) -> None:
-        """Keep the rows `rows`, in that order (beams, batch operations)."""
-        if self.buffer is not None:
-            self.buffer = self.buffer.index_select(0, rows.to(self.buffer.device))
-        if self.pristine is not None:
-            self.pristine = self.pristine.index_select(0, rows.to(self.pristine.device))
-
-    def reset(self) -> None:
-        self.buffer = self.pristine = None
-
-    @torch.inference_mode(False)  # as in `_grown`
-    def lay_out(self, kind: LayerKind, seen: Sequence[int]) -> None:
-        """Take on a kind with another number of spare slots; rows have seen `seen` tokens, which move to theirs."""
-        held, self.kind, old = self.buffer, kind, self.kind
-        if held is None:
-            return
-        reach = max(min(kind.slots, max(seen)), kind.num_sink_tokens)
-        self.buffer = held.new_zeros(held.shape[0], held.shape[1], reach, held.shape[3])
-        self.buffer[:, :, : kind.num_sink_tokens] = held[:, :, : kind.num_sink_tokens]
-        for row, count in enumerate(seen):
-            first = max(kind.num_sink_tokens, count - min(kind.ring, old.ring))
-            kept = torch.arange(first, max(first, count), device=held.device)  # absolute indices
-            self.buffer[row, :, _slots(kept, kind)] = held[row, :, _slots(kept, old)]  # [heads, tokens, dim]
-
     @torch.inference_mode(False)  # else a cache begun in inference mode could not be written to outside it
-    def _grown(self, states: torch.Tensor, slots: int) -> torch.Tensor:
-        """The buffer, with at least `slots` slots, in which it holds what it held."""
+    def grow(self, states: torch.Tensor, kind: LayerKind, slots: int) -> torch.Tensor:
+        """The buffer, with at least `slots` slots, holding what it held; states [rows, heads, ..., dim] tell its shape."""
         held = 0 if self.buffer is None else self.buffer.shape[2]
         # the sinks' slots are there from the start, as the sinks are written as one block
-        slots = min(self.kind.slots, max(slots, 2 * held, self.kind.num_sink_tokens))
+        slots = min(kind.slots, max(slots, 2 * held, kind.num_sink_tokens))
         grown = states.new_zeros(states.shape[0], states.shape[1], slots, states.shape[3])
         if self.buffer is not None:
             grown[:, :, :held] = self.buffer
-        self.buffer = grown
-        if self.pristine is None and self.has_turning_sinks:
-            self.pristine = torch.zeros_like(self.buffer[:, :, : self.kind.num_sink_tokens])
-        return self.buffer
+        self._replace(grown)
+        return grown
+
+    def take_all_slots(self, kind: LayerKind) -> None:
+        """Grow to the end at once."""
+        if self.buffer is not None and self.buffer.shape[2] < kind.slots:
+            self.grow(self.buffer, kind, kind.slots)
+
+    def turn(self, turn: Turn, kind: LayerKind) -> None:
+        """Turn all keys of the ring (not the sinks, which are shown anew in each forward)."""
+        if self.rotation is not None and self.buffer is not None:
+            ring = self.buffer[:, :, kind.num_sink_tokens :]  # [rows, heads, ring, dim]
+            ring.copy_(self.rotation.apply(ring, turn.cos_sin(self.rotation, ring.device)))
+
+    @torch.inference_mode(False)  # as in `grow`
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Keep the rows `rows`, in that order (beams, batch operations)."""
+        if self.buffer is not None:
+            self._replace(self.buffer.index_select(0, rows.to(self.buffer.device)))
+
+    def reset(self) -> None:
+        self._replace(None)
+
+    @torch.inference_mode(False)  # as in `grow`
+    def lay_out(self, old: LayerKind, new: LayerKind, seen: Sequence[int]) -> None:
+        """Go from one number of spare slots to another; rows have seen `seen` tokens, which move to their new slots."""
+        held, sinks = self.buffer, new.num_sink_tokens
+        if held is None:
+            return
+        reach = max(min(new.slots, max(seen)), sinks)
+        laid_out = held.new_zeros(held.shape[0], held.shape[1], reach, held.shape[3])
+        laid_out[:, :, :sinks] = held[:, :, :sinks]
+        for row, count in enumerate(seen):
+            first = max(sinks, count - min(new.ring, old.ring))
+            kept = torch.arange(first, max(first, count), device=held.device)  # absolute indices
+            laid_out[row, :, _slots(kept, new)] = held[row, :, _slots(kept, old)]  # [heads, tokens, dim]
+        self._replace(laid_out)
+
+    def _replace(self, buffer: torch.Tensor | None) -> None:
+        """The one way to another buffer, so that nobody has to be told but here."""
+        self.buffer = buffer
+        if self.owner is not None:
+            self.owner.buffer_replaced()
 
 
 def _slots(indices: torch.Tensor, kind: LayerKind) -> torch.Tensor:

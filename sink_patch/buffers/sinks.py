@@ -1,110 +1,172 @@
-"""The sinks of all layers, turned together before the first layer runs."""
+"""The sinks of all layers: kept as the model made them, and turned together before the first layer runs.
+
+Sinks walk forward while the ring stays (arXiv 2309.17453, section 3.2: positions within the cache). With a window of 5,
+2 sinks and a ring of 3, the forward of token 7 sees tokens 5, 6 and 7 where the model placed them; the sinks, made at
+positions 0 and 1, are shown just before them, at 3 and 4, so they are turned by 3:
+
+    position   0   1   2   3   4   5   6   7
+    made at    s0  s1
+    shown at               s0  s1  t5  t6  t7
+
+They are turned from their pristine copy each time, in float32, and rounded once, so that no error grows.
+
+All layers at once: rings that turn alike share one pristine tensor, so that a few operations turn the sinks of all of
+them. Once buffers stay where they are, they are brought side by side in memory, some rings in one piece, so that one
+copy shows the sinks of so many rings:
+
+    pristine   [ring 0 | ring 1 | ... ]            one tensor [rings, rows, heads, num_sink_tokens, dim]
+    turned     [ring 0 | ring 1 | ... ]            the same in float32, made anew in each forward
+    buffers    [s s r r r | s s r r r | ... ]      one tensor [rings, rows, heads, slots, dim]; s: where the sinks go
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from sink_patch.buffers.layouts import Layout
 from sink_patch.buffers.rings import Ring
-from sink_patch.buffers.rotation import Rotation, turn_pairs
-from sink_patch.streaming.steps import Step
+from sink_patch.buffers.rotation import Rotation, Turn, turn_pairs
 
 _SIDE_BY_SIDE = 8  # rings in one piece of memory; while they are brought there, so many are held twice
 
 
 class Sinks:
-    """Where the sinks of a cache are kept as the model made them, and where they are shown.
+    """The only owner of pristine sinks, and of where they are shown.
 
-    Rings that turn alike and lie on one device share a tensor, so that a few operations turn them all. It is made anew
-    where a ring has got another buffer. Where buffers stay, they are brought side by side, so that a few operations
-    show the sinks, too.
+    A ring tells it of new sinks and of another buffer by itself.
 
     Args:
         rings: all that have sinks which turn with position.
     """
 
     def __init__(self, rings: Sequence[Ring]):
-        self._rings = rings
-        self.forget()
+        self._rings = tuple(rings)
+        self._pristine: dict[Ring, torch.Tensor] = {}  # [rows, heads, num_sink_tokens, dim], as the model made them
+        self._groups: list[_Group] | None = None  # None: to be made anew
+        self._shown: tuple[int, ...] | None = None  # how far the sinks in the buffers are turned, row by row
+        self._side_by_side = False
+        for ring in rings:
+            ring.owner = self
 
-    def forget(self) -> None:
-        """Hold no buffer any more: the rings have got others, or none."""
-        self._buffers: list[torch.Tensor | None] = [None for _ in self._rings]
-        self._groups: list[_Group] = []
-        self._shown: tuple[int, ...] | None = None  # how far they are turned, row by row; None: not known
-        self._together = False
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy groups its own rings: not on every device are copies of views views of the copy."""
+        return {**vars(self), "_groups": None, "_shown": None, "_side_by_side": False}
 
-    def show(self, step: Step) -> None:
-        """Turn the sinks to where the forward sees them."""
-        changed = self._gather()
-        if self._shown == step.sink_turn.rows:
+    def pristine_of(self, ring: Ring) -> torch.Tensor | None:
+        """The sinks of a ring as the model made them, [rows, heads, num_sink_tokens, dim]; None: there are none yet."""
+        return self._pristine.get(ring)
+
+    def put(self, ring: Ring, pristine: torch.Tensor) -> None:
+        """Keep sinks that come from elsewhere (a file)."""
+        self._pristine[ring] = pristine
+        self.buffer_replaced()
+
+    def take(self, ring: Ring, states: torch.Tensor, layout: Layout) -> None:
+        """Keep the sinks among new states [rows, heads, columns, dim]."""
+        if ring not in self._pristine:
+            with torch.inference_mode(False):  # else they could not be written to outside it
+                shape = (*states.shape[:2], layout.kind.num_sink_tokens, states.shape[3])
+                self.put(ring, states.new_zeros(shape))
+        layout.write_sinks(self._pristine[ring], states)
+
+    def buffer_replaced(self) -> None:
+        """Hold no buffer any more: some ring has got another one, or none."""
+        self._groups, self._shown, self._side_by_side = None, None, False
+
+    @torch.inference_mode(False)  # as in `take`
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Keep the rows `rows`, in that order."""
+        for ring, pristine in self._pristine.items():
+            self.put(ring, pristine.index_select(0, rows.to(pristine.device)))
+
+    def reset(self) -> None:
+        self._pristine.clear()
+        self.buffer_replaced()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(pristine.nbytes for pristine in self._pristine.values())
+
+    def show(self, turn: Turn) -> None:
+        """Turn the sinks in all buffers to where the next forward sees them."""
+        have_stayed = self._groups is not None  # not so after each token where beams are reordered
+        groups = self._grouped()
+        if self._shown == turn.rows:
             return
-        if not changed:  # as they do with each token where beams are reordered
-            self.bring_together()
+        if have_stayed:
+            self.bring_side_by_side()
         self._shown = None
-        for group in self._groups:
-            group.show(step)
-        self._shown = step.sink_turn.rows
+        for group in groups:
+            group.show(turn)
+        self._shown = turn.rows
 
-    def bring_together(self) -> None:
+    def bring_side_by_side(self) -> None:
         """Bring the buffers side by side, as they are going to stay."""
-        self._gather()
-        if self._together:
+        groups = self._grouped()
+        if self._side_by_side:
             return
-        self._buffers = [None for _ in self._rings]  # the old ones go as they are left
-        for group in self._groups:
-            group.bring_together()
-        self._buffers = [ring.buffer for ring in self._rings]
-        self._together = True
+        self._groups = None  # to be made anew if this is interrupted
+        for group in groups:
+            group.bring_side_by_side()
+        self._groups, self._side_by_side = groups, True
 
-    def _gather(self) -> bool:
-        """Group the rings anew where some have got other buffers; whether they have."""
-        if all(ring.buffer is held for ring, held in zip(self._rings, self._buffers, strict=True)):
-            return False
-        self._shown, self._together = None, False
-        alike = defaultdict(list)
-        for ring in self._rings:
-            if ring.rotation is not None and ring.pristine is not None and ring.buffer is not None:
-                shapes = (ring.pristine.shape, ring.buffer.shape)
-                alike[ring.rotation, ring.buffer.device, ring.buffer.dtype, shapes].append(ring)
-        self._groups = [_Group(rings, rotation) for (rotation, *_), rings in alike.items()]
-        self._buffers = [ring.buffer for ring in self._rings]
-        return True
+    def _grouped(self) -> list[_Group]:
+        """The rings that turn alike, one group each."""
+        if self._groups is None:
+            alike = defaultdict(list)
+            for ring, pristine in self._pristine.items():
+                if ring.rotation is not None and ring.buffer is not None:
+                    shapes = (pristine.shape, ring.buffer.shape)
+                    alike[ring.rotation, ring.buffer.device, ring.buffer.dtype, shapes].append(ring)
+            groups = []
+            for (rotation, *_), rings in alike.items():
+                together = _stack([self._pristine[ring] for ring in rings])
+                self._pristine.update(zip(rings, together, strict=True))
+                groups.append(_Group(rings, rotation, together))
+            self._groups = groups
+        return self._groups
 
 
 class _Group:
-    """Rings of one shape that turn alike, on one device."""
+    """Rings of one shape that turn alike, on one device.
 
-    @torch.inference_mode(False)  # as the rings' own buffers (layers.py)
-    def __init__(self, rings: Sequence[Ring], rotation: Rotation):
-        self._rings, self._rotation = rings, rotation
-        self._pristine = torch.stack([ring.pristine for ring in rings if ring.pristine is not None])
-        for ring, pristine in zip(rings, self._pristine, strict=True):
-            ring.pristine = pristine
-        turned = torch.empty_like(self._pristine, dtype=torch.float32)  # [rings, rows, heads, num_sink_tokens, dim]
-        self._pairs, self._turned_pairs = rotation.pairs(self._pristine), rotation.pairs(turned)
+    Args:
+        pristine: the sinks of all of them, [rings, rows, heads, num_sink_tokens, dim].
+    """
+
+    @torch.inference_mode(False)  # as in `Sinks.take`
+    def __init__(self, rings: Sequence[Ring], rotation: Rotation, pristine: torch.Tensor):
+        self._rings, self._rotation, self._pristine = rings, rotation, pristine
+        turned = torch.empty_like(pristine, dtype=torch.float32)  # [rings, rows, heads, num_sink_tokens, dim]
+        self._pairs, self._turned_pairs = rotation.pairs(pristine), rotation.pairs(turned)
         self._turned = rotation.turning(turned)
         self._from = list(self._turned)
         self._to = [self._sinks_of(ring.buffer) for ring in rings if ring.buffer is not None]
 
-    def _sinks_of(self, buffers: torch.Tensor) -> torch.Tensor:
-        """What turns of those in buffers [..., slots, dim], as a view; the rest stays as it is."""
-        return self._rotation.turning(buffers[..., : self._pristine.shape[-2], :])
+    def show(self, turn: Turn) -> None:
+        turn_pairs(self._pairs, turn.cos_sin(self._rotation, self._pristine.device), self._turned_pairs)
+        torch._foreach_copy_(self._to, self._from)
 
-    @torch.inference_mode(False)
-    def bring_together(self) -> None:
+    def bring_side_by_side(self) -> None:
         """Bring the rings' buffers side by side, some at a time."""
         self._from, self._to = [], []
         for first in range(0, len(self._rings), _SIDE_BY_SIDE):
             some = slice(first, first + _SIDE_BY_SIDE)
-            buffers = torch.stack([ring.buffer for ring in self._rings[some] if ring.buffer is not None])
+            buffers = _stack([ring.buffer for ring in self._rings[some] if ring.buffer is not None])
             for ring, buffer in zip(self._rings[some], buffers, strict=True):
                 ring.buffer = buffer.data  # no view: else autograd takes a write to one for a write to all
             self._from.append(self._turned[some])
             self._to.append(self._sinks_of(buffers))
 
-    def show(self, step: Step) -> None:
-        turn_pairs(self._pairs, step.sink_turn.cos_sin(self._rotation, self._pristine.device), self._turned_pairs)
-        torch._foreach_copy_(self._to, self._from)
+    def _sinks_of(self, buffers: torch.Tensor) -> torch.Tensor:
+        """What turns of the sinks in buffers [..., slots, dim], as a view; the rest stays as it is."""
+        return self._rotation.turning(buffers[..., : self._pristine.shape[-2], :])
+
+
+@torch.inference_mode(False)  # as in `Sinks.take`
+def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(list(tensors))

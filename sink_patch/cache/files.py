@@ -21,12 +21,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sink_patch import __version__
+from sink_patch.arguments import Sizes
 from sink_patch.buffers.layers import SinkLayer
+from sink_patch.cache.binding import new_streams
 from sink_patch.cache.fingerprint import differences, fingerprint
 from sink_patch.cache.packing import pack, unpack
 from sink_patch.errors import CacheFileError
 from sink_patch.models.entries import decoder_of
-from sink_patch.models.examine import ModelFacts
+from sink_patch.models.examine import examine
+from sink_patch.models.facts import ModelFacts
 from sink_patch.rules.kinds import LayerKind
 from sink_patch.rules.rows import Row
 from sink_patch.streaming.streams import Streams
@@ -35,7 +38,7 @@ FORMAT = 1
 """Goes up whenever a file of before cannot be read any more."""
 
 _KEY = "sink_patch"  # in the header
-_FROM_THE_MODEL = frozenset({"kind", "rings", "rotation", "is_sliding"})  # what layers do not have from the stream
+_FROM_THE_MODEL = frozenset({"kind", "kind_index", "rings", "is_sliding"})  # what layers do not have from the stream
 _RINGS = ("keys", "values")
 
 Path_ = str | os.PathLike[str]
@@ -43,10 +46,11 @@ Tensors = dict[str, torch.Tensor]
 _Record = TypeVar("_Record", Row, LayerKind)
 
 
-def write(path: Path_, model: nn.Module, facts: ModelFacts, streams: Streams) -> None:
+def write(path: Path_, model: nn.Module, streams: Streams) -> None:
     """Write what `read` reads. A file that is there already is replaced at the end, or left as it was."""
     tensors: Tensors = {}
-    window_length, num_sink_tokens, _ = streams.sizes
+    window_length, num_sink_tokens = streams.sizes.window_length, streams.sizes.num_sink_tokens
+    sinks = streams.store.sinks
     header = {
         "format": FORMAT,
         "sink_patch": __version__,
@@ -56,8 +60,10 @@ def write(path: Path_, model: nn.Module, facts: ModelFacts, streams: Streams) ->
         "rows": None if streams.rows is None else [asdict(row) for row in streams.rows],
         "columns": streams.columns,
         "recording": streams.recording,
-        "layers": [_pack_layer(layer, f"layers.{index}", tensors) for index, layer in enumerate(streams.layers)],
-        "model": fingerprint(model, facts, window_length, num_sink_tokens),
+        "layers": [
+            _pack_layer(layer, f"layers.{index}", sinks, tensors) for index, layer in enumerate(streams.store.layers)
+        ],
+        "model": fingerprint(model, streams.facts, window_length, num_sink_tokens),
     }
     target = Path(path).resolve()  # where it is a link, what it points to is replaced
     unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
@@ -83,6 +89,17 @@ def read(path: Path_) -> Saved:
             return Saved(Path(path), header, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except SafetensorError as error:
         raise CacheFileError(f"{path} holds no SinkCache, or has been cut short: {error}.") from error
+
+
+def load(path: Path_, model: nn.Module) -> tuple[Sizes, Streams]:
+    saved = read(path)
+    facts = examine(model)
+    saved.check(model, facts)
+    sizes = Sizes(*saved.sizes)
+    streams = new_streams(model, sizes, facts)
+    saved.fill(streams, model)
+    saved.set(streams)
+    return sizes, streams
 
 
 def _header(path: Path_, metadata: Mapping[str, str] | None) -> dict[str, Any]:
@@ -130,11 +147,12 @@ class Saved:
             )
 
     @torch.inference_mode(False)  # else the cache could not be written to outside it
-    def fill(self, layers: list[Any], model: nn.Module) -> None:
+    def fill(self, streams: Streams, model: nn.Module) -> None:
         """Put into fresh layers what those of the cache held, each on the device of the model's layer."""
         devices = _devices(model)
-        for index, (layer, packed) in enumerate(zip(layers, self.header["layers"], strict=True)):
-            self._fill_layer(layer, packed, devices.get(index, _device_of(model)))
+        for index, (layer, packed) in enumerate(zip(streams.store.layers, self.header["layers"], strict=True)):
+            self._fill_layer(layer, packed, streams.store.sinks, devices.get(index, _device_of(model)))
+        streams.store.note_kinds()
 
     def set(self, streams: Streams) -> None:
         """Let the rows stand where they stood."""
@@ -142,15 +160,17 @@ class Saved:
         streams.rows = None if rows is None else [self._made(Row, row) for row in rows]
         streams.columns, streams.recording = self.header["columns"], self.header["recording"]
 
-    def _fill_layer(self, layer: Any, packed: dict[str, Any], device: torch.device) -> None:
+    def _fill_layer(self, layer: Any, packed: dict[str, Any], sinks: Any, device: torch.device) -> None:
         vars(layer).update(unpack(packed["held"], self.tensors, device))
         if not isinstance(layer, SinkLayer):
             return
         layer.kind = self._made(LayerKind, packed["kind"])
         for ring, name in zip(layer.rings, _RINGS, strict=True):
             held = unpack(packed[name], self.tensors, device)
-            self._check_names("Ring", held.keys(), _held(ring).keys())
-            vars(ring).update(held, kind=layer.kind)
+            self._check_names("Ring", held.keys(), ("buffer", "pristine"))
+            ring.buffer = held["buffer"]
+            if held["pristine"] is not None:
+                sinks.put(ring, held["pristine"])
 
     def _made(self, record: type[_Record], held: dict[str, Any]) -> _Record:
         self._check_names(record.__name__, held.keys(), {field.name for field in fields(record)})
@@ -168,12 +188,12 @@ class Saved:
             )
 
 
-def _pack_layer(layer: Any, name: str, tensors: Tensors) -> dict[str, Any]:
+def _pack_layer(layer: Any, name: str, sinks: Any, tensors: Tensors) -> dict[str, Any]:
     packed: dict[str, Any] = {"held": pack(_held(layer), name, tensors)}
     if isinstance(layer, SinkLayer):
         packed["kind"] = asdict(layer.kind)
         for ring, what in zip(layer.rings, _RINGS, strict=True):
-            packed[what] = pack(_held(ring), f"{name}.{what}", tensors)
+            packed[what] = pack({"buffer": ring.buffer, "pristine": sinks.pristine_of(ring)}, f"{name}.{what}", tensors)
     return packed
 
 

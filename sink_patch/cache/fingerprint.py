@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sink_patch.buffers.rotation import Rotation
-from sink_patch.models.examine import LayerFacts, ModelFacts
+from sink_patch.models.facts import LayerFacts, ModelFacts
 
 _SAMPLES = 64  # of each parameter: enough to tell weights apart, and some milliseconds for billions of them
 _STEP = 0x9E3779B1  # a prime: steps of it, modulo any size, go through rows and columns alike

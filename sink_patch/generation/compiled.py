@@ -1,4 +1,4 @@
-"""Decoding through a graph that is compiled once: the step is begun before it runs, and ended after."""
+"""Decoding through a graph that is compiled once: the forward is begun before it runs, and ended after."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from torch import nn
 
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.models.entries import cache_argument
-from sink_patch.streaming import hooks as seam
+from sink_patch.streaming.inputs import accepted
+from sink_patch.streaming.streams import streams_of
 
 
 @contextlib.contextmanager
-def said_compileable(cache: SinkCache) -> Iterator[None]:
+def offered_to_compiler(cache: SinkCache) -> Iterator[None]:
     """Inside, the cache says that it can be compiled; elsewhere transformers would make masks of its own for it."""
-    cache.says_compileable = True
+    streams = streams_of(cache)
+    streams.offered_to_compiler = True
     try:
         yield
     finally:
-        cache.says_compileable = False
+        streams.offered_to_compiler = False
 
 
 def decode(model: nn.Module, compiled: Callable[..., Any], /, *args: Any, **inputs: Any) -> Any:
@@ -28,15 +30,11 @@ def decode(model: nn.Module, compiled: Callable[..., Any], /, *args: Any, **inpu
     cache, input_ids = inputs.get(cache_argument(model)), inputs.get("input_ids")
     if args or not isinstance(cache, SinkCache):
         return compiled(*args, **inputs)
-    if input_ids is None or input_ids.shape[1] != 1 or not cache.can_be_fixed_now:
+    if input_ids is None or input_ids.shape[1] != 1 or not cache.is_bound_to(model):
         return model(**inputs)
-    replaced = cache.begin_forward(model, input_ids, inputs.get("attention_mask"), fixed=True)
-    forward = compiled if cache.is_compileable else model  # a row may bring nothing, which no graph knows
-    completed, cache.begun_ahead = False, True
-    try:
-        output = forward(**inputs | seam.accepted(model, replaced or {}))
-        completed = True
-    finally:
-        cache.begun_ahead = False
-        cache.end_forward(model, completed=completed)
-    return output
+    streams = streams_of(cache)
+    if not streams.can_be_fixed_now:
+        return model(**inputs)
+    with streams.begun_outside(model, input_ids, inputs.get("attention_mask")) as replaced:
+        forward = compiled if streams.forward.is_fixed else model  # a row may bring nothing, which no graph knows
+        return forward(**inputs | accepted(model, replaced))

@@ -13,7 +13,8 @@ from torch import nn
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.models.entries import CACHE_NAMES, cache_argument
 from sink_patch.rules.padding import check_left_padded
-from sink_patch.streaming.hooks import FedAhead
+from sink_patch.streaming.calls import Call
+from sink_patch.streaming.streams import streams_of
 
 _OF_STATES = CACHE_NAMES[-1]
 """Where a cache has this name (models of states alone, up to 5.23) `generate` does not ask it for its length."""
@@ -50,17 +51,18 @@ def fed_in_pieces(
     for piece in _ahead(new, size, drafting=drafting):
         seen = cache.get_seq_length() + piece.shape[1]
         _feed(model, cache, piece, None if mask is None else mask[:, :seen])
+    call, streams = Call(length), streams_of(cache)
     if drafting:  # some versions feed all of a history, others from where the cache has got to
-        cache.fed_ahead = FedAhead(cache.get_seq_length(), of_history=True)
+        call = Call(length, cache.get_seq_length(), of_history=True)
     elif inputs.shape[1] < length:  # new tokens alone: transformers feeds all of them
-        cache.fed_ahead = FedAhead(cache.get_seq_length() - fed)
+        call = Call(length, cache.get_seq_length() - fed)
     elif cache_argument(model) == _OF_STATES:  # a history: all of it as well
-        cache.fed_ahead = FedAhead(cache.get_seq_length())
-    cache.prompt_columns = length
+        call = Call(length, cache.get_seq_length())
+    streams.call = call
     try:
         yield
     finally:
-        cache.fed_ahead = cache.prompt_columns = None
+        streams.call = None
 
 
 def _ahead(new: torch.Tensor, size: int | None, *, drafting: bool) -> Sequence[torch.Tensor]:

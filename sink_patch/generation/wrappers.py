@@ -23,6 +23,7 @@ from sink_patch.generation import drafts, refusals
 from sink_patch.generation.prompt import fed_in_pieces, stream_length
 from sink_patch.generation.request import NAME, Request
 from sink_patch.models.entries import cache_argument, input_device
+from sink_patch.streaming.streams import streams_of
 
 logger = logging.getLogger("sink_patch")
 
@@ -136,7 +137,7 @@ def may_compile(wrapped: Callable[..., Any], instance: nn.Module, args: tuple[An
     cache = given["model_kwargs"].get(cache_argument(instance))
     if not isinstance(cache, SinkCache) or given["generation_config"].compile_config is None:
         return wrapped(*args, **kwargs)
-    with graph.said_compileable(cache):
+    with graph.offered_to_compiler(cache):
         return wrapped(*args, **kwargs)
 
 
@@ -184,7 +185,7 @@ def _mask_whole_stream(generation_config: Any, model_kwargs: dict[str, Any], cac
     fed, length = cache.get_seq_length(), stream_length(generation_config, model_kwargs)
     if fed == 0 or length > fed:
         return
-    past, mask = cache.mask_of_past(), model_kwargs.get("attention_mask")  # [rows, fed], [rows, length]
+    past, mask = streams_of(cache).mask_of_past(), model_kwargs.get("attention_mask")  # [rows, fed], [rows, length]
     new = past.new_ones(past.shape[0], length) if mask is None else mask.to(past)
     model_kwargs["attention_mask"] = torch.cat((past, new), dim=1).to(input_device(model))  # [rows, fed + length]
     model_kwargs["position_ids"] = torch.arange(fed + length, device=input_device(model))[None, :]
@@ -193,7 +194,8 @@ def _mask_whole_stream(generation_config: Any, model_kwargs: dict[str, Any], cac
 def _plan_chunks(generation_config: Any, model_kwargs: Mapping[str, Any], cache: SinkCache) -> None:
     """A prompt that would run past the positions that the model was trained on goes in piece by piece."""
     length = stream_length(generation_config, model_kwargs)
-    fits = cache.fits_in_one_forward(length - cache.get_seq_length())
+    streams = streams_of(cache)
+    fits = streams.planner.fits_in_one_forward(streams.rows or (), length - cache.get_seq_length())
     if generation_config.prefill_chunk_size is not None or fits:
         return
     generation_config.prefill_chunk_size = cache.window_length - cache.num_sink_tokens

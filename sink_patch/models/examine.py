@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -15,54 +14,11 @@ from sink_patch.errors import SinkArgumentError, UnsupportedModelError
 from sink_patch.models.adapters.adapter import Adapter, AdapterFactory
 from sink_patch.models.adapters.rope import frequency_buffers
 from sink_patch.models.entries import read_entries, text_config
+from sink_patch.models.facts import LayerFacts, ModelFacts
 from sink_patch.models.families.family import Family, OneByOne, PositionSource
 from sink_patch.models.families.registry import find_family
 from sink_patch.models.positions import Context, read_context
 from sink_patch.models.probe import readings as probe
-from sink_patch.rules.kinds import LayerKind
-
-
-@dataclass(frozen=True, eq=False)
-class LayerFacts:
-    """One entry of the model's cache, whatever the window: what it holds, and how that turns."""
-
-    entry: Entry
-    adapter: Adapter
-    ordered: bool = False
-
-    def kind(self, window_length: int, num_sink_tokens: int) -> LayerKind:
-        """A sliding window that is shorter than the cache's goes on as the model was trained, without sinks."""
-        window = self.entry.sliding_window
-        if window is not None and window < window_length:
-            return LayerKind(window, 0, local=True, ordered=self.ordered)
-        return LayerKind(window_length, num_sink_tokens, ordered=self.ordered)
-
-
-@dataclass(frozen=True, eq=False)
-class ModelFacts:
-    """All that a cache needs to know of a model; holds no reference to it."""
-
-    model_class: str
-    model_type: str
-    family: str | None  # None: no family claims it, the probe chose the adapters
-    layers: tuple[LayerFacts, ...]
-    context: Context
-    position_source: PositionSource = "position_ids"
-    one_by_one: OneByOne | None = None
-    explicit_mask: bool = False  # whether the model must be given a mask even where every column is visible
-
-    def same_as(self, other: ModelFacts) -> bool:
-        """Whether what was proven for `other` holds for this too."""
-        same = (self.model_type, self.family, self.context) == (other.model_type, other.family, other.context)
-        return (
-            same
-            and len(self.layers) == len(other.layers)
-            and all(
-                one.entry == two.entry and one.ordered == two.ordered and one.adapter.same_as(two.adapter)
-                for one, two in zip(self.layers, other.layers, strict=True)
-            )
-        )
-
 
 _proven: weakref.WeakKeyDictionary[nn.Module, ModelFacts] = weakref.WeakKeyDictionary()
 _proving = threading.Lock()

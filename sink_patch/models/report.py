@@ -10,7 +10,8 @@ from torch import nn
 
 from sink_patch.arguments import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, check_window
 from sink_patch.models.entries import unwrapped
-from sink_patch.models.examine import LayerFacts, examine, horizon
+from sink_patch.models.examine import examine, horizon
+from sink_patch.models.facts import LayerFacts
 
 
 @dataclass(frozen=True)

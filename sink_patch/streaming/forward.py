@@ -1,132 +1,156 @@
-"""One forward of a `SinkCache`, from beginning to end, as the hooks (seam.py) and the graph (graph.py) drive it."""
+"""The one record of the forward that is in progress over a cache."""
 
 from __future__ import annotations
 
+import contextlib
+import enum
+import sys
+import threading
 import weakref
-from abc import abstractmethod
-from typing import Any
+from collections.abc import Iterator
+from types import FrameType
 
 import torch
 from torch import nn
 
-from sink_patch.compat import installed_shim
-from sink_patch.errors import UnboundCacheError
-from sink_patch.models.examine import ModelFacts
-from sink_patch.streaming import hooks as seam
+from sink_patch.errors import CacheStateError
+from sink_patch.streaming.fixed import FixedStep
 from sink_patch.streaming.steps import Step
-from sink_patch.streaming.streams import Streams
 
 
-class Forwards(seam.Streaming):
-    """The part of `SinkCache` that knows which forward is under way, and what its model is to receive."""
+class Phase(enum.Enum):
+    """How far a forward has come."""
 
-    window_length: int
-    num_sink_tokens: int
-    _facts: ModelFacts | None
-    _streams: Streams | None
+    DONE = "done"
+    """None is in progress: the cache may be fed, cropped, copied, saved."""
+    PLANNED = "planned"
+    """It has been planned, and no layer has stored anything."""
+    STORING = "storing"
+    """Layers have begun to store."""
+    BROKEN = "broken"
+    """Something failed half-way and old tokens are lost; only a reset helps."""
 
-    @abstractmethod
-    def is_bound_to(self, model: nn.Module) -> bool:
-        """Whether the cache belongs to this model."""
 
-    def _rest(self) -> None:
-        """No forward is under way."""
-        self.fed_ahead: seam.FedAhead | None = None  # see prefill.py
-        self.prompt_columns: int | None = None  # while `generate` decodes: single tokens after them are never padding
-        self.says_compileable = False  # see graph.py
-        self.begun_ahead = False  # see graph.py
-        self._passes_cache_position = installed_shim().passes_cache_position
-        self._entered: weakref.ref[nn.Module] | None = None  # the module that began the forward under way
+class Forward:
+    """The forward in progress: its module, its step, who began it, and how far it has come.
 
-    def begin_forward(
-        self, module: nn.Module, inputs: torch.Tensor, attention_mask: Any, *, fixed: bool = False
-    ) -> dict[str, torch.Tensor | None] | None:
-        """Make room, set the clock, and say what the model is to receive.
+    Each cache has one such object, and nothing else knows: hooks, compiled decoding and the rows ask it.
+
+        DONE ── begin ──> PLANNED ── step_to_store ──> STORING ── end ──> DONE
+                             │                            │
+                             └────── give_up ─────────────┴──> DONE, or BROKEN where old tokens were overwritten
+        BROKEN ── reset ──> DONE
+
+    A plain forward, `model(token, past_key_values=cache)`: the hook before the model's forward begins it with the model
+    as its module; the hook before the decoder's, which runs inside, finds that it `includes` the decoder and does
+    nothing; the hook after the decoder's finds that it does not end there (`ends_with`); the one after the model's
+    does, and ends it. If a layer raises, the same hook gives it up. After Ctrl-C no hook runs: `is_running` then finds
+    that the call is no longer on the stack, and whoever comes next gives it up.
+
+    A compiled forward is begun before the call of the graph and ended after it (`outside_the_call`): all hooks do
+    nothing.
+    """
+
+    def __init__(self) -> None:
+        self.phase = Phase.DONE
+        self.step: Step | None = None
+        self.reason = ""  # why it is broken
+        self.is_fixed = False  # whether its shapes and addresses are those of a graph
+        self.outside_the_call = False
+        self._module: weakref.ref[nn.Module] | None = None
+        self._thread = 0
+
+    @property
+    def in_progress(self) -> bool:
+        return self.step is not None
+
+    def begin(self, module: nn.Module, step: Step, *, outside_the_call: bool = False) -> None:
+        """A forward of `module` is planned.
 
         Args:
-            inputs: token ids [rows, columns] or embeddings [rows, columns, hidden].
-            attention_mask: None, or [rows, columns ever fed + columns], 1 for real tokens.
-            fixed: at fixed shapes and addresses, for a graph that is compiled once.
-
-        Returns:
-            `position_ids`, `attention_mask` and, where this transformers has it, `cache_position` for the model; or
-            None where an outer module has begun this forward.
+            outside_the_call: whether it is begun and ended around the call of the module, not by its hooks.
         """
-        if self._streams is None or self._facts is None or not self.is_bound_to(module):
-            raise self._not_bound_to(type(module).__name__)
-        if self.begun_ahead or self._is_inside(module, columns=inputs.shape[1]):
-            return None
-        generated = self.prompt_columns is not None and self._streams.columns >= self.prompt_columns
-        step = self._streams.begin(inputs, attention_mask, fixed=fixed, all_real=generated)
-        self._entered = weakref.ref(module)
-        if not self._streams.kinds:  # states alone: what is padding in this forward is all that matters
-            own = attention_mask is None or step.columns == 1
-            return {"attention_mask": None if own else attention_mask[:, -step.columns :]}
-        mask = step.attention_mask(explicit=self._facts.explicit_mask)
-        coordinates = {"cache_position": step.mask_coordinates()} if self._passes_cache_position else {}
-        positions = {"position_ids": step.position_ids()} if self._facts.position_source == "position_ids" else {}
-        return {"attention_mask": mask, **positions, **coordinates}
+        self._module, self.step, self.outside_the_call = weakref.ref(module), step, outside_the_call
+        self.is_fixed = isinstance(step, FixedStep)
+        # what a graph stores is not seen from here
+        self.phase = Phase.STORING if self.is_fixed else Phase.PLANNED
+        self._thread = threading.get_ident()
 
-    def _is_inside(self, module: nn.Module, columns: int) -> bool:
-        """Whether `module` is a part of the one that has begun this forward (and not of one that was interrupted)."""
-        step = None if self._streams is None else self._streams.step
-        outer = None if self._entered is None else self._entered()
-        if step is None or step.columns != columns or outer in (None, module):
-            return False
-        return (step.is_fixed or not step.touched) and self._is_running()
+    def step_to_store(self) -> Step | None:
+        """The step, for a layer that is about to store; None: no forward is in progress."""
+        if self.phase is Phase.PLANNED:
+            self.phase = Phase.STORING
+        return self.step
 
-    def end_forward(self, module: nn.Module, *, completed: bool) -> None:
-        if self._streams is None or not self.was_begun_by(module):
-            return
-        self._entered = None
-        if completed:
-            self._streams.commit()
-        else:
-            self._streams.abandon()
+    def done(self) -> None:
+        """It has ended, or was given up and has done no harm."""
+        self._leave(Phase.DONE)
 
-    def has_begun(self, module: nn.Module) -> bool:
-        if self.begun_ahead:
+    def break_off(self, reason: str) -> None:
+        """It was given up, and old tokens are lost. `reason` is a sentence for the user."""
+        self._leave(Phase.BROKEN)
+        self.reason = reason
+
+    @contextlib.contextmanager
+    def broken_unless_finished(self, reason: str) -> Iterator[None]:
+        """Inside, the keys of all layers are being changed; if that is interrupted, the cache is broken."""
+        before = self.phase, self.reason
+        self.phase, self.reason = Phase.BROKEN, reason
+        yield
+        self.phase, self.reason = before
+
+    def check_whole(self) -> None:
+        """Raise where old tokens are lost.
+
+        Raises:
+            CacheStateError: the cache is broken.
+        """
+        if self.phase is Phase.BROKEN:
+            raise CacheStateError(f"{self.reason} Call reset() and feed the text again, or use a new SinkCache.")
+
+    def includes(self, module: nn.Module, columns: int) -> bool:
+        """Whether a call of `module` with so many columns is a part of this forward, begun where it was called."""
+        if self.outside_the_call:
             return True
-        return self._streams is not None and self._streams.step is not None and not self.was_begun_by(module)
+        if self.step is None or self.step.columns != columns or self._begun_by() in (None, module):
+            return False
+        return (self.is_fixed or self.phase is Phase.PLANNED) and self.is_running()
 
-    def was_begun_by(self, module: nn.Module) -> bool:
-        return not self.begun_ahead and self._entered is not None and self._entered() is module
+    def ends_with(self, module: nn.Module) -> bool:
+        """Whether the forward ends when the call of `module` does, as it began there."""
+        return self.step is not None and not self.outside_the_call and self._begun_by() is module
 
-    def _is_running(self) -> bool:
-        """Whether the forward under way is not one that was interrupted."""
-        return (
-            torch.compiler.is_dynamo_compiling()
-            or self.begun_ahead
-            or seam.is_running(None if self._entered is None else self._entered())
-        )
+    def has_begun_before(self, module: nn.Module) -> bool:
+        """Whether what `module` is called for in a graph was begun before (and not in a call of it that broke off)."""
+        return self.outside_the_call or (self.step is not None and not self.ends_with(module))
 
-    @property
-    def is_compileable(self) -> bool:
-        """Whether a graph of the model may be compiled with it: where `generate` asks that, and in the graph itself."""
-        if self._streams is not None and self._streams.step is not None:
-            return self._streams.step.is_fixed
-        return self.says_compileable and self._facts_can_be_fixed
+    def is_running(self) -> bool:
+        """Whether the call that began it is still under way, and was not interrupted."""
+        if self.step is None:
+            return False
+        if self.outside_the_call or torch.compiler.is_dynamo_compiling():
+            return True
+        return _is_on_the_stack(self._begun_by(), self._thread)
 
-    @property
-    def can_be_fixed_now(self) -> bool:
-        """Whether the next token may go through such a graph."""
-        return self._facts_can_be_fixed and self._streams is not None and self._streams.can_be_fixed_now
+    def _begun_by(self) -> nn.Module | None:
+        return None if self._module is None else self._module()
 
-    @property
-    def _facts_can_be_fixed(self) -> bool:
-        return (
-            self._facts is not None
-            and self._facts.position_source == "position_ids"
-            and self._streams is not None
-            and self._streams.can_be_fixed
-        )
+    def _leave(self, phase: Phase) -> None:
+        self.phase, self.step, self._module = phase, None, None
+        self.is_fixed = self.outside_the_call = False
 
-    def _current_step(self) -> Step:
-        if self._streams is None or self._streams.step is None:
-            raise self._not_bound_to("model")
-        return self._streams.step
 
-    def _not_bound_to(self, caller: str) -> UnboundCacheError:
-        if self._facts is None:
-            return UnboundCacheError.never(caller, self.window_length, self.num_sink_tokens)
-        return UnboundCacheError.elsewhere(repr(self), caller)
+def _is_on_the_stack(module: nn.Module | None, thread: int) -> bool:
+    """Whether a call of a module is under way in a thread.
+
+    An interrupt goes past all hooks of torch (nn/modules/module.py, `_call_impl`), so that none of them can tell.
+    """
+    if module is None:
+        return False
+    own = thread == threading.get_ident()
+    frame: FrameType | None = sys._getframe(1) if own else sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
+    return False

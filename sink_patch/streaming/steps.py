@@ -1,4 +1,4 @@
-"""One forward in the making: row plans, layouts, and what the model's forward is to receive."""
+"""One forward in the making: what it sees, where its tokens go, and what the model's forward is to receive."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from sink_patch.buffers.devices import moved, on_device
-from sink_patch.buffers.layouts import Layout, UniformLayout, make_layouts, visible_columns
+from sink_patch.buffers.layouts import Layout, UniformLayout
+from sink_patch.buffers.ragged import RaggedLayout, visible_columns
 from sink_patch.buffers.rotation import Turn
 from sink_patch.rules.kinds import LayerKind
 from sink_patch.rules.plans import RowPlan
@@ -16,6 +17,9 @@ from sink_patch.rules.plans import RowPlan
 class Step:
     """Lives from the start of a forward to its end; made once, used by all layers.
 
+    `layouts` say where the layers of each kind read and write, in the order of `kinds`; `sink_turn` how far the sinks
+    are turned for this forward.
+
     Args:
         plans: one for each row of the batch.
         columns: tokens that the forward brings to each row, padding counted in.
@@ -23,29 +27,20 @@ class Step:
         device: where the model wants `position_ids` and `attention_mask`.
     """
 
-    is_fixed = False  # whether its shapes and addresses are those of the step before
-
     def __init__(self, plans: Sequence[RowPlan], columns: int, kinds: Sequence[LayerKind], device: torch.device):
         self.columns = columns
         self.device = device
-        self.touched = False  # whether a layer has stored anything
         self._take(plans)
-        self.layouts: dict[LayerKind, Layout] = make_layouts(kinds, self.plans, columns) if kinds else {}
-        self._in_order: Sequence[Layout] = list(self.layouts.values())
-        lengths = [layout.length for layout in self.layouts.values()]
-        self._past_columns = max(lengths, default=columns) - columns
+        self.layouts: Sequence[Layout] = make_layouts(kinds, self.plans, columns) if kinds else ()
+        self._past_columns = max((layout.length for layout in self.layouts), default=columns) - columns
 
     def _take(self, plans: Sequence[RowPlan]) -> None:
         self.plans = tuple(plans)
         self.sink_turn = Turn([plan.sink_turn for plan in self.plans])  # to where this forward sees them
 
-    def layout_of(self, kind_index: int) -> Layout:
-        """Where layers of a kind read and write; it is said by its place in `kinds`, as each layer asks."""
-        return self._in_order[kind_index]
-
     def position_ids(self) -> torch.Tensor:
-        """RoPE positions: [1, columns] where all rows are in step, else [rows, columns] with 0 for padding."""
-        if all(isinstance(layout, UniformLayout) for layout in self.layouts.values()):
+        """RoPE positions: [1, columns] where all rows have seen equally much, else [rows, columns], 0 for padding."""
+        if all(isinstance(layout, UniformLayout) for layout in self.layouts):
             first_position = self.plans[0].first_position
             return torch.arange(first_position, first_position + self.columns, device=self.device)[None, :]
         columns = torch.arange(self.columns, device=self.device)
@@ -61,21 +56,29 @@ class Step:
             explicit: give a mask of ones instead of None, for models that count its columns.
         """
         columns = self.past_columns() + self.columns
-        if all(layout.all_visible for layout in self.layouts.values()):
+        if all(layout.all_visible for layout in self.layouts):
             if not explicit:
                 return None
             return torch.ones(len(self.plans), columns, dtype=torch.long, device=self.device)
-        return moved(visible_columns(self.layouts.values(), columns).long(), self.device)  # [rows, visible columns]
+        return moved(visible_columns(self.layouts, columns).long(), self.device)  # [rows, visible columns]
 
     def past_columns(self) -> int:
         """Mask coordinate of the first new token: visible columns before it, in the kind of layer that sees most."""
         return self._past_columns
 
     def mask_coordinates(self) -> torch.Tensor:
-        """Of the new tokens, [columns]: `cache_position` of transformers up to 5.3."""
+        """Mask coordinates of the new tokens, [columns]: what models that take `cache_position` are given."""
         return torch.arange(self.columns, device=self.device) + self.past_columns()
 
-    def mask_sizes(self, kind: LayerKind) -> tuple[int, int]:
-        """(visible columns, mask coordinate of the first of them) for a layer of this kind: the last ones of all."""
-        length = self.layouts[kind].length
+    def mask_sizes(self, kind_index: int) -> tuple[int, int]:
+        """(visible columns, mask coordinate of the first of them) for layers of a kind: the last ones of all."""
+        length = self.layouts[kind_index].length
         return length, self.past_columns() + self.columns - length
+
+
+def make_layouts(kinds: Sequence[LayerKind], plans: Sequence[RowPlan], columns: int) -> list[Layout]:
+    """The layouts of one forward of `columns` columns, in the order of `kinds`."""
+    first = plans[0]
+    if first.new == columns and all(plan == first for plan in plans):
+        return [UniformLayout(kind, first, columns) for kind in kinds]
+    return [RaggedLayout(kind, plans, columns) for kind in kinds]

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sink_patch.buffers.layouts import make_layouts
 from sink_patch.rules.kinds import LayerKind
 from sink_patch.rules.plans import plan_row
 from sink_patch.rules.rows import Row, Slots
+from sink_patch.streaming.steps import make_layouts
 
 W, S = 12, 3
 

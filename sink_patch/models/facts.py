@@ -1,0 +1,58 @@
+"""What a model is to a sink cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sink_patch.compat import Entry
+from sink_patch.models.adapters.adapter import Adapter
+from sink_patch.models.families.family import OneByOne, PositionSource
+from sink_patch.models.positions import Context
+from sink_patch.rules.kinds import LayerKind
+
+
+@dataclass(frozen=True, eq=False)
+class LayerFacts:
+    """One entry of the model's cache, whatever the window: what it holds, and how that turns."""
+
+    entry: Entry
+    adapter: Adapter
+    ordered: bool = False
+
+    def kind(self, window_length: int, num_sink_tokens: int) -> LayerKind:
+        """A sliding window that is shorter than the cache's goes on as the model was trained, without sinks."""
+        window = self.entry.sliding_window
+        if window is not None and window < window_length:
+            return LayerKind(window, 0, local=True, ordered=self.ordered)
+        return LayerKind(window_length, num_sink_tokens, ordered=self.ordered)
+
+
+@dataclass(frozen=True, eq=False)
+class ModelFacts:
+    """All that a cache needs to know of a model; holds no reference to it."""
+
+    model_class: str
+    model_type: str
+    family: str | None  # None: no family claims it, the probe chose the adapters
+    layers: tuple[LayerFacts, ...]
+    context: Context
+    position_source: PositionSource = "position_ids"
+    one_by_one: OneByOne | None = None
+    explicit_mask: bool = False  # whether the model must be given a mask even where every column is visible
+
+    @property
+    def has_states(self) -> bool:
+        """Whether some layers hold a recurrent or convolution state, which cannot be taken back."""
+        return any(layer.entry.state for layer in self.layers)
+
+    def same_as(self, other: ModelFacts) -> bool:
+        """Whether what was proven for `other` holds for this too."""
+        same = (self.model_type, self.family, self.context) == (other.model_type, other.family, other.context)
+        return (
+            same
+            and len(self.layers) == len(other.layers)
+            and all(
+                one.entry == two.entry and one.ordered == two.ordered and one.adapter.same_as(two.adapter)
+                for one, two in zip(self.layers, other.layers, strict=True)
+            )
+        )

@@ -1,0 +1,80 @@
+"""The arguments of a model's forward: by name, and those that the cache replaces."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from sink_patch.compat import installed_shim
+from sink_patch.errors import UnsupportedGenerationError
+from sink_patch.models.facts import ModelFacts
+from sink_patch.streaming.steps import Step
+
+_OTHER_INPUTS = {
+    *("pixel_values", "pixel_values_videos", "pixel_values_images", "input_features", "input_values"),
+    *("audio_values", "mm_encoder_outputs"),
+}
+
+
+def replaced_inputs(step: Step, facts: ModelFacts, attention_mask: Any) -> dict[str, torch.Tensor | None]:
+    """What a model is to receive in place of what it was given: RoPE positions, and a mask over what it sees.
+
+    Args:
+        attention_mask: what it was given, None or [rows, columns].
+    """
+    if not step.layouts:  # states alone: what is padding in this forward is all that matters
+        unpadded = attention_mask is None or step.columns == 1
+        return {"attention_mask": None if unpadded else attention_mask[:, -step.columns :]}
+    replaced: dict[str, torch.Tensor | None] = {"attention_mask": step.attention_mask(explicit=facts.explicit_mask)}
+    if facts.position_source == "position_ids":
+        replaced["position_ids"] = step.position_ids()
+    if installed_shim().passes_cache_position:
+        replaced["cache_position"] = step.mask_coordinates()
+    return replaced
+
+
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a module's forward by name."""
+    return {**dict(zip(_names(type(module).forward), args, strict=False)), **kwargs} if args else kwargs
+
+
+def accepted(module: nn.Module, replaced: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments that the forward of a module takes."""
+    names = _accepted_names(type(module).forward)
+    return {name: value for name, value in replaced.items() if name in names}
+
+
+def check_text_only(module: nn.Module, named: dict[str, Any]) -> None:
+    """Images and sounds have positions of their own (M-RoPE), or see each other in both directions.
+
+    Raises:
+        UnsupportedGenerationError: some were given.
+    """
+    if others := [name for name in named if name in _OTHER_INPUTS and _is_given(named[name])]:
+        raise UnsupportedGenerationError(
+            f"{type(module).__name__} was given {', '.join(others)} with a SinkCache, which streams text alone. Leave "
+            "them out, or use another cache."
+        )
+
+
+def _is_given(value: Any) -> bool:
+    """`generate` passes a dict of None for encoders that had nothing to do."""
+    return any(map(_is_given, value.values())) if isinstance(value, dict) else value is not None
+
+
+@functools.lru_cache(maxsize=256)
+def _accepted_names(forward: Callable[..., Any]) -> frozenset[str]:
+    parameters = inspect.signature(forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    # "cache_position" among the others would reach attention functions that know nothing of it
+    return frozenset(parameters).union(("position_ids", "attention_mask") if takes_any else ())
+
+
+@functools.lru_cache(maxsize=256)
+def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]  # without self

@@ -1,0 +1,174 @@
+"""The rows of a cache between forwards: what each has seen, and what may be done to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from sink_patch.arguments import Sizes
+from sink_patch.buffers.rotation import Turn
+from sink_patch.buffers.store import LayerStore
+from sink_patch.errors import CacheStateError
+from sink_patch.models.facts import ModelFacts
+from sink_patch.rules.plans import RowPlan
+from sink_patch.rules.rows import Row
+from sink_patch.streaming.forward import Forward, Phase
+
+_SPARE_AT_ONCE = 16
+
+
+class Rows:
+    """The streams in the rows of a cache, between forwards.
+
+    `rows` are the streams, None before the first forward; `columns` the columns fed so far, padding counted in;
+    `forward` the forward in progress, which all verbs here look at first; `recording` whether what leaves the window must
+    be able to come back.
+
+    Args:
+        sizes: of the cache.
+        store: its layers.
+        facts: of its model.
+    """
+
+    def __init__(self, sizes: Sizes, store: LayerStore, facts: ModelFacts):
+        self.sizes, self.store, self.facts = sizes, store, facts
+        self.forward = Forward()
+        self.recording = False
+        self.rows: list[Row] | None = None
+        self.columns = 0
+
+    def mask_of_past(self) -> torch.Tensor:
+        """An attention mask over all columns fed so far, int64 [rows, columns]: padding counts as the oldest ones."""
+        seen = torch.tensor([row.seen for row in self.rows or ()])[:, None]  # [rows, 1]
+        return (torch.arange(self.columns)[None, :] >= self.columns - seen).long()
+
+    def reset(self) -> None:
+        """Forget all tokens.
+
+        Raises:
+            CacheStateError: a forward is in progress.
+        """
+        self.check_between_forwards("reset")
+        self._reset()
+
+    def select_rows(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`, in that order; a boolean mask over the rows will do too.
+
+        Raises:
+            CacheStateError: a forward is in progress.
+        """
+        self.check_between_forwards("given other rows")
+        if self.rows is None:
+            return
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero()[:, 0]
+        self.store.select_rows(indices)
+        alike = all(row == self.rows[0] for row in self.rows)  # then there is no need to ask the device
+        self.rows = [self.rows[0 if alike else row] for row in (range(len(indices)) if alike else indices.tolist())]
+
+    def crop(self, count: int) -> bool:
+        """Forget the newest `count` tokens of each row; False if tokens that would have to come back are gone.
+
+        Raises:
+            CacheStateError: a forward is in progress, or old tokens were lost.
+        """
+        self.check_between_forwards("cropped")
+        self.forward.check_whole()
+        if count == 0 or self.rows is None:
+            return True
+        if self.facts.has_states or count < 0 or not all(row.can_lose(count) for row in self.rows):
+            return False
+        self._move_clock([row.without_newest(count, self.sizes.window_length) for row in self.rows])
+        self.columns -= count
+        return True
+
+    def record(self, tokens: int) -> None:
+        """From now on keep what leaves the window for the newest `tokens` tokens, and for those of any one forward.
+
+        Raises:
+            CacheStateError: a forward is in progress, or old tokens were lost.
+        """
+        self.check_between_forwards("told to record its past")
+        self.forward.check_whole()
+        self.recording = True
+        self._have_spare(tokens)
+
+    def stop_recording(self) -> None:
+        """Give the room for that back.
+
+        Raises:
+            CacheStateError: a forward is in progress.
+        """
+        self.check_between_forwards("told not to record its past")
+        self.recording = False
+        self._lay_out(0)
+
+    def check_between_forwards(self, asked: str, *, planned_gives_way: bool = False) -> None:
+        """Raise inside a forward; one that was interrupted past all hooks is given up.
+
+        Args:
+            asked: what the cache is to be, for people: "cropped".
+            planned_gives_way: whether a forward that has stored nothing is given up, too.
+
+        Raises:
+            CacheStateError: a forward is in progress.
+        """
+        if not self.forward.in_progress:
+            return
+        gives_way = planned_gives_way and self.forward.phase is Phase.PLANNED
+        if not gives_way and self.forward.is_running():
+            raise CacheStateError(
+                f"This SinkCache cannot be {asked} in the middle of a forward over it, whose tokens would be lost. Wait "
+                "for its end."
+            )
+        self._give_up()
+
+    def _give_up(self) -> None:
+        """Forget the forward in progress, which did not end. Tokens that it overwrote are lost."""
+        step, phase = self.forward.step, self.forward.phase
+        if step is None:
+            return
+        if self.rows is None:  # the first one: nothing of it need stay
+            self._reset()
+            return
+        slots = self.store.slots
+        self.rows = [row.after_failure(plan.new, slots) for row, plan in zip(self.rows, step.plans, strict=True)]
+        stored = phase is Phase.STORING
+        overwritten = stored and any(kind.evicts(plan) for kind in self.store.kinds for plan in step.plans)
+        if overwritten or self.facts.has_states:
+            self.forward.break_off("A forward with this cache failed half-way, after it had overwritten old tokens.")
+        else:
+            self.forward.done()
+
+    def _reset(self) -> None:
+        self.store.reset()
+        self.rows, self.columns = None, 0
+        self.forward.done()
+
+    def _have_spare(self, tokens: int) -> None:
+        """Have so many spare slots, and some more, as each change of their number copies the cache."""
+        if tokens > self.store.slots.spare:
+            self._lay_out(-(-tokens // _SPARE_AT_ONCE) * _SPARE_AT_ONCE)
+
+    def _lay_out(self, spare: int) -> None:
+        if all(kind.spare == spare for kind in self.store.kinds):
+            return
+        with self.forward.broken_unless_finished("The slots of this cache could not be laid out anew to the end."):
+            self.store.lay_out(spare, [row.seen for row in self.rows or ()])
+            slots = self.store.slots
+            self.rows = None if self.rows is None else [row.after_failure(0, slots) for row in self.rows]
+
+    def _set_clock(self, plans: Sequence[RowPlan]) -> None:
+        """Turn all rings back where the newest position would reach the horizon."""
+        if self.rows is not None and any(plan.turn for plan in plans):
+            self._move_clock([replace(row, base=plan.base) for row, plan in zip(self.rows, plans, strict=True)])
+
+    def _move_clock(self, moved: list[Row]) -> None:
+        """Turn all rings by as much as the base of their row moves."""
+        turn = Turn([row.base - new.base for row, new in zip(self.rows or (), moved, strict=True)])
+        if any(turn.rows):
+            with self.forward.broken_unless_finished("The clock of this cache could not be set to the end."):
+                self.store.turn(turn)
+        self.rows = moved
