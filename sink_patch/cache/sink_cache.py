@@ -106,7 +106,7 @@ class SinkCache(TransformersCache):
                 "model=model)."
             )
         streams.check_between_forwards("saved")
-        streams.forward.check_whole()
+        streams.forward.check_whole(f"{self!r} cannot be saved. ")
         model = streams.entrances[0]()
         if model is None:
             raise CacheStateError(f"{self!r} cannot be saved: its model is gone. Keep the model until it is saved.")

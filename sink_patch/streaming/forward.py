@@ -99,14 +99,19 @@ class Forward:
         yield
         self.phase, self.reason = before
 
-    def check_whole(self) -> None:
+    def check_whole(self, refused: str = "") -> None:
         """Raise where old tokens are lost.
+
+        Args:
+            refused: a sentence for people that says what cannot be done.
 
         Raises:
             CacheStateError: the cache is broken.
         """
         if self.phase is Phase.BROKEN:
-            raise CacheStateError(f"{self.reason} Call reset() and feed the text again, or use a new SinkCache.")
+            raise CacheStateError(
+                f"{refused}{self.reason} Call reset() and feed the text again, or use a new SinkCache."
+            )
 
     def includes(self, module: nn.Module, columns: int) -> bool:
         """Whether a call of `module` with so many columns is a part of this forward, begun where it was called."""
@@ -124,13 +129,18 @@ class Forward:
         """Whether what `module` is called for in a graph was begun before (and not in a call of it that broke off)."""
         return self.outside_the_call or (self.step is not None and not self.ends_with(module))
 
-    def is_running(self) -> bool:
-        """Whether the call that began it is still under way, and was not interrupted."""
-        if self.step is None:
+    def is_running(self, called: nn.Module | None = None) -> bool:
+        """Whether the call that began it is still under way, and was not interrupted.
+
+        Args:
+            called: a module that is just being called anew; that call is not meant.
+        """
+        module = self._begun_by()
+        if self.step is None or module is None:
             return False
         if self.outside_the_call or torch.compiler.is_dynamo_compiling():
             return True
-        return _is_on_the_stack(self._begun_by(), self._thread)
+        return _calls_on_the_stack(module, self._thread, enough=1 + (called is module)) > (called is module)
 
     def _begun_by(self) -> nn.Module | None:
         return None if self._module is None else self._module()
@@ -140,17 +150,15 @@ class Forward:
         self.is_fixed = self.outside_the_call = False
 
 
-def _is_on_the_stack(module: nn.Module | None, thread: int) -> bool:
-    """Whether a call of a module is under way in a thread.
+def _calls_on_the_stack(module: nn.Module, thread: int, enough: int) -> int:
+    """How many calls of a module are under way in a thread, counted up to `enough`.
 
     An interrupt goes past all hooks of torch (nn/modules/module.py, `_call_impl`), so that none of them can tell.
     """
-    if module is None:
-        return False
     own = thread == threading.get_ident()
     frame: FrameType | None = sys._getframe(1) if own else sys._current_frames().get(thread)
-    while frame is not None:
-        if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module:
-            return True
+    count = 0
+    while frame is not None and count < enough:
+        count += frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module
         frame = frame.f_back
-    return False
+    return count

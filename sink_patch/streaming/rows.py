@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from sink_patch.arguments import Sizes
 from sink_patch.buffers.rotation import Turn
@@ -105,20 +106,20 @@ class Rows:
         self.recording = False
         self._lay_out(0)
 
-    def check_between_forwards(self, asked: str, *, planned_gives_way: bool = False) -> None:
+    def check_between_forwards(self, asked: str, called: nn.Module | None = None) -> None:
         """Raise inside a forward; one that was interrupted past all hooks is given up.
 
         Args:
             asked: what the cache is to be, for people: "cropped".
-            planned_gives_way: whether a forward that has stored nothing is given up, too.
+            called: the module that begins another forward; one that has stored nothing gives way to it.
 
         Raises:
             CacheStateError: a forward is in progress.
         """
         if not self.forward.in_progress:
             return
-        gives_way = planned_gives_way and self.forward.phase is Phase.PLANNED
-        if not gives_way and self.forward.is_running():
+        gives_way = called is not None and self.forward.phase is Phase.PLANNED
+        if not gives_way and self.forward.is_running(called):
             raise CacheStateError(
                 f"This SinkCache cannot be {asked} in the middle of a forward over it, whose tokens would be lost. Wait "
                 "for its end."

@@ -107,7 +107,7 @@ class Streams(Rows):
         rows, columns = inputs.shape[:2]
         if self.forward.includes(module, columns):
             return None
-        self.check_between_forwards("fed", planned_gives_way=True)
+        self.check_between_forwards("fed", called=module)
         self.forward.check_whole()
         mask = None if columns == 1 and self._is_generated() else attention_mask
         held = [Row()] * rows if self.rows is None else self.rows
@@ -129,7 +129,10 @@ class Streams(Rows):
         Raises:
             CacheStateError: it has stored nothing.
         """
-        if self.forward.ends_with(module):
+        if not self.forward.ends_with(module):
+            return
+        # a call inside of it, of the same module, has failed: such as one that was refused for being inside
+        if completed or not self.forward.is_running(called=module):
             self._end(completed=completed)
 
     def _is_generated(self) -> bool:

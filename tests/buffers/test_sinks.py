@@ -10,7 +10,6 @@ import torch
 from sink_patch.buffers.rings import Ring
 from sink_patch.buffers.rotation import Rotation, Turn
 from sink_patch.buffers.sinks import Sinks
-from sink_patch.rules.kinds import LayerKind
 
 S, SLOTS, HEADS, DIM = 3, 8, 2, 12
 ROTATIONS = {
@@ -20,13 +19,6 @@ ROTATIONS = {
     "interleaved": Rotation(torch.tensor([1.0, 0.1, 0.7], dtype=torch.float64), pairing="interleaved", start=2),
     "backwards": Rotation(torch.tensor([1.0, 0.1], dtype=torch.float64), sign=-1),
 }
-
-
-class Step:
-    """What `Sinks` asks of a step."""
-
-    def __init__(self, *turns):
-        self.sink_turn = Turn(turns)
 
 
 def turned(states, rotation, turns):
@@ -46,20 +38,27 @@ def turned(states, rotation, turns):
 def full_rings(rotations, rows=2, dtype=torch.float32):
     generator, rings = torch.Generator().manual_seed(0), []
     for rotation in rotations:
-        ring = Ring(LayerKind(SLOTS, S), rotation)
+        ring = Ring(rotation)
         ring.buffer = torch.randn(rows, HEADS, SLOTS, DIM, generator=generator).to(dtype)
-        ring.pristine = ring.buffer[:, :, :S].clone()
         rings.append(ring)
     return rings
 
 
-def copies(rings):
-    return [(ring.buffer.clone(), ring.pristine.clone()) for ring in rings]
+def sinks_of(rings):
+    """The owner of sinks that are in the buffers as the model made them."""
+    sinks = Sinks(rings)
+    for ring in rings:
+        sinks.put(ring, ring.buffer[:, :, :S].clone())
+    return sinks
 
 
-def assert_shown(rings, before, turns):
+def copies(rings, sinks):
+    return [(ring.buffer.clone(), sinks.pristine_of(ring).clone()) for ring in rings]
+
+
+def assert_shown(rings, sinks, before, turns):
     for ring, (buffer, pristine) in zip(rings, before, strict=True):
-        assert torch.equal(ring.pristine, pristine)
+        assert torch.equal(sinks.pristine_of(ring), pristine)
         assert torch.equal(ring.buffer[:, :, S:], buffer[:, :, S:])
         wanted = turned(pristine, ring.rotation, turns)
         off = (ring.buffer[:, :, :S].double() - wanted).norm() / wanted.norm()
@@ -70,71 +69,72 @@ def assert_shown(rings, before, turns):
 @pytest.mark.parametrize("name", ROTATIONS)
 def test_each_of_many_layers_shows_its_own_sinks(name, dtype):
     rings = full_rings([ROTATIONS[name]] * 19, dtype=dtype)  # more than lie side by side, and not a multiple of that
-    before, sinks = copies(rings), Sinks(rings)
+    sinks = sinks_of(rings)
+    before = copies(rings, sinks)
     for turns in ((5, 5), (6, 6), (7, 9), (7, 9), (0, 0), (1000, 2)):  # they are brought side by side with the second
-        sinks.show(Step(*turns))
-        assert_shown(rings, before, turns)
+        sinks.show(Turn(turns))
+        assert_shown(rings, sinks, before, turns)
 
 
 def test_layers_that_turn_in_different_ways_or_have_other_shapes():
     rings = full_rings([*ROTATIONS.values()] * 2) + full_rings([ROTATIONS["half"]] * 2, rows=2)
     rings[-1].buffer = rings[-1].buffer[:, :1].clone()
-    rings[-1].pristine = rings[-1].pristine[:, :1].clone()
-    before, sinks = copies(rings), Sinks(rings)
+    sinks = sinks_of(rings)
+    before = copies(rings, sinks)
     for turns in ((5, 4), (6, 5), (7, 6)):
-        sinks.show(Step(*turns))
-        assert_shown(rings, before, turns)
+        sinks.show(Turn(turns))
+        assert_shown(rings, sinks, before, turns)
 
 
 def test_sinks_that_come_later_are_shown_too():
     rings = full_rings([ROTATIONS["partial"]] * 3)
-    sinks = Sinks(rings)
+    sinks = sinks_of(rings)
     for turns in ((1, 1), (2, 2), (3, 3)):
-        sinks.show(Step(*turns))
+        sinks.show(Turn(turns))
     for ring in rings:  # as a layout writes them: where they are kept, and where they are shown
         late = torch.randn(HEADS, DIM)
-        ring.pristine[0, :, 2], ring.buffer[0, :, 2] = late, late
-    before = copies(rings)
-    sinks.show(Step(4, 4))
-    assert_shown(rings, before, (4, 4))
+        sinks.pristine_of(ring)[0, :, 2], ring.buffer[0, :, 2] = late, late
+    before = copies(rings, sinks)
+    sinks.show(Turn((4, 4)))
+    assert_shown(rings, sinks, before, (4, 4))
 
 
 def test_rings_with_other_buffers_are_seen():
     rings = full_rings([ROTATIONS["half"]] * 9)
-    sinks = Sinks(rings)
+    sinks = sinks_of(rings)
     for turns in ((1, 1), (2, 2)):
-        sinks.show(Step(*turns))
-    for ring in rings:
-        ring.select_rows(torch.tensor([1, 0]))
-    before = copies(rings)
+        sinks.show(Turn(turns))
+    for keeper in (*rings, sinks):
+        keeper.select_rows(torch.tensor([1, 0]))
+    before = copies(rings, sinks)
     for turns in ((2, 2), (3, 3), (4, 4)):
-        sinks.show(Step(*turns))
-        assert_shown(rings, before, turns)
+        sinks.show(Turn(turns))
+        assert_shown(rings, sinks, before, turns)
 
 
 def test_buffers_that_change_with_each_token_are_not_brought_side_by_side():
     """As those of beams, which would be copied once more each time."""
     rings = full_rings([ROTATIONS["half"]] * 9)
-    sinks = Sinks(rings)
+    sinks = sinks_of(rings)
     for turn in range(4):
-        for ring in rings:
-            ring.select_rows(torch.tensor([1, 0]))
+        for keeper in (*rings, sinks):
+            keeper.select_rows(torch.tensor([1, 0]))
         addresses = [ring.buffer.data_ptr() for ring in rings]
-        sinks.show(Step(turn, turn))
+        sinks.show(Turn((turn, turn)))
         assert [ring.buffer.data_ptr() for ring in rings] == addresses
 
 
 def test_only_some_buffers_are_held_twice_while_they_are_brought_side_by_side(monkeypatch):
     rings = full_rings([ROTATIONS["half"]] * 24)
-    sinks, alive, stack = Sinks(rings), [], torch.stack
+    sinks, alive, stack = sinks_of(rings), [], torch.stack
     old = [weakref.ref(ring.buffer) for ring in rings]
-    sinks.show(Step(1, 1))
+    sinks.show(Turn((1, 1)))
 
     def counting_stack(tensors):
         alive.append(sum(buffer() is not None for buffer in old))
         return stack(tensors)
 
     monkeypatch.setattr(torch, "stack", counting_stack)
-    sinks.show(Step(2, 2))
+    sinks.show(Turn((2, 2)))
     assert alive == [24, 16, 8]
     assert not any(buffer() is not None for buffer in old)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from sink_patch.compat import installed_shim
 from transformers import PreTrainedModel, cache_utils
+
+from sink_patch import SinkCache
+from sink_patch.streaming.streams import streams_of
 
 
 def default_cache(model: PreTrainedModel, rows: int = 1, longest: int = 256) -> Any:
@@ -37,3 +41,9 @@ class BareCache(cache_utils.Cache):
 
     def get_max_cache_shape(self, layer_idx: int = 0) -> None:
         """4.52 asks any cache: there is no end."""
+
+
+def pristine_sinks(cache: SinkCache, which: int) -> list[torch.Tensor | None]:
+    """The sinks as the model made them, [rows, heads, num_sink_tokens, dim] for each layer; 0: of the keys, 1: values."""
+    store = streams_of(cache).store
+    return [store.sinks.pristine_of(layer.rings[which]) for layer in store.sink_layers]

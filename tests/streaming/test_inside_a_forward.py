@@ -1,0 +1,167 @@
+"""What may come between two forwards only raises in the middle of one, and that forward is as if nothing was asked."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import CompileConfig
+
+from sink_patch import CacheStateError, SinkCache
+from tests.support.oracle import relative_error
+from tests.support.replay import cache_name
+from tests.support.tiny import tiny, tokens
+
+W, S = 12, 3
+BETWEEN_FORWARDS: dict[str, Callable[[SinkCache, Any], object]] = {
+    "crop": lambda cache, path: cache.crop(-1),
+    "crop of nothing": lambda cache, path: cache.crop(0),
+    "reset": lambda cache, path: cache.reset(),
+    "reorder_cache": lambda cache, path: cache.reorder_cache(torch.tensor([0])),
+    "batch_select_indices": lambda cache, path: cache.batch_select_indices(torch.tensor([0])),
+    "batch_repeat_interleave": lambda cache, path: cache.batch_repeat_interleave(1),
+    "activate_past_recording": lambda cache, path: cache.activate_past_recording(),
+    "deactivate_past_recording": lambda cache, path: cache.deactivate_past_recording(),
+    "clone": lambda cache, path: cache.clone(),
+    "save": lambda cache, path: cache.save(path / "cache"),
+}
+PLACES = {"before anything is stored": "embed_tokens", "between": "layers.0.mlp", "when all is stored": "layers.1.mlp"}
+
+
+def model() -> Any:
+    return tiny("llama", layers=2, max_position_embeddings=64)
+
+
+def asking(module: nn.Module, ask: Callable[[], object], found: list[str]) -> Any:
+    """A hook that asks for something once, and takes what is raised."""
+
+    def hook(*_: Any) -> None:
+        if not found:
+            found.append("nothing was raised")
+            try:
+                ask()
+            except CacheStateError as refusal:
+                found[0] = str(refusal)
+
+    return module.register_forward_pre_hook(hook)
+
+
+def feed(one: Any, cache: SinkCache, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return one(ids, **{cache_name(one): cache}).logits
+
+
+@pytest.mark.parametrize("fed", [5, 20], ids=["window not full", "window full"])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", BETWEEN_FORWARDS)
+def test_it_raises_and_the_forward_goes_on(name, place, fed, tmp_path):
+    one, stream = model(), tokens(30)
+    cache, undisturbed = (SinkCache(W, S, model=one) for _ in range(2))
+    for each in (cache, undisturbed):
+        feed(one, each, stream[:, :fed])
+    found: list[str] = []
+    handle = asking(one.model.get_submodule(PLACES[place]), lambda: BETWEEN_FORWARDS[name](cache, tmp_path), found)
+    for start, stop in ((fed, fed + 2), (fed + 2, fed + 3), (fed + 3, fed + 4)):
+        logits, wanted = (feed(one, each, stream[:, start:stop]) for each in (cache, undisturbed))
+        assert torch.equal(logits, wanted)
+        assert cache.get_seq_length() == stop
+    handle.remove()
+    assert "in the middle of a forward" in found[0]
+
+
+@pytest.mark.parametrize("name", BETWEEN_FORWARDS)
+def test_so_it_does_in_a_call_of_generate(name, tmp_path):
+    one, ids, found = model(), tokens(6), []
+    cache = SinkCache(W, S, model=one)
+    asked = {"max_new_tokens": 20, "do_sample": False}
+    handle = asking(one.model.layers[1].mlp, lambda: BETWEEN_FORWARDS[name](cache, tmp_path), found)
+    text = one.generate(ids, past_key_values=cache, **asked)
+    handle.remove()
+    assert "in the middle of a forward" in found[0]
+    assert torch.equal(text, one.generate(ids, past_key_values=SinkCache(W, S), **asked))
+
+
+def test_so_it_does_from_another_thread():
+    """Who looks at the frames of its own thread alone takes the forward for one that was interrupted."""
+    one, stream, found = model(), tokens(12), []
+    cache = SinkCache(W, S, model=one)
+    feed(one, cache, stream[:, :5])
+
+    def elsewhere() -> None:
+        thread = threading.Thread(target=lambda: found.append(refusal_of(cache.reset)))
+        thread.start()
+        thread.join()
+
+    handle = one.model.layers[0].mlp.register_forward_pre_hook(lambda *_: elsewhere())
+    feed(one, cache, stream[:, 5:7])
+    handle.remove()
+    assert "in the middle of a forward" in found[0]
+    assert cache.get_seq_length() == 7
+
+
+def refusal_of(ask: Callable[[], object]) -> str:
+    try:
+        ask()
+    except CacheStateError as refusal:
+        return str(refusal)
+    return "nothing was raised"
+
+
+def test_so_it_does_while_a_graph_decodes():
+    one, ids, found = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=64), tokens(6), []
+    cache = SinkCache(W, S, model=one)
+    config = CompileConfig(backend="eager", mode=None, fullgraph=False, dynamic=False)
+    config._compile_all_devices = True
+    handle = one.model.norm.register_forward_pre_hook(
+        torch.compiler.disable(lambda *_: found.append(refusal_of(cache.reset)))
+    )
+    torch._dynamo.reset()
+    asked = {"max_new_tokens": 6, "do_sample": False}
+    text = one.generate(ids, past_key_values=cache, compile_config=config, **asked)
+    handle.remove()
+    torch._dynamo.reset()
+    assert found
+    assert all("in the middle of a forward" in each for each in found)
+    assert torch.equal(text, one.generate(ids, past_key_values=SinkCache(W, S), **asked))
+
+
+@pytest.mark.parametrize("entry", ["the model", "its decoder"])
+def test_a_forward_inside_a_forward_raises(entry):
+    """Its tokens would take the place of those that the outer one is storing."""
+    one, stream, found = model(), tokens(30), []
+    cache, undisturbed = (SinkCache(W, S, model=one) for _ in range(2))
+    for each in (cache, undisturbed):
+        feed(one, each, stream[:, :20])
+    called = one if entry == "the model" else one.model
+    with torch.no_grad():
+        ask = {"input_ids": stream[:, 20:21], cache_name(called): cache}
+        handle = asking(one.model.layers[0].mlp, lambda: called(**ask), found)
+        logits = feed(one, cache, stream[:, 20:22])
+        handle.remove()
+    assert "in the middle of a forward" in found[0]
+    assert torch.equal(logits, feed(one, undisturbed, stream[:, 20:22]))
+    assert relative_error(feed(one, cache, stream[:, 22:23]), feed(one, undisturbed, stream[:, 22:23])) == 0
+
+
+@pytest.mark.parametrize("name", BETWEEN_FORWARDS)
+def test_after_an_interrupt_it_is_as_after_any_forward_that_failed(name, tmp_path):
+    """No hook runs then, so that the forward is still said to be in progress: whoever comes next finds out."""
+    one, stream = model(), tokens(30)
+    cache = SinkCache(W, S, model=one)
+    feed(one, cache, stream[:, :5])
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = one.model.layers[0].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        feed(one, cache, stream[:, 5:7])
+    handle.remove()
+    if name == "crop":
+        cache.activate_past_recording()
+    BETWEEN_FORWARDS[name](cache, tmp_path)  # nothing was lost
+    assert cache.get_seq_length() == {"reset": 0, "crop": 4}.get(name, 5)
