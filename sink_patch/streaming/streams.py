@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sink_patch.arguments import Sizes
 from sink_patch.buffers.store import LayerStore
 from sink_patch.errors import CacheStateError, UnboundCacheError
 from sink_patch.rules.plans import RowPlan
@@ -26,8 +27,7 @@ from sink_patch.streaming.steps import Step
 class StreamingCache:
     """What the hooks look for among the arguments of a forward: a cache that has streams, once it is bound."""
 
-    window_length: int
-    num_sink_tokens: int
+    _sizes: Sizes
     _streams: Streams | None = None
 
 
@@ -41,7 +41,7 @@ def streams_of(cache: StreamingCache, caller: str = "model") -> Streams:
         UnboundCacheError: the cache is bound to no model.
     """
     if cache._streams is None:
-        raise UnboundCacheError.never(caller, cache.window_length, cache.num_sink_tokens)
+        raise UnboundCacheError.never(caller, cache._sizes.window_length, cache._sizes.num_sink_tokens)
     return cache._streams
 
 

@@ -21,6 +21,7 @@ import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import sink_patch
+from sink_patch.streaming.streams import streams_of
 from tests.bench import records
 
 LAYERS, HEADS, DIM, SINKS = 30, 3, 64, 4
@@ -49,21 +50,22 @@ def states(columns: int, device: str) -> torch.Tensor:
 
 def ours(model: LlamaForCausalLM, window: int, device: str) -> Step:
     cache = sink_patch.SinkCache(window, SINKS, model=model)
+    streams = streams_of(cache)
 
     def feed(columns: int, new: torch.Tensor) -> None:
-        cache.begin_forward(model, torch.zeros(1, columns, dtype=torch.long, device=device), None)
+        streams.begin(model, torch.zeros(1, columns, dtype=torch.long, device=device), None)
         for layer in range(LAYERS):
             cache.update(new, new, layer)
-        cache.end_forward(model, completed=True)
+        streams.end(model, completed=True)
 
     feed(window, states(window, device))
     token, ids = states(1, device), torch.zeros(1, 1, dtype=torch.long, device=device)
 
     def step() -> None:
-        cache.begin_forward(model, ids, None)
+        streams.begin(model, ids, None)
         for layer in range(LAYERS):
             cache.update(token, token, layer)
-        cache.end_forward(model, completed=True)
+        streams.end(model, completed=True)
 
     return step
 

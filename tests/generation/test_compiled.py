@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 from sink_patch import SinkCache
-from sink_patch.streaming import fixed_steps as fixed
+from sink_patch.streaming import fixed
 from tests.support import zoo
 from tests.support.known_gaps import is_newest, skip_what_is_to_come
 from tests.support.oracle import relative_error, visible_tokens

@@ -47,13 +47,13 @@ class Log:
     """What happens to each sink cache: the ids that are fed to a model with it, and how many are taken back."""
 
     def __init__(self, monkeypatch, *models):
-        self.events, forget = [], SinkCache.forget
+        self.events, forget = [], SinkCache._take_back
 
         def noted(cache, count, asked):
             self._note(cache, int(count))
             forget(cache, count, asked)
 
-        monkeypatch.setattr(SinkCache, "forget", noted)
+        monkeypatch.setattr(SinkCache, "_take_back", noted)
         self.hooks = [
             decoder_of(model).register_forward_pre_hook(
                 lambda _, args, named: self._note(named.get("cache", named.get("past_key_values")), named["input_ids"]),
