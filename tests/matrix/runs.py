@@ -18,7 +18,7 @@ from tests.matrix.records import NO_ENVIRONMENT, TOO_LONG, Record, read
 from tests.matrix.versions import VERSIONS
 
 CHECKOUT = Path(__file__).parent.parent.parent
-RANDOM = "tests/streaming/streaming/test_oracle.py::test_no_schedule_is_a_counterexample"
+RANDOM = "tests/streaming/test_oracle.py::test_no_schedule_is_a_counterexample"
 QUICK = (
     *(
         "tests/streaming/test_oracle.py",
@@ -26,8 +26,8 @@ QUICK = (
         "tests/generation/test_same_text.py",
         "tests/compat/test_private_places.py",
     ),
-    "tests/patching/patching/test_autoload.py::test_with_no_import_of_ours_torch_switches_it_on[import transformers]",
-    "tests/serving/serving/test_pipeline.py::test_a_pipeline_that_knows_only_the_directory_streams[entries]",
+    "tests/patching/test_autoload.py::test_with_no_import_of_ours_torch_switches_it_on[import transformers]",
+    "tests/serving/test_pipeline.py::test_a_pipeline_that_knows_only_the_directory_streams[entries]",
     *("--deselect", RANDOM),
 )
 SUITES: dict[str, tuple[str, ...]] = {

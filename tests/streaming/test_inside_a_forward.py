@@ -19,7 +19,7 @@ from tests.support.tiny import tiny, tokens
 W, S = 12, 3
 BETWEEN_FORWARDS: dict[str, Callable[[SinkCache, Any], object]] = {
     "crop": lambda cache, path: cache.crop(-1),
-    "crop of nothing": lambda cache, path: cache.crop(0),
+    "crop of nothing": lambda cache, path: cache._take_back(0, "0"),  # what crop(0) means depends on the version
     "reset": lambda cache, path: cache.reset(),
     "reorder_cache": lambda cache, path: cache.reorder_cache(torch.tensor([0])),
     "batch_select_indices": lambda cache, path: cache.batch_select_indices(torch.tensor([0])),

@@ -25,7 +25,7 @@ class Lack:
 
     Args:
         versions: of transformers.
-        tests: a test's node id, such as `tests/serving/serving/test_serve.py::test_a*`, where `*` and `?` stand for anything; brackets
+        tests: a test's node id, such as `tests/serving/test_serve.py::test_a*`, where `*` and `?` stand for anything; brackets
             are meant as they are. A path without `::` is a whole file, which is not even imported.
         reason: what the versions lack.
     """
@@ -60,119 +60,119 @@ def _rows(versions: str, reason: str, *tests: str) -> tuple[Lack, ...]:
 LACKS: tuple[Lack, ...] = (
     *_rows(">=4.53", "transformers has no SinkCache of its own any more", "cache/test_native_sink_cache.py"),
     *_rows(
-        "<4.53", "there is no continuous batching", "generation/generation/test_generate.py::test_continuous_batching*"
+        "<4.53", "there is no continuous batching", "generation/test_generate.py::test_continuous_batching*"
     ),
     *_rows(
         "<4.54",
         _NO_CONFIG,
-        "generation/generation/test_generate.py::test_sizes_may_be_given_in_many_ways[an argument beside*",
+        "generation/test_generate.py::test_sizes_may_be_given_in_many_ways[an argument beside*",
         *(
-            f"generation/generation/test_bad_input.py::test_sizes_in_configs_are_never_passed_over[call{number}-*"
+            f"generation/test_bad_input.py::test_sizes_in_configs_are_never_passed_over[call{number}-*"
             for number in (0, 3, 4)
         ),
     ),
     *_rows(
         "<4.53",
         _CUT_MASKS,
-        "generation/generation/test_default_cache.py::test_logits_of_each_family*gemma2-in *chunk*",
-        "generation/generation/test_default_cache.py::test_logits_of_each_family*gemma3_text-in *chunk*",
-        "generation/generation/test_default_cache.py::test_logits_of_each_family*cohere2-in *chunk*",
+        "generation/test_default_cache.py::test_logits_of_each_family*gemma2-in *chunk*",
+        "generation/test_default_cache.py::test_logits_of_each_family*gemma3_text-in *chunk*",
+        "generation/test_default_cache.py::test_logits_of_each_family*cohere2-in *chunk*",
     ),
     *_rows(
         "<4.53",
         "a model that trains with gradient checkpointing stores keys as ever",
-        "generation/generation/test_bad_input.py::test_gradient_checkpointing_stores_nothing",
+        "generation/test_bad_input.py::test_gradient_checkpointing_stores_nothing",
     ),
     *_rows(
         "<5.5",
         _STATES_APART,
-        "models/models/test_coverage.py::test_a_long_prompt_is_not_cut_where_states*",
-        "models/models/test_states.py::*",
+        "models/test_coverage.py::test_a_long_prompt_is_not_cut_where_states*",
+        "models/test_states.py::*",
     ),
     *_rows(
         "<5.5",
         _STATES_APART,
-        "streaming/streaming/test_ragged.py::*qwen3_next*",
-        "streaming/streaming/test_faults.py::*qwen3_next*",
+        "streaming/test_ragged.py::*qwen3_next*",
+        "streaming/test_faults.py::*qwen3_next*",
     ),
-    *_rows("<4.53", _CUT_MASKS, "streaming/streaming/test_ragged.py::test_padded_embeddings*[gemma3_text-in pieces]"),
+    *_rows("<4.53", _CUT_MASKS, "streaming/test_ragged.py::test_padded_embeddings*[gemma3_text-in pieces]"),
     *_rows(
         "<4.53",
         "flex attention has masks for whole prompts alone",
-        "serving/serving/test_surroundings.py::test_flex_attention*",
+        "serving/test_surroundings.py::test_flex_attention*",
     ),
     *_rows(
         ">=5.24",
         "PEFT does not know what a cache is called now",
-        "serving/serving/test_surroundings.py::test_prompt_tuning*",
+        "serving/test_surroundings.py::test_prompt_tuning*",
     ),
     *_rows(
         "<5.5", _STATES_APART, "cache/test_files.py::test_states*", "cache/test_files.py::test_what_it_does_not_know*"
     ),
     *_rows("<4.53", _CUT_MASKS, "cache/test_files.py::test_it_goes_on_to_the_bit[gemma3_text*"),
-    *_rows("<4.56", _NO_GEMMA3N, "models/models/test_coverage.py::test_windows_are_kept*[gemma3n_text]"),
+    *_rows("<4.56", _NO_GEMMA3N, "models/test_coverage.py::test_windows_are_kept*[gemma3n_text]"),
     *_rows(
-        ">=5.5,<5.7", _NO_MAMBA, "models/models/test_coverage.py::*the_oracle_in_each_kind_of_layer[granitemoehybrid]"
+        ">=5.5,<5.7", _NO_MAMBA, "models/test_coverage.py::*the_oracle_in_each_kind_of_layer[granitemoehybrid]"
     ),
     *_rows(
         "<4.57",
         "its methods have other parameters than those of the newest version, for which it is made to pass",
-        "patching/patching/test_autoload.py::test_a_newer_transformers_breaks_no_import_even_where_warnings_are_errors",
-        "patching/patching/test_unsupported_transformers.py::test_a_version_is_complained_of_once_and_never_breaks_the_import[99.1-True]",
+        "patching/test_autoload.py::test_a_newer_transformers_breaks_no_import_even_where_warnings_are_errors",
+        "patching/test_unsupported_transformers.py::test_a_version_is_complained_of_once_and_never_breaks_the_import[99.1-True]",
     ),
     *_rows(
         "<5.23",
         "transformers itself imports torch to make a GenerationConfig",
-        "patching/patching/test_autoload.py::test_a_config_may_ask_for_the_sink_cache_before_torch_is_there",
+        "patching/test_autoload.py::test_a_config_may_ask_for_the_sink_cache_before_torch_is_there",
     ),
     *_rows(
         "<5.24",
         "COVERAGE.md is the table of the newest transformers",
-        "models/models/test_coverage.py::test_the_counts_and*",
-        "evaluate/evaluate/test_cli.py::test_families_prints_the_table_of_the_repository",
+        "models/test_coverage.py::test_the_counts_and*",
+        "evaluate/test_cli.py::test_families_prints_the_table_of_the_repository",
     ),
     *_rows(
         ">=4.56",
         "contrastive search has moved to the Hub",
-        "generation/generation/test_bad_input.py::test_modes*[contrastive*",
+        "generation/test_bad_input.py::test_modes*[contrastive*",
     ),
     *_rows(
-        ">=4.57", "these beams have moved to the Hub", "generation/generation/test_bad_input.py::test_modes*[group*"
+        ">=4.57", "these beams have moved to the Hub", "generation/test_bad_input.py::test_modes*[group*"
     ),
-    *_rows(">=4.56", "this mode has moved to the Hub", "generation/generation/test_bad_input.py::test_modes*[dola*"),
+    *_rows(">=4.56", "this mode has moved to the Hub", "generation/test_bad_input.py::test_modes*[dola*"),
     *_rows(
         "<5.5",
         _STATES_APART,
-        "generation/generation/test_drafts.py::*with_states*",
-        "generation/generation/test_drafts.py::*cannot_take_tokens_back*",
-        "generation/generation/test_compiled.py::*states]",
+        "generation/test_drafts.py::*with_states*",
+        "generation/test_drafts.py::*cannot_take_tokens_back*",
+        "generation/test_compiled.py::*states]",
     ),
     *_rows(
         "<4.56",
         "flash attention sees one token more than a sliding window holds",
-        "streaming/streaming/test_flash.py::*mistral*",
+        "streaming/test_flash.py::*mistral*",
     ),
     *_rows(
         ">=4.54,<4.55",
         "flash attention fails in any loop of forwards (transformers 39814)",
-        "streaming/streaming/test_flash.py::*",
+        "streaming/test_flash.py::*",
     ),
     *_rows(
         ">=4.54,<4.56",
         "a model cannot make a cache of transformers' own inside one graph",
-        "generation/generation/test_compiled.py::test_a_graph_that_is_called_by_hand*",
+        "generation/test_compiled.py::test_a_graph_that_is_called_by_hand*",
     ),
     *_rows(
         ">=4.56,<5.3,!=5.0.*",
         "the experts of gpt_oss cannot be compiled in one graph",
-        "generation/generation/test_compiled.py::test_one_graph*[gpt_oss*",
+        "generation/test_compiled.py::test_one_graph*[gpt_oss*",
     ),
     *_rows(
         "<4.53",
         _ONE_MASK,
-        "streaming/streaming/test_rollback.py::*naive_cache*[gemma3*",
-        "streaming/streaming/test_many_layers.py::*gemma3*",
-        "streaming/streaming/test_many_layers.py::*cohere2*",
+        "streaming/test_rollback.py::*naive_cache*[gemma3*",
+        "streaming/test_many_layers.py::*gemma3*",
+        "streaming/test_many_layers.py::*cohere2*",
     ),
 )
 
