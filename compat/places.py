@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from sink_patch.compat.shim import Constant, Method
 
 _UTILS = "transformers.generation.utils"
@@ -57,3 +60,14 @@ def continuous_batching(module: str) -> Method:
 
 IN_FILE = continuous_batching("continuous_batching")
 IN_PACKAGE = continuous_batching("continuous_batching.continuous_api")
+
+
+def given_mode(given: Mapping[str, Any]) -> str:
+    """The decoding mode of `_prepare_cache_for_generation`, where that is one of its arguments."""
+    mode = given.get("generation_mode")
+    return str(getattr(mode, "value", mode))
+
+
+def mode_of_config(given: Mapping[str, Any]) -> str:
+    """The same where the assistant model is the argument, and the config tells the rest."""
+    return str(given["generation_config"].get_generation_mode(given.get("assistant_model")).value)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from packaging.specifiers import SpecifierSet
+
 from sink_patch.compat.entries import Entry
 
 Cached = tuple[Any, Any] | None
@@ -79,6 +81,7 @@ class Shim:
     """All that differs, for the versions of one row of the table.
 
     Args:
+        versions: of transformers.
         constants, methods: what is added to and wrapped.
         cache_base: gives the class that `SinkCache` derives from: the `Cache` of these versions, whose calls it maps to
             ours.
@@ -93,6 +96,7 @@ class Shim:
         quirks: families that behave differently here.
     """
 
+    versions: SpecifierSet
     constants: tuple[Constant, ...]
     methods: tuple[Method, ...]
     cache_base: Callable[[], type]

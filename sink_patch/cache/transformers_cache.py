@@ -46,7 +46,8 @@ class TransformersCache(StreamingCache, CacheBase):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new states [rows, heads, columns, head_dim] of a layer; return what it attends to in this forward."""
-        step = self._bound().forward.step_to_store()
+        streams = self._streams
+        step = None if streams is None else streams.forward.step_to_store()
         if step is None:
             raise self._not_in_a_forward()
         if key_states.shape[2] != step.columns:
@@ -192,4 +193,6 @@ class TransformersCache(StreamingCache, CacheBase):
         return step
 
     def _not_in_a_forward(self) -> UnboundCacheError:
+        if self._streams is None:
+            return UnboundCacheError.never("model", self.window_length, self.num_sink_tokens)
         return UnboundCacheError.elsewhere(repr(self), "model")

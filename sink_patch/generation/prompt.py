@@ -13,7 +13,7 @@ from torch import nn
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.models.entries import CACHE_NAMES, cache_argument
 from sink_patch.rules.padding import check_left_padded
-from sink_patch.streaming.calls import Call
+from sink_patch.streaming.inputs import Call
 from sink_patch.streaming.streams import streams_of
 
 _OF_STATES = CACHE_NAMES[-1]

@@ -1,10 +1,11 @@
-"""The arguments of a model's forward: by name, and those that the cache replaces."""
+"""The arguments of a model's forward: by name, those that the cache has read already, and those that it replaces."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,33 @@ _OTHER_INPUTS = {
     *("pixel_values", "pixel_values_videos", "pixel_values_images", "input_features", "input_values"),
     *("audio_values", "mm_encoder_outputs"),
 }
+
+
+@dataclass
+class Call:
+    """What is known of the call of `generate` in progress.
+
+    Args:
+        prompt_columns: columns of the stream, the prompt counted in: single tokens after them are never padding.
+        held: columns at the start of the next forward that the cache has read already; None: none are.
+        of_history: whether they are there only where the forward brings all that its mask covers.
+    """
+
+    prompt_columns: int
+    held: int | None = None
+    of_history: bool = False
+
+    def is_past_prompt(self, columns: int) -> bool:
+        """Whether the prompt is in when so many columns are."""
+        return columns >= self.prompt_columns
+
+    def without_held(self, inputs: torch.Tensor, attention_mask: Any) -> torch.Tensor:
+        """The inputs [rows, columns, ...] of the next forward that the cache has not read; once."""
+        if self.held is None:
+            return inputs
+        held, self.held = self.held, None
+        whole = attention_mask is None or inputs.shape[1] == attention_mask.shape[-1]
+        return inputs[:, held:] if whole or not self.of_history else inputs
 
 
 def replaced_inputs(step: Step, facts: ModelFacts, attention_mask: Any) -> dict[str, torch.Tensor | None]:

@@ -15,10 +15,9 @@ from sink_patch.buffers.store import LayerStore
 from sink_patch.errors import CacheStateError, UnboundCacheError
 from sink_patch.rules.plans import RowPlan
 from sink_patch.rules.rows import Row
-from sink_patch.streaming.calls import Call
 from sink_patch.streaming.fixed import FixedStep
 from sink_patch.streaming.forward import Phase
-from sink_patch.streaming.inputs import replaced_inputs
+from sink_patch.streaming.inputs import Call, replaced_inputs
 from sink_patch.streaming.planning import Planner
 from sink_patch.streaming.rows import Rows
 from sink_patch.streaming.steps import Step
@@ -47,6 +46,11 @@ def streams_of(cache: StreamingCache, caller: str = "model") -> Streams:
 
 class Streams(Rows):
     """The streams of a cache that is bound to a model: its rows, and their forwards.
+
+    With a window of 5, 2 sinks, a horizon of 8 and 7 tokens seen, a forward of one token finds that its position would
+    be 7, which is below the horizon. So it is planned to see sinks 0 and 1 at positions 3 and 4, tokens 5 and 6 where
+    they are, and the new token at 7, which goes into the slot of token 4. The next one would be at 8: all keys are
+    turned back by 4 first, so that the new token is at 4 again, and `base` is 4 from then on.
 
     `call` is what is known of the call of `generate` in progress, None outside.
 
@@ -83,11 +87,6 @@ class Streams(Rows):
     ) -> dict[str, torch.Tensor | None] | None:
         """Begin a forward: make room, set the clock back where that is due, and show the sinks.
 
-        With a window of 5, 2 sinks, a horizon of 8 and 7 tokens seen, a forward of one token finds that its position
-        would be 7, which is below the horizon. So it is planned to see sinks 0 and 1 at positions 3 and 4, tokens 5 and
-        6 where they are, and the new token at 7, which goes into the slot of token 4. The next one would be at 8: all
-        keys are turned back by 4 first, so that the new token is at 4 again, and `base` is 4 from then on.
-
         Args:
             module: the one that is called: the model or its decoder.
             inputs: token ids [rows, columns] or embeddings [rows, columns, hidden].
@@ -102,7 +101,6 @@ class Streams(Rows):
 
         Raises:
             CacheStateError: what `Planner.plan` raises; a forward is in progress; or old tokens were lost.
-            SinkArgumentError: a mask that does not fit.
         """
         rows, columns = inputs.shape[:2]
         if self.forward.includes(module, columns):

@@ -6,10 +6,10 @@ import inspect
 from typing import Any
 
 import torch
-from sink_patch.compat import installed_shim
 from transformers import PreTrainedModel, cache_utils
 
 from sink_patch import SinkCache
+from sink_patch.compat import installed_shim
 from sink_patch.streaming.streams import streams_of
 
 

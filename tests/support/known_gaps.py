@@ -13,8 +13,9 @@ import pytest
 import transformers
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
-from sink_patch.compat.table import NEWEST
 from transformers import CONFIG_MAPPING
+
+from sink_patch.compat.table import NEWEST
 
 INSTALLED = Version(Version(transformers.__version__).base_version)  # a release candidate is like its release
 
@@ -59,9 +60,7 @@ def _rows(versions: str, reason: str, *tests: str) -> tuple[Lack, ...]:
 
 LACKS: tuple[Lack, ...] = (
     *_rows(">=4.53", "transformers has no SinkCache of its own any more", "cache/test_native_sink_cache.py"),
-    *_rows(
-        "<4.53", "there is no continuous batching", "generation/test_generate.py::test_continuous_batching*"
-    ),
+    *_rows("<4.53", "there is no continuous batching", "generation/test_generate.py::test_continuous_batching*"),
     *_rows(
         "<4.54",
         _NO_CONFIG,
@@ -111,9 +110,7 @@ LACKS: tuple[Lack, ...] = (
     ),
     *_rows("<4.53", _CUT_MASKS, "cache/test_files.py::test_it_goes_on_to_the_bit[gemma3_text*"),
     *_rows("<4.56", _NO_GEMMA3N, "models/test_coverage.py::test_windows_are_kept*[gemma3n_text]"),
-    *_rows(
-        ">=5.5,<5.7", _NO_MAMBA, "models/test_coverage.py::*the_oracle_in_each_kind_of_layer[granitemoehybrid]"
-    ),
+    *_rows(">=5.5,<5.7", _NO_MAMBA, "models/test_coverage.py::*the_oracle_in_each_kind_of_layer[granitemoehybrid]"),
     *_rows(
         "<4.57",
         "its methods have other parameters than those of the newest version, for which it is made to pass",
@@ -136,9 +133,7 @@ LACKS: tuple[Lack, ...] = (
         "contrastive search has moved to the Hub",
         "generation/test_bad_input.py::test_modes*[contrastive*",
     ),
-    *_rows(
-        ">=4.57", "these beams have moved to the Hub", "generation/test_bad_input.py::test_modes*[group*"
-    ),
+    *_rows(">=4.57", "these beams have moved to the Hub", "generation/test_bad_input.py::test_modes*[group*"),
     *_rows(">=4.56", "this mode has moved to the Hub", "generation/test_bad_input.py::test_modes*[dola*"),
     *_rows(
         "<5.5",
