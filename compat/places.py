@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sink_patch.compat.shim import Constant, Method
+from sink_patch.arguments import CACHE_IMPLEMENTATION
+from sink_patch.compat.shim import Constant, Method, Role
 
 _UTILS = "transformers.generation.utils"
 _CONFIG = "transformers.generation.configuration_utils"
 _MODEL_KWARGS = ("input_ids", "generation_config", "model_kwargs")
 
-CHOICES = Constant(_CONFIG, "ALL_CACHE_IMPLEMENTATIONS", "sink")
+CHOICES = Constant(_CONFIG, "ALL_CACHE_IMPLEMENTATIONS", CACHE_IMPLEMENTATION)
 
 PREPARE_CONFIG = Method(
     *(_UTILS, "GenerationMixin", "_prepare_generation_config"),
     parameters=("generation_config", "kwargs"),
-    role="prepare_generation_config",
+    role=Role.PREPARE_GENERATION_CONFIG,
 )
 
 
@@ -25,27 +26,27 @@ def prepare_cache(third: str) -> Method:
     return Method(
         *(_UTILS, "GenerationMixin", "_prepare_cache_for_generation"),
         parameters=("generation_config", "model_kwargs", third),
-        role="prepare_cache",
+        role=Role.PREPARE_CACHE,
     )
 
 
-SAMPLE = Method(_UTILS, "GenerationMixin", "_sample", parameters=_MODEL_KWARGS, role="decode")
-BEAM_SEARCH = Method(_UTILS, "GenerationMixin", "_beam_search", parameters=_MODEL_KWARGS, role="decode")
-ASSISTED = Method(_UTILS, "GenerationMixin", "_assisted_decoding", parameters=_MODEL_KWARGS, role="decode_with_drafts")
+SAMPLE = Method(_UTILS, "GenerationMixin", "_sample", parameters=_MODEL_KWARGS, role=Role.DECODE)
+BEAM_SEARCH = Method(_UTILS, "GenerationMixin", "_beam_search", parameters=_MODEL_KWARGS, role=Role.DECODE)
+ASSISTED = Method(_UTILS, "GenerationMixin", "_assisted_decoding", parameters=_MODEL_KWARGS, role=Role.DECODE_WITH_DRAFTS)
 
 COMPILE = (
     Method(
         *(_UTILS, "GenerationMixin", "_valid_auto_compile_criteria"),
         parameters=("model_kwargs", "generation_config"),
-        role="may_compile",
+        role=Role.MAY_COMPILE,
     ),
-    Method("transformers.modeling_utils", "PreTrainedModel", "get_compiled_call", ("compile_config",), "compiled_call"),
+    Method("transformers.modeling_utils", "PreTrainedModel", "get_compiled_call", ("compile_config",), Role.COMPILED_CALL),
 )
 
 INITIAL_CACHE_POSITION = Method(
     *(_UTILS, "GenerationMixin", "_get_initial_cache_position"),
     parameters=("seq_length", "device", "model_kwargs"),
-    role="initial_cache_position",
+    role=Role.INITIAL_CACHE_POSITION,
 )
 
 
@@ -54,7 +55,7 @@ def continuous_batching(module: str) -> Method:
     return Method(
         *(f"transformers.generation.{module}", "ContinuousMixin", "init_continuous_batching"),
         parameters=("generation_config",),
-        role="refuse_continuous_batching",
+        role=Role.REFUSE_CONTINUOUS_BATCHING,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +43,19 @@ class Constant:
         return type(held)(name for name in held if name != self.entry)
 
 
+class Role(enum.Enum):
+    """What our wrapper around a method does (generation/wrappers.py, `WRAPPERS`)."""
+
+    PREPARE_GENERATION_CONFIG = enum.auto()
+    PREPARE_CACHE = enum.auto()
+    DECODE = enum.auto()
+    DECODE_WITH_DRAFTS = enum.auto()
+    MAY_COMPILE = enum.auto()
+    COMPILED_CALL = enum.auto()
+    INITIAL_CACHE_POSITION = enum.auto()
+    REFUSE_CONTINUOUS_BATCHING = enum.auto()
+
+
 @dataclass(frozen=True)
 class Method:
     """A method of a class of transformers that is wrapped.
@@ -56,7 +70,7 @@ class Method:
     owner: str
     name: str
     parameters: tuple[str, ...]
-    role: str
+    role: Role
 
 
 @dataclass(frozen=True)

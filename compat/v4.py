@@ -7,6 +7,7 @@ from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
+from sink_patch.arguments import CACHE_IMPLEMENTATION
 from sink_patch.compat import caches, places
 from sink_patch.compat.entries import Entry, entries_of_layers, entries_of_types, layer_types_of
 from sink_patch.compat.shim import Constant, Quirk, Shim
@@ -50,7 +51,8 @@ class SinkCacheConfig(dict[str, Any]):
 
 
 _CONFIG_CLASSES = Constant(
-    *("transformers.generation.configuration_utils", "CACHE_CONFIG_MAPPING", "sink"), value=lambda: SinkCacheConfig
+    *("transformers.generation.configuration_utils", "CACHE_CONFIG_MAPPING", CACHE_IMPLEMENTATION),
+    value=lambda: SinkCacheConfig,
 )
 
 

@@ -1,46 +1,61 @@
-"""The two arguments of a sink cache: names, defaults, and what they may be."""
+"""What users may say of a sink cache: its name, its two sizes, their defaults, and what they may be."""
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from sink_patch.errors import SinkArgumentError
 
-DEFAULT_WINDOW_LENGTH = 256
-DEFAULT_NUM_SINK_TOKENS = 4
-ARGUMENTS = {"window_length": DEFAULT_WINDOW_LENGTH, "num_sink_tokens": DEFAULT_NUM_SINK_TOKENS}
-
-
-def check_window(window_length: Any, num_sink_tokens: Any) -> tuple[int, int]:
-    """Both as ints.
-
-    Raises:
-        SinkArgumentError: not integers, negative, or no room beside the sinks.
-    """
-    for name, value in (("window_length", window_length), ("num_sink_tokens", num_sink_tokens)):
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise SinkArgumentError(
-                f"{name}={value!r} is a {type(value).__name__}. Give a number of tokens: an integer such as "
-                f"{ARGUMENTS[name]}."
-            )
-        if value < 0:
-            raise SinkArgumentError(f"{name}={value} is negative. Give a number of tokens, 0 or more.")
-    if window_length <= num_sink_tokens:
-        raise SinkArgumentError(
-            f"window_length={window_length} leaves no room beside num_sink_tokens={num_sink_tokens}: the window counts "
-            f"the sinks. Use window_length={num_sink_tokens + 1} or more."
-        )
-    return operator.index(window_length), operator.index(num_sink_tokens)
+CACHE_IMPLEMENTATION = "sink"
+"""The value of `cache_implementation` that asks for a sink cache."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    window_length: int = DEFAULT_WINDOW_LENGTH
-    num_sink_tokens: int = DEFAULT_NUM_SINK_TOKENS
+    """How many tokens a sink cache keeps: the only place of the defaults and of the checks.
+
+    Args:
+        window_length: tokens that are kept, sinks counted in.
+        num_sink_tokens: how many of the first tokens of each row are kept for good.
+
+    Raises:
+        SinkArgumentError: not integers, negative, or no room beside the sinks.
+    """
+
+    window_length: int = 256
+    num_sink_tokens: int = 4
 
     def __post_init__(self) -> None:
-        window_length, num_sink_tokens = check_window(self.window_length, self.num_sink_tokens)
-        object.__setattr__(self, "window_length", window_length)
-        object.__setattr__(self, "num_sink_tokens", num_sink_tokens)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            _check_number_of_tokens(field.name, value, field.default)
+            object.__setattr__(self, field.name, operator.index(value))
+        if self.window_length <= self.num_sink_tokens:
+            raise SinkArgumentError(
+                f"window_length={self.window_length} leaves no room beside num_sink_tokens={self.num_sink_tokens}: the "
+                f"window counts the sinks. Use window_length={self.num_sink_tokens + 1} or more."
+            )
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        return tuple(field.name for field in fields(cls))
+
+    @classmethod
+    def given_in(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of some arguments that are sizes and are not None, unchecked."""
+        return {name: arguments[name] for name in cls.names() if arguments.get(name) is not None}
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def _check_number_of_tokens(name: str, value: Any, example: Any) -> None:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise SinkArgumentError(
+            f"{name}={value!r} is a {type(value).__name__}. Give a number of tokens: an integer such as {example}."
+        )
+    if value < 0:
+        raise SinkArgumentError(f"{name}={value} is negative. Give a number of tokens, 0 or more.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -35,7 +36,15 @@ class Ring:
     def __init__(self, rotation: Rotation | None):
         self.rotation = rotation
         self.buffer: torch.Tensor | None = None
-        self.owner: SinkOwner | None = None  # of its sinks, where they turn with position
+        self._owner: weakref.ref[SinkOwner] | None = None  # of its sinks, where they turn with position; it holds us
+
+    @property
+    def owner(self) -> SinkOwner | None:
+        return None if self._owner is None else self._owner()
+
+    @owner.setter
+    def owner(self, owner: SinkOwner) -> None:
+        self._owner = weakref.ref(owner)
 
     def update(self, states: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Store new states [rows, heads, columns, dim]; return what this forward sees, [rows, heads, visible, dim]."""
@@ -45,8 +54,8 @@ class Ring:
             buffer = self.grow(stored, layout.kind, layout.reach)
         seen = None if layout.in_place else layout.read(buffer, states)
         layout.write(buffer, stored)
-        if layout.brings_sinks and self.owner is not None:
-            self.owner.take(self, stored, layout)
+        if layout.brings_sinks and (owner := self.owner) is not None:
+            owner.take(self, stored, layout)
         if seen is not None:
             return seen
         return buffer if layout.length == buffer.shape[2] else buffer[:, :, : layout.length]
@@ -101,8 +110,8 @@ class Ring:
     def _replace(self, buffer: torch.Tensor | None) -> None:
         """The one way to another buffer, so that nobody has to be told but here."""
         self.buffer = buffer
-        if self.owner is not None:
-            self.owner.buffer_replaced()
+        if (owner := self.owner) is not None:
+            owner.buffer_replaced()
 
 
 def _slots(indices: torch.Tensor, kind: LayerKind) -> torch.Tensor:

@@ -56,6 +56,11 @@ class Sinks:
         """A copy groups its own rings: not on every device are copies of views views of the copy."""
         return {**vars(self), "_groups": None, "_shown": None, "_side_by_side": False}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        for ring in self._rings:
+            ring.owner = self
+
     def pristine_of(self, ring: Ring) -> torch.Tensor | None:
         """The sinks of a ring as the model made them, [rows, heads, num_sink_tokens, dim]; None: there are none yet."""
         return self._pristine.get(ring)

@@ -6,6 +6,8 @@ from torch import nn
 
 from sink_patch.arguments import Sizes
 from sink_patch.buffers.store import LayerStore
+from sink_patch.cache.transformers_cache import TransformersCache
+from sink_patch.errors import CacheStateError
 from sink_patch.models.entries import text_config
 from sink_patch.models.examine import examine, horizon
 from sink_patch.models.facts import ModelFacts
@@ -15,11 +17,33 @@ from sink_patch.streaming.planning import Planner
 from sink_patch.streaming.streams import Streams
 
 
-def new_streams(model: nn.Module, sizes: Sizes, facts: ModelFacts | None = None) -> Streams:
-    """Empty streams of a model; the model is not changed (`install` puts the hooks on it).
+def bind(cache: TransformersCache, model: nn.Module, facts: ModelFacts | None = None) -> None:
+    """Tie a cache to a model, unless it is: empty streams of it, and hooks on its forward.
 
     Args:
         facts: what `examine` has found out about the model; None: find out.
+
+    Raises:
+        UnsupportedModelError: the model cannot stream; neither the cache nor the model is changed.
+        SinkArgumentError: the window does not fit the model's positions.
+        CacheStateError: the cache holds the tokens of another model.
+    """
+    if not cache.is_bound_to(model):
+        check_holds_nothing(cache, model)
+        tie(cache, new_streams(model, cache.sizes, facts), model)
+
+
+def tie(cache: TransformersCache, streams: Streams, model: nn.Module) -> None:
+    """Give a cache the streams of a model, and let the model's forward know sink caches."""
+    cache._streams, cache.layers = streams, list(streams.store.layers)
+    install(model)
+
+
+def new_streams(model: nn.Module, sizes: Sizes, facts: ModelFacts | None = None) -> Streams:
+    """Empty streams of a model; the model is not changed.
+
+    Args:
+        facts: as for `bind`.
 
     Raises:
         UnsupportedModelError: the model cannot stream.
@@ -31,4 +55,14 @@ def new_streams(model: nn.Module, sizes: Sizes, facts: ModelFacts | None = None)
     return Streams(Planner(sizes, clock, facts), store, entrances(model))
 
 
-__all__ = ["install", "new_streams"]
+def check_holds_nothing(cache: TransformersCache, model: nn.Module) -> None:
+    """Refuse to give the tokens of one model to another.
+
+    Raises:
+        CacheStateError: the cache belongs to another model, and is not empty.
+    """
+    if cache.is_initialized and not cache.is_bound_to(model):
+        raise CacheStateError(
+            f"{cache!r} holds the tokens of another model than this {type(model).__name__}. Use a new SinkCache, or "
+            "reset() this one first."
+        )

@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from sink_patch.arguments import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, Sizes
+from sink_patch.arguments import Sizes
 from sink_patch.cache import files
-from sink_patch.cache.binding import new_streams
+from sink_patch.cache.binding import bind, check_holds_nothing, new_streams, tie
 from sink_patch.cache.copies import copied
 from sink_patch.cache.transformers_cache import TransformersCache
 from sink_patch.errors import CacheStateError, UnboundCacheError, UnpicklableCacheError
 from sink_patch.models.entries import unwrapped
-from sink_patch.streaming.hooks import install
-from sink_patch.streaming.streams import Streams
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -45,8 +43,8 @@ class SinkCache(TransformersCache):
 
     def __init__(
         self,
-        window_length: int = DEFAULT_WINDOW_LENGTH,
-        num_sink_tokens: int = DEFAULT_NUM_SINK_TOKENS,
+        window_length: int = Sizes.window_length,
+        num_sink_tokens: int = Sizes.num_sink_tokens,
         *,
         model: nn.Module | None = None,
     ):
@@ -73,22 +71,13 @@ class SinkCache(TransformersCache):
             SinkArgumentError: the window does not fit the model's positions.
             CacheStateError: the cache holds the tokens of another model.
         """
-        model = unwrapped(model)
-        if self.is_bound_to(model):
-            return
-        self._check_holds_nothing(model)
-        self._tie(new_streams(model, self._sizes), model)
-
-    def is_bound_to(self, model: nn.Module) -> bool:
-        """Whether the cache belongs to this model (or to the model that this decoder is a part of)."""
-        return self._streams is not None and self._streams.is_bound_to(model)
+        bind(self, unwrapped(model))
 
     def check(self, model: nn.Module) -> None:
         """Raise what `bind` would raise, and change nothing."""
         model = unwrapped(model)
-        if not self.is_bound_to(model):
-            self._check_holds_nothing(model)
-        new_streams(model, self._sizes)
+        check_holds_nothing(self, model)
+        new_streams(model, self.sizes)
 
     def save(self, path: files.Path_) -> None:
         """Write the cache to a safetensors file, from which `load` goes on where it stands.
@@ -123,7 +112,7 @@ class SinkCache(TransformersCache):
         model = unwrapped(model)
         sizes, streams = files.load(path, model)
         cache = cls(sizes.window_length, sizes.num_sink_tokens)
-        cache._tie(streams, model)
+        tie(cache, streams, model)
         return cache
 
     def clone(self) -> Self:
@@ -145,14 +134,3 @@ class SinkCache(TransformersCache):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise UnpicklableCacheError.of(repr(self))
-
-    def _tie(self, streams: Streams, model: nn.Module) -> None:
-        self._streams, self.layers = streams, list(streams.store.layers)
-        install(model)
-
-    def _check_holds_nothing(self, model: nn.Module) -> None:
-        if self.is_initialized:
-            raise CacheStateError(
-                f"{self!r} holds the tokens of another model than this {type(model).__name__}. Use a new SinkCache, or "
-                "reset() this one first."
-            )

@@ -6,6 +6,7 @@ import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from sink_patch.arguments import Sizes
 from sink_patch.compat import installed_shim
@@ -31,6 +32,11 @@ class TransformersCache(StreamingCache, CacheBase):
     def __init__(self, sizes: Sizes):
         self._sizes = sizes
         super().__init__()
+
+    @property
+    def sizes(self) -> Sizes:
+        """`window_length` and `num_sink_tokens`."""
+        return self._sizes
 
     @property
     def window_length(self) -> int:
@@ -106,6 +112,10 @@ class TransformersCache(StreamingCache, CacheBase):
     @property
     def is_initialized(self) -> bool:
         return self._streams is not None and self._streams.rows is not None
+
+    def is_bound_to(self, model: nn.Module) -> bool:
+        """Whether the cache belongs to this model (or to the model that this decoder is a part of)."""
+        return self._streams is not None and self._streams.is_bound_to(model)
 
     def reset(self) -> None:
         """Forget all tokens; stay bound to the model.

@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from sink_patch.arguments import ARGUMENTS
+from sink_patch.arguments import CACHE_IMPLEMENTATION, Sizes
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.errors import UnsupportedGenerationError
-from sink_patch.generation.request import NAME
 from sink_patch.models.entries import CACHE_NAMES, unwrapped
 from sink_patch.models.examine import examine
+from sink_patch.models.facts import ModelFacts
+from sink_patch.rules.columns import Columns
 
 MODE = "assisted_generation"
 
@@ -23,8 +24,8 @@ _WHOLE_OUTPUTS = ("output_attentions", "output_hidden_states")
 _LOOKBEHIND = 16  # tokens that an assistant with another tokenizer may take back beside its draft
 
 
-def check(model: nn.Module, generation_config: Any) -> None:
-    """Refuse what cannot be right, before anything is computed.
+def check_options(generation_config: Any) -> None:
+    """Refuse options that cannot be right where decoding is with drafts and a sink cache.
 
     Raises:
         UnsupportedGenerationError: with the reason.
@@ -41,34 +42,42 @@ def check(model: nn.Module, generation_config: Any) -> None:
                 f"{name} was asked for with drafts and a sink cache, which takes the prompt in before transformers "
                 "looks at its outputs. Leave it out, or decode without drafts."
             )
-    check_model(model)
 
 
-def check_model(model: nn.Module) -> None:
+def check_assistant(given: Mapping[str, Any]) -> None:
+    """Refuse an assistant model, if there is one among these arguments, that cannot take tokens back.
+
+    Raises:
+        UnsupportedGenerationError: with the reason.
+    """
+    assistant = given.get("assistant_model")
+    if isinstance(assistant, nn.Module):
+        check_takes_tokens_back(examine(unwrapped(assistant)))
+
+
+def check_takes_tokens_back(facts: ModelFacts) -> None:
     """Refuse a model, or an assistant, that cannot take tokens back.
 
     Raises:
         UnsupportedGenerationError: with the reason.
     """
-    facts = examine(unwrapped(model))
-    if facts.one_by_one is not None or any(layer.entry.state for layer in facts.layers):
+    if facts.one_by_one is not None or facts.has_states:
         raise UnsupportedGenerationError(
             f"{facts.model_class} ({facts.model_type}) can neither make drafts nor decode with them: its recurrent "
             "states, or its masks, cannot take tokens back. Use another assistant_model, or decode without drafts."
         )
 
 
-def check_inputs(columns: int, stream: int) -> None:
-    """Drafts are counted from the first token of the stream on.
+def check_history(columns: Columns) -> None:
+    """Drafts are counted from the first token of the stream on, so all of it must be given.
 
-    Args:
-        columns: of the input ids.
-        stream: columns of the stream, the input ids counted in.
+    Raises:
+        UnsupportedGenerationError: the new tokens alone were given.
     """
-    if columns != stream:
+    if not columns.is_history:
         raise UnsupportedGenerationError(
-            f"{columns} tokens of a stream of {stream} were given as input_ids to decode with drafts, which "
-            "transformers counts from the first token on. Pass the whole history as input_ids."
+            f"{columns.given} tokens of a stream of {columns.stream} were given as input_ids to decode with drafts, "
+            "which transformers counts from the first token on. Pass the whole history as input_ids."
         )
 
 
@@ -81,18 +90,18 @@ def assistants_config(passed: Any, arguments: Mapping[str, Any]) -> Any:
         passed: the generation config passed to `generate`, or None.
         arguments: the others of `generate`.
     """
-    sizes = getattr(passed, "cache_config", None)
-    if not getattr(passed, "is_assistant", None) or not isinstance(sizes, Mapping) or set(sizes) != set(ARGUMENTS):
+    sizes, names = getattr(passed, "cache_config", None), set(Sizes.names())
+    if not getattr(passed, "is_assistant", None) or not isinstance(sizes, Mapping) or set(sizes) != names:
         return None
     config, is_first = copy.deepcopy(passed), all(arguments.get(name) is None for name in CACHE_NAMES)
-    config.cache_implementation, config.cache_config = (NAME, sizes) if is_first else (None, None)
+    config.cache_implementation, config.cache_config = (CACHE_IMPLEMENTATION, sizes) if is_first else (None, None)
     return config
 
 
 def prepare(generation_config: Any, cache: SinkCache, mode: str) -> None:
-    """Say the sizes to an assistant to come; let an assistant's cache record as much as it may have to take back."""
+    """Tell the sizes to an assistant to come; let an assistant's cache record as much as it may have to take back."""
     if mode == MODE:
-        generation_config.cache_config = {name: getattr(cache, name) for name in ARGUMENTS}
+        generation_config.cache_config = {name: getattr(cache, name) for name in Sizes.names()}
     if getattr(generation_config, "is_assistant", None):
         cache.activate_past_recording(2 * (generation_config.max_new_tokens or 0) + _LOOKBEHIND)
 

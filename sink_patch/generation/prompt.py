@@ -1,68 +1,112 @@
-"""Prompts that go into a sink cache piece by piece, before transformers runs its own first forward."""
+"""The prompt of a call of `generate`: which of its columns are new, and how they go into a sink cache."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from sink_patch.cache.sink_cache import SinkCache
-from sink_patch.models.entries import CACHE_NAMES, cache_argument
+from sink_patch.models.entries import cache_argument, input_device
+from sink_patch.rules.columns import Columns
 from sink_patch.rules.padding import check_left_padded
 from sink_patch.streaming.inputs import Call
 from sink_patch.streaming.streams import streams_of
 
-_OF_STATES = CACHE_NAMES[-1]
-"""Where a cache has this name (models of states alone, up to 5.23) `generate` does not ask it for its length."""
+logger = logging.getLogger("sink_patch")
+
+_has_told = False
 
 
-@contextlib.contextmanager
-def fed_in_pieces(
-    model: nn.Module,
-    cache: SinkCache,
-    input_ids: torch.Tensor,
-    generation_config: Any,
-    model_kwargs: Mapping[str, Any],
-    *,
-    drafting: bool = False,
-) -> Iterator[None]:
-    """Feed all of a prompt but its last piece; inside, the first forward of transformers feeds just that.
+class Prompt:
+    """The prompt of one call, from the arguments of `_sample` and its kin.
 
-    transformers splits prompts as well, but most of its versions start again at the first token where the cache is not
-    empty, and none splits embeddings.
+    A prompt of 1000 tokens with `prefill_chunk_size=400` goes in like this: `feed` runs the model over 400 and 400
+    columns; transformers, inside `fed`, runs its own first forward over all 1000 or over what it takes for new, and the
+    hooks drop what the cache has read, so that the model sees the last 200.
 
     Args:
+        model: of the call.
+        cache: of the call, bound to the model.
         input_ids: the whole history, or the new tokens alone, [rows, columns].
-        generation_config: its `prefill_chunk_size` says how many columns a piece has; None: all go in at once.
-        drafting: leave the last token alone to transformers, whatever the pieces are.
+        generation_config, model_kwargs: of the call; changed where transformers must be told what is new.
     """
-    size, generation_config.prefill_chunk_size = generation_config.prefill_chunk_size, None
-    embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
-    inputs = input_ids if embeds is None else embeds  # [rows, columns] or [rows, columns, hidden]
-    fed = cache.get_seq_length()
-    length = stream_length(generation_config, model_kwargs) or inputs.shape[1]
-    new = inputs[:, inputs.shape[1] - (length - fed) :]
-    if mask is not None:
-        check_left_padded(mask[:, mask.shape[1] - new.shape[1] :] != 0)
-    for piece in _ahead(new, size, drafting=drafting):
-        seen = cache.get_seq_length() + piece.shape[1]
-        _feed(model, cache, piece, None if mask is None else mask[:, :seen])
-    call, streams = Call(length), streams_of(cache)
-    if drafting:  # some versions feed all of a history, others from where the cache has got to
-        call = Call(length, cache.get_seq_length(), of_history=True)
-    elif inputs.shape[1] < length:  # new tokens alone: transformers feeds all of them
-        call = Call(length, cache.get_seq_length() - fed)
-    elif cache_argument(model) == _OF_STATES:  # a history: all of it as well
-        call = Call(length, cache.get_seq_length())
-    streams.call = call
-    try:
-        yield
-    finally:
-        streams.call = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cache: SinkCache,
+        input_ids: torch.Tensor,
+        generation_config: Any,
+        model_kwargs: MutableMapping[str, Any],
+    ):
+        embeds = model_kwargs.get("inputs_embeds")
+        self._model, self._cache, self._streams = model, cache, streams_of(cache)
+        self._inputs = input_ids if embeds is None else embeds  # [rows, columns] or [rows, columns, hidden]
+        told = _stream_length(generation_config, model_kwargs)
+        self.columns = Columns.of_call(cache.get_seq_length(), self._inputs.shape[1], told)
+        if self.columns.stream != (told or self._inputs.shape[1]):
+            self._mask_whole_stream(model_kwargs)
+        self._mask = model_kwargs.get("attention_mask")
+        self._piece_size = self._size_of_pieces(generation_config)
+        generation_config.prefill_chunk_size = None  # else transformers would cut the rest once more
+
+    @contextlib.contextmanager
+    def fed(self, *, drafting: bool = False) -> Iterator[None]:
+        """Feed all of the prompt but its last piece; inside, the first forward of transformers feeds just that.
+
+        transformers splits prompts as well, but most of its versions start again at the first token where the cache is
+        not empty, and none splits embeddings.
+
+        Args:
+            drafting: leave the last token alone to transformers, whatever the pieces are: it is followed by drafts.
+        """
+        new = self._inputs[:, self._inputs.shape[1] - self.columns.new :]
+        if self._mask is not None:
+            check_left_padded(self._mask[:, self._mask.shape[1] - new.shape[1] :] != 0)
+        for piece in _ahead(new, self._piece_size, drafting=drafting):
+            self._feed(piece)
+        self._streams.call = Call(self.columns, drafting=drafting)
+        try:
+            yield
+        finally:
+            self._streams.call = None
+
+    def _feed(self, piece: torch.Tensor) -> None:
+        read = self._cache.get_seq_length() + piece.shape[1]
+        fewer = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self._model.forward).parameters else {}
+        self._model(
+            **{"input_ids" if piece.ndim == 2 else "inputs_embeds": piece, cache_argument(self._model): self._cache},
+            attention_mask=None if self._mask is None else self._mask[:, :read],
+            use_cache=True,
+            return_dict=True,
+            **fewer,
+        )
+
+    def _mask_whole_stream(self, model_kwargs: MutableMapping[str, Any]) -> None:
+        """transformers takes ids that are as long as their mask for the whole history; tell it that these are new."""
+        past, mask = self._streams.mask_of_past(), model_kwargs.get("attention_mask")  # [rows, read], [rows, new]
+        new = past.new_ones(past.shape[0], self.columns.new) if mask is None else mask.to(past)
+        device = input_device(self._model)
+        model_kwargs["attention_mask"] = torch.cat((past, new), dim=1).to(device)  # [rows, stream]
+        model_kwargs["position_ids"] = torch.arange(self.columns.stream, device=device)[None, :]
+
+    def _size_of_pieces(self, generation_config: Any) -> int | None:
+        """Columns of a piece; None: all go in at once.
+
+        A prompt that would run past the positions that the model was trained on goes in by pieces of its own accord.
+        """
+        asked: int | None = generation_config.prefill_chunk_size
+        if asked is not None or self._streams.planner.fits_in_one_forward(self._streams.rows or (), self.columns.new):
+            return asked
+        size = self._cache.window_length - self._cache.num_sink_tokens
+        _tell_of_pieces(self.columns.stream, size)
+        return size
 
 
 def _ahead(new: torch.Tensor, size: int | None, *, drafting: bool) -> Sequence[torch.Tensor]:
@@ -73,22 +117,20 @@ def _ahead(new: torch.Tensor, size: int | None, *, drafting: bool) -> Sequence[t
     return torch.split(head, size or head.shape[1], dim=1) if head.shape[1] else ()
 
 
-def stream_length(generation_config: Any, model_kwargs: Mapping[str, Any]) -> int:
-    """Columns of the stream, the prompt counted in; 0 where nothing tells (then the prompt is all there is)."""
+def _stream_length(generation_config: Any, model_kwargs: Mapping[str, Any]) -> int | None:
+    """Columns that a mask or positions tell of, or the length of a mask of ones that transformers has dropped."""
     for name in ("attention_mask", "position_ids"):
         if model_kwargs.get(name) is not None:
             return int(model_kwargs[name].shape[-1])
-    return int(getattr(generation_config, "_mask_length", 0) or 0)
+    return getattr(generation_config, "_mask_length", None) or None
 
 
-def _feed(model: nn.Module, cache: SinkCache, piece: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-    parameters = inspect.signature(model.forward).parameters
-    name = "input_ids" if piece.ndim == 2 else "inputs_embeds"
-    fewer = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
-    model(
-        **{name: piece, cache_argument(model): cache},
-        attention_mask=attention_mask,
-        use_cache=True,
-        return_dict=True,
-        **fewer,
-    )
+def _tell_of_pieces(length: int, size: int) -> None:
+    global _has_told
+    if not _has_told:
+        _has_told = True
+        logger.info(
+            "A prompt of %d tokens is longer than the model's context: it goes into the sink cache in pieces of %d.",
+            length,
+            size,
+        )

@@ -1,4 +1,4 @@
-"""What `generate` cannot do with a sink cache, and what contradicts itself: said before anything is computed."""
+"""What `generate` cannot do with a sink cache, and what contradicts itself: raised before any model runs."""
 
 from __future__ import annotations
 
@@ -8,29 +8,54 @@ from typing import Any
 import torch
 from torch import nn
 
-from sink_patch.arguments import ARGUMENTS
+from sink_patch.arguments import CACHE_IMPLEMENTATION, Sizes
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.errors import SinkArgumentError, UnsupportedGenerationError
 from sink_patch.generation import drafts
-from sink_patch.generation.request import NAME, Request
+from sink_patch.generation.request import Request
 from sink_patch.rules.padding import check_left_padded
+from sink_patch.streaming.inputs import check_text_only
 
 _MODES = ("greedy_search", "sample", "beam_search", "beam_sample", drafts.MODE)
 
 
-def check_no_sizes(request: Request, given: Mapping[str, Any], asked: Any) -> None:
+def check_no_sizes(request: Request, asked: str | None) -> None:
     """Sizes of the sink cache without the sink cache; a config that asks for another one may still hold them."""
-    passed = given.get("generation_config")
-    said = request.said if passed is None or passed.cache_implementation is None else request.said[:2]
-    names = [name for name in ARGUMENTS if any(name in source for source in said)]
+    given = request.arguments if request.passed_names_a_cache else request.sizes_of_call()
+    names = [name for name in Sizes.names() if name in given]
     if names:
         raise SinkArgumentError(
             f"{' and '.join(names)} belong to the sink cache, but cache_implementation is {asked!r}. Add "
-            f"cache_implementation={NAME!r}, or leave them out."
+            f"cache_implementation={CACHE_IMPLEMENTATION!r}, or leave them out."
         )
 
 
-def check_options(generation_config: Any) -> None:
+def check_call(model: nn.Module, request: Request, generation_config: Any, model_kwargs: Mapping[str, Any]) -> None:
+    """All that the arguments of a call tell by themselves, the cache aside.
+
+    Args:
+        generation_config: as transformers has completed it for this call.
+        model_kwargs: the arguments that go to the model.
+
+    Raises:
+        SinkArgumentError: arguments that contradict each other.
+        UnsupportedGenerationError: what cannot be right with a sink cache.
+    """
+    if request.refuses_cache:
+        raise SinkArgumentError(
+            "A sink cache was asked for together with use_cache=False. Leave out use_cache, or pass "
+            "cache_implementation=None and no past_key_values."
+        )
+    _check_options(generation_config)
+    mode = generation_config.get_generation_mode().value  # an assistant model, which is not known yet, adds one mode
+    check_mode(mode)
+    if mode == drafts.MODE:
+        drafts.check_options(generation_config)
+    check_rows(model_kwargs.get("attention_mask"))
+    check_text_only(model, model_kwargs)
+
+
+def _check_options(generation_config: Any) -> None:
     """Options of other modules of transformers that know caches of their own only."""
     if generation_config.guidance_scale not in (None, 1):
         raise UnsupportedGenerationError(
@@ -47,13 +72,12 @@ def check_options(generation_config: Any) -> None:
 
 def check_own_cache(cache: SinkCache, request: Request) -> None:
     """The user's cache beside arguments that ask for another one, or for other sizes."""
-    asked = request.implementation
-    if asked not in (None, NAME):
+    if request.of_call not in (None, CACHE_IMPLEMENTATION):
         raise SinkArgumentError(
-            f"cache_implementation={asked!r} was asked for, together with a SinkCache in past_key_values. Leave one "
-            "of them out."
+            f"cache_implementation={request.of_call!r} was asked for, together with a SinkCache in past_key_values. "
+            "Leave one of them out."
         )
-    for name, value in request.sizes_said().items():
+    for name, value in request.sizes_of_call().items():
         if value != getattr(cache, name):
             raise SinkArgumentError(
                 f"{name}={value!r} was given, but the SinkCache in past_key_values has {name}={getattr(cache, name)}. "
@@ -65,8 +89,8 @@ def check_no_other_cache(cache: Any) -> None:
     """A sink cache asked for beside a cache of another kind."""
     if cache is not None:
         raise SinkArgumentError(
-            f"cache_implementation={NAME!r} was asked for, together with a {type(cache).__name__} in past_key_values. "
-            "Pass a SinkCache, or none, or cache_implementation=None."
+            f"cache_implementation={CACHE_IMPLEMENTATION!r} was asked for, together with a {type(cache).__name__} in "
+            "past_key_values. Pass a SinkCache, or none, or cache_implementation=None."
         )
 
 
@@ -77,12 +101,6 @@ def check_mode(mode: str) -> None:
             f"The decoding mode {mode!r} was asked for with a sink cache, which it cannot use: it goes back over its "
             f"cache in ways of its own. Use one of {', '.join(_MODES)}, or another cache."
         )
-
-
-def check_assistant(given: Mapping[str, Any]) -> None:
-    """An assistant that cannot have a sink cache; versions say who it is in different places."""
-    if isinstance(given.get("assistant_model"), nn.Module):
-        drafts.check_model(given["assistant_model"])
 
 
 def check_rows(attention_mask: Any) -> None:
@@ -99,12 +117,12 @@ def check_rows(attention_mask: Any) -> None:
 
 def check_embeds(model_kwargs: Mapping[str, Any], cache: SinkCache) -> None:
     """Embeddings of new tokens alone, which transformers does not tell from those of the history."""
-    embeds, mask, fed = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask"), cache.get_seq_length()
-    if embeds is None or not fed:
+    embeds, mask, read = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask"), cache.get_seq_length()
+    if embeds is None or not read:
         return
     columns = embeds.shape[1]
-    if columns <= fed or (mask is not None and columns < mask.shape[-1]):
+    if columns <= read or (mask is not None and columns < mask.shape[-1]):
         raise SinkArgumentError(
-            f"inputs_embeds of {columns} columns were given with a SinkCache that has seen {fed}. transformers takes "
+            f"inputs_embeds of {columns} columns were given with a SinkCache that has seen {read}. transformers takes "
             "embeddings for the whole history: pass that, or the new tokens as input_ids."
         )

@@ -1,33 +1,45 @@
-"""What one call of `generate` asks of the sink cache, from all the places where it may be said."""
+"""What one call of `generate` asks of the sink cache, from all the places where that may be said."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sink_patch.arguments import ARGUMENTS
+from sink_patch.arguments import CACHE_IMPLEMENTATION, Sizes
 from sink_patch.errors import SinkArgumentError
 
-NAME = "sink"
-Source = Mapping[str, Any]
+GivenSizes = dict[str, Any]
+"""`window_length` and `num_sink_tokens` where they were given, not yet checked."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Settings of the call, and of the model's own config.
+    """What is asked for in the arguments of a call, in a generation config passed to it, and in the model's own.
+
+    First it is settled which cache is in effect: the argument, else the passed config, else the model's own. Then each
+    size is taken from the first of the same three places that has it; in each of them `window_length=...` goes before
+    `cache_config={"window_length": ...}`. With a model whose `generation_config.json` holds
+
+        {"cache_implementation": "sink", "window_length": 99, "cache_config": {"window_length": 50, "num_sink_tokens": 8}}
+
+    the call `generate(ids, window_length=12)` gets a sink cache of 12 tokens with 8 sinks.
 
     Args:
-        said: settings that come with the call, the strongest first: arguments, `cache_config`, and a passed config.
-        stored: settings of the model's own generation config.
-        implementation: the `cache_implementation` that comes with the call.
-        refuses_cache: whether the call, or a config that asks for the sink cache, says `use_cache=False`.
-        leaves_sink: whether another cache is asked for while the `cache_config` in effect is for the sink cache.
+        implementation: the `cache_implementation` in effect.
+        of_call: the one that comes with the call, as an argument or in a passed config.
+        arguments, passed, own: the sizes in each place.
+        passed_names_a_cache: whether the passed config has a `cache_implementation`; then its sizes may be left unused.
+        refuses_cache: whether the call, or the config that asks for the sink cache, says `use_cache=False`.
+        leaves_sink: whether a `cache_config` that a config holds for the sink cache would be left to another cache.
     """
 
-    said: Sequence[Source]
-    stored: Sequence[Source]
     implementation: str | None
+    of_call: str | None
+    arguments: GivenSizes
+    passed: GivenSizes
+    own: GivenSizes
+    passed_names_a_cache: bool
     refuses_cache: bool
     leaves_sink: bool
 
@@ -38,67 +50,53 @@ class Request:
         Raises:
             SinkArgumentError: a `cache_config` for the sink cache holds something else.
         """
-        given = _known(arguments)
-        of_call = [given, _cache_config(arguments.get("cache_config"), arguments, passed, own)]
-        if passed is not None:
-            of_call += _settings(passed)
-        refuses = arguments.get("use_cache") is False or getattr(passed, "use_cache", None) is False
-        contradictory = own.use_cache is False and own.cache_implementation == NAME
-        said = arguments.get("cache_implementation", getattr(passed, "cache_implementation", None))
-        return cls(of_call, _settings(own), said, refuses or contradictory, _leaves_sink(arguments, passed, own))
-
-    def sizes(self) -> dict[str, Any]:
-        """`window_length` and `num_sink_tokens`, not yet checked."""
-        return {name: _first(name, (*self.said, *self.stored), default) for name, default in ARGUMENTS.items()}
-
-    def sizes_said(self) -> dict[str, Any]:
-        """Those that come with the call alone."""
-        found = {name: _first(name, self.said, None) for name in ARGUMENTS}
-        return {name: value for name, value in found.items() if value is not None}
-
-
-def _leaves_sink(arguments: Mapping[str, Any], passed: Any, own: Any) -> bool:
-    configs = [config for config in (passed, own) if config is not None]
-    stored = next((config for config in configs if config.cache_config is not None), None)
-    if stored is None or stored.cache_implementation != NAME or arguments.get("cache_config") is not None:
-        return False
-    names = [config.cache_implementation for config in configs]
-    asked = arguments.get("cache_implementation", next((name for name in names if name is not None), None))
-    return bool(asked != NAME)
-
-
-def _settings(config: Any) -> list[Source]:
-    """Entries of a config's own, then those in its `cache_config`."""
-    wanted = config.cache_implementation == NAME
-    inner = _checked(config.cache_config) if wanted else config.cache_config
-    return [_known(vars(config)), _known(inner) if isinstance(inner, Mapping) else {}]
-
-
-def _cache_config(cache_config: Any, arguments: Mapping[str, Any], passed: Any, own: Any) -> Source:
-    if cache_config is None:
-        return {}
-    asked = [arguments.get("cache_implementation")]
-    asked += [getattr(config, "cache_implementation", None) for config in (passed, own)]
-    wanted = next((name for name in asked if name is not None), None) == NAME
-    checked = _checked(cache_config) if wanted else cache_config
-    return _known(checked) if isinstance(checked, Mapping) else {}
-
-
-def _checked(cache_config: Any) -> Any:
-    if cache_config is None:
-        return None
-    unknown = sorted(set(cache_config) - set(ARGUMENTS)) if isinstance(cache_config, Mapping) else [repr(cache_config)]
-    if unknown:
-        raise SinkArgumentError(
-            f"cache_config holds {', '.join(unknown)}, which the sink cache does not know. It takes a dict with "
-            f"{' and '.join(ARGUMENTS)}."
+        named = [getattr(config, "cache_implementation", None) for config in (passed, own)]
+        in_configs = named[1] if named[0] is None else named[0]
+        implementation = arguments.get("cache_implementation", in_configs)
+        cache_config = arguments.get("cache_config")
+        configs = [config for config in (passed, own) if config is not None]
+        holding = next((config for config in configs if config.cache_config is not None), None)
+        refusing = arguments.get("use_cache") is False or getattr(passed, "use_cache", None) is False
+        return cls(
+            implementation=implementation,
+            of_call=arguments.get("cache_implementation", named[0]),
+            arguments=_inner_sizes(cache_config, implementation) | Sizes.given_in(arguments),
+            passed={} if passed is None else _sizes_of_config(passed),
+            own=_sizes_of_config(own),
+            passed_names_a_cache=named[0] is not None,
+            refuses_cache=refusing or (own.use_cache is False and named[1] == CACHE_IMPLEMENTATION),
+            leaves_sink=holding is not None
+            and holding.cache_implementation == CACHE_IMPLEMENTATION
+            and implementation != CACHE_IMPLEMENTATION
+            and cache_config is None,
         )
-    return cache_config
+
+    def sizes(self) -> Sizes:
+        """Those in effect.
+
+        Raises:
+            SinkArgumentError: impossible sizes.
+        """
+        return Sizes(**(self.own | self.sizes_of_call()))
+
+    def sizes_of_call(self) -> GivenSizes:
+        """Those that come with the call."""
+        return self.passed | self.arguments
 
 
-def _known(source: Source) -> Source:
-    return {name: source[name] for name in ARGUMENTS if source.get(name) is not None}
+def _sizes_of_config(config: Any) -> GivenSizes:
+    return _inner_sizes(config.cache_config, config.cache_implementation) | Sizes.given_in(vars(config))
 
 
-def _first(name: str, sources: Sequence[Source], default: Any) -> Any:
-    return next((source[name] for source in sources if name in source), default)
+def _inner_sizes(cache_config: Any, implementation: str | None) -> GivenSizes:
+    """The sizes in a `cache_config`; one that is for another cache may hold anything else."""
+    if not isinstance(cache_config, Mapping):
+        unknown = [] if cache_config is None else [repr(cache_config)]
+    else:
+        unknown = sorted(set(cache_config) - set(Sizes.names()))
+    if unknown and implementation == CACHE_IMPLEMENTATION:
+        raise SinkArgumentError(
+            f"cache_config holds {', '.join(map(str, unknown))}, which the sink cache does not know. It takes a dict "
+            f"with {' and '.join(Sizes.names())}."
+        )
+    return Sizes.given_in(cache_config) if isinstance(cache_config, Mapping) else {}

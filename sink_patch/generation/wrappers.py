@@ -1,208 +1,177 @@
 """What the wrapped methods of `GenerationMixin` do: read the arguments, refuse what cannot be right, make the cache.
 
-The public functions are wrapt wrappers `(wrapped, instance, args, kwargs)`; `instance` is the model.
+The public functions are wrapt wrappers `(wrapped, instance, args, kwargs)`; `instance` is the model. In the order of a
+call: `prepare_generation_config` (all that is refused by the arguments alone), `prepare_cache` (the model is examined,
+once), `decode` or `decode_with_drafts` (the prompt goes in).
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from sink_patch.arguments import ARGUMENTS
+from sink_patch.arguments import CACHE_IMPLEMENTATION, Sizes
+from sink_patch.cache.binding import bind, check_holds_nothing
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.compat import installed_shim
-from sink_patch.errors import SinkArgumentError, UnsupportedGenerationError
-from sink_patch.generation import compiled as graph
-from sink_patch.generation import drafts, refusals
-from sink_patch.generation.prompt import fed_in_pieces, stream_length
-from sink_patch.generation.request import NAME, Request
-from sink_patch.models.entries import cache_argument, input_device
+from sink_patch.compat.shim import Role
+from sink_patch.errors import UnsupportedGenerationError
+from sink_patch.generation import compiled, drafts, refusals
+from sink_patch.generation.prompt import Prompt
+from sink_patch.generation.request import Request
+from sink_patch.models.entries import cache_argument, unwrapped
+from sink_patch.models.examine import _claimed, examine
 from sink_patch.streaming.streams import streams_of
 
-logger = logging.getLogger("sink_patch")
-
-_told_about_chunks: set[str] = set()
+Wrapped = Callable[..., Any]
 
 
 def prepare_generation_config(
-    wrapped: Callable[..., Any], instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Around `_prepare_generation_config`: take `window_length` and `num_sink_tokens`, and check all arguments.
 
-    It is the first thing that `generate` does, so a refusal comes before anything is computed.
+    It is the first thing that `generate` does, so that no model, encoders of images among them, has run before.
     """
     bound = inspect.signature(wrapped).bind(*args, **kwargs)
     given, asked_for = bound.arguments, bound.arguments.setdefault("kwargs", {})
-    own = drafts.assistants_config(given.get("generation_config"), asked_for)
-    if own is not None:
-        given["generation_config"] = own
+    of_assistant = drafts.assistants_config(given.get("generation_config"), asked_for)
+    if of_assistant is not None:
+        given["generation_config"] = of_assistant
     request = Request.read(asked_for, given.get("generation_config"), instance.generation_config)
-    given["kwargs"] = {name: value for name, value in asked_for.items() if name not in ARGUMENTS}
+    given["kwargs"] = {name: value for name, value in asked_for.items() if name not in Sizes.names()}
     if request.leaves_sink:
-        given["kwargs"]["cache_config"] = None  # which 4.52 and 4.53 would give to the other cache, and refuse
+        given["kwargs"]["cache_config"] = None
     generation_config, model_kwargs = wrapped(*bound.args, **bound.kwargs)
     cache = model_kwargs.get(cache_argument(instance))
-    asked = generation_config.cache_implementation
-    if asked != NAME and not isinstance(cache, SinkCache):
-        refusals.check_no_sizes(request, given, asked)
+    if generation_config.cache_implementation != CACHE_IMPLEMENTATION and not isinstance(cache, SinkCache):
+        refusals.check_no_sizes(request, generation_config.cache_implementation)
         return generation_config, model_kwargs
-    if request.refuses_cache:
-        raise SinkArgumentError(
-            "A sink cache was asked for together with use_cache=False. Leave out use_cache, or pass "
-            "cache_implementation=None and no past_key_values."
-        )
-    refusals.check_options(generation_config)
-    refusals.check_rows(model_kwargs.get("attention_mask"))
+    refusals.check_call(instance, request, generation_config, model_kwargs)
     if isinstance(cache, SinkCache):
         refusals.check_own_cache(cache, request)
+        refusals.check_embeds(model_kwargs, cache)
+        check_holds_nothing(cache, unwrapped(instance))
         # the user's cache takes the place of what the model's own config says
         generation_config.cache_implementation = None
     else:
         refusals.check_no_other_cache(cache)
-        generation_config.cache_config = request.sizes()
-        cache = SinkCache(**generation_config.cache_config)
-    cache.check(instance)
+        generation_config.cache_config = request.sizes().as_dict()
+    _claimed(unwrapped(instance))
     generation_config.use_cache = True  # also of a model whose config has none by default (MPT)
     return generation_config, model_kwargs
 
 
-def prepare_cache(
-    wrapped: Callable[..., Any], instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Around `_prepare_cache_for_generation`: make the `SinkCache`, unless the user brought one."""
+def prepare_cache(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around `_prepare_cache_for_generation`: make the `SinkCache`, unless the user brought one, and bind it."""
     given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     generation_config, model_kwargs = given["generation_config"], given["model_kwargs"]
     cache = model_kwargs.get(cache_argument(instance))
-    made = generation_config.cache_implementation == NAME
-    if not made and not isinstance(cache, SinkCache):
+    is_made_here = generation_config.cache_implementation == CACHE_IMPLEMENTATION
+    if not is_made_here and not isinstance(cache, SinkCache):
         return wrapped(*args, **kwargs)
     mode = installed_shim().generation_mode(given)
     refusals.check_mode(mode)
+    refusals.check_rows(model_kwargs.get("attention_mask"))  # perhaps made from padding tokens in the meantime
     if mode == drafts.MODE:
-        drafts.check(instance, generation_config)
-        refusals.check_assistant(given)
-    # transformers has made one from padding tokens where none was given
-    refusals.check_rows(model_kwargs.get("attention_mask"))
-    if made:
-        cache = SinkCache(**generation_config.cache_config, model=instance)
+        drafts.check_options(generation_config)
+        drafts.check_assistant(given)
+    facts = examine(unwrapped(instance))
+    if mode == drafts.MODE:
+        drafts.check_takes_tokens_back(facts)
+    if is_made_here:
+        cache = SinkCache(**generation_config.cache_config)
+    bind(cache, unwrapped(instance), facts)
+    if is_made_here:
         model_kwargs[cache_argument(instance)] = cache
     else:
-        cache.bind(instance)
-        refusals.check_embeds(model_kwargs, cache)
         wrapped(*args, **kwargs)
-        _mask_whole_stream(generation_config, model_kwargs, cache, instance)
     drafts.prepare(generation_config, cache, mode)
-    _plan_chunks(generation_config, model_kwargs, cache)
     return None
 
 
-def decode(wrapped: Callable[..., Any], instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def decode(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `_sample` and `_beam_search`: a prompt that is to go in by pieces does so first."""
-    given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-    generation_config, model_kwargs = given["generation_config"], given.get("model_kwargs", {})
+    return _decode(wrapped, instance, args, kwargs, drafting=False)
+
+
+def decode_with_drafts(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around `_assisted_decoding`: all of the prompt but its last token goes in first, and is never taken back."""
+    return _decode(wrapped, instance, args, kwargs, drafting=True)
+
+
+def _decode(
+    wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, drafting: bool
+) -> Any:
+    bound = inspect.signature(wrapped).bind(*args, **kwargs)
+    given, model_kwargs = bound.arguments, bound.arguments.setdefault("model_kwargs", {})
     cache = model_kwargs.get(cache_argument(instance))
     if not isinstance(cache, SinkCache):
         return wrapped(*args, **kwargs)
-    with fed_in_pieces(instance, cache, given["input_ids"], generation_config, model_kwargs):
-        return wrapped(*args, **kwargs)
+    if drafting:
+        drafts.check_assistant(given)
+    prompt = Prompt(instance, cache, given["input_ids"], given["generation_config"], model_kwargs)
+    if not drafting:
+        with prompt.fed():
+            return wrapped(*bound.args, **bound.kwargs)
+    drafts.check_history(prompt.columns)
+    with prompt.fed(drafting=True), drafts.recorded(cache):
+        return wrapped(*bound.args, **bound.kwargs)
 
 
-def decode_with_drafts(
-    wrapped: Callable[..., Any], instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Around `_assisted_decoding`: all of the prompt but its last token goes in first, and is never taken back."""
-    given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-    generation_config, model_kwargs = given["generation_config"], given.get("model_kwargs", {})
-    cache, input_ids = model_kwargs.get(cache_argument(instance)), given["input_ids"]
-    if not isinstance(cache, SinkCache):
-        return wrapped(*args, **kwargs)
-    refusals.check_assistant(given)
-    drafts.check_inputs(input_ids.shape[1], stream_length(generation_config, model_kwargs) or input_ids.shape[1])
-    with (
-        fed_in_pieces(instance, cache, input_ids, generation_config, model_kwargs, drafting=True),
-        drafts.recorded(cache),
-    ):
-        return wrapped(*args, **kwargs)
-
-
-def may_compile(wrapped: Callable[..., Any], instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def may_compile(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `_valid_auto_compile_criteria`: a sink cache is compiled where that is asked for, never by itself."""
     given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     cache = given["model_kwargs"].get(cache_argument(instance))
     if not isinstance(cache, SinkCache) or given["generation_config"].compile_config is None:
         return wrapped(*args, **kwargs)
-    with graph.offered_to_compiler(cache):
+    with compiled.offered_to_compiler(cache):
         return wrapped(*args, **kwargs)
 
 
-def compiled_call(
-    wrapped: Callable[..., Any], instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Around `get_compiled_call`: what it returns begins the step of a sink cache first."""
-    return functools.partial(graph.decode, instance, wrapped(*args, **kwargs))
+def compiled_call(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around `get_compiled_call`: what it returns begins the forward over a sink cache first."""
+    return functools.partial(compiled.decode, instance, wrapped(*args, **kwargs))
 
 
-def initial_cache_position(
-    wrapped: Callable[..., Any], instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Around `_get_initial_cache_position` (up to 5.3), which takes new tokens alone for a history."""
+def initial_cache_position(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around `_get_initial_cache_position`, which takes new tokens alone for a history."""
     given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-    model_kwargs, columns = given["model_kwargs"], given["seq_length"]
-    mask = model_kwargs.get("attention_mask")
-    if not isinstance(model_kwargs.get(cache_argument(instance)), SinkCache) or mask is None or columns == 0:
+    model_kwargs = given["model_kwargs"]
+    cache = model_kwargs.get(cache_argument(instance))
+    call = streams_of(cache).call if isinstance(cache, SinkCache) else None
+    if call is None or call.columns.is_history or given["seq_length"] != call.columns.given:
         return wrapped(*args, **kwargs)
-    if columns < mask.shape[-1]:
-        model_kwargs["cache_position"] = torch.arange(mask.shape[-1] - columns, mask.shape[-1], device=given["device"])
-        return model_kwargs
-    return wrapped(*args, **kwargs)
+    stream = call.columns.stream
+    model_kwargs["cache_position"] = torch.arange(stream - call.columns.given, stream, device=given["device"])
+    return model_kwargs
 
 
-def refuse_continuous_batching(
-    wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Around `init_continuous_batching`, which has a paged cache of its own and would pass ours over in silence."""
+def refuse_continuous_batching(wrapped: Wrapped, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around `init_continuous_batching`, which has a paged cache of its own and would leave ours out without a word."""
     config = inspect.signature(wrapped).bind(*args, **kwargs).arguments.get("generation_config")
     config = instance.generation_config if config is None else config
-    if getattr(config, "cache_implementation", None) == NAME:
+    if getattr(config, "cache_implementation", None) == CACHE_IMPLEMENTATION:
         raise UnsupportedGenerationError(
-            f"Continuous batching was asked for with cache_implementation={NAME!r}, but it has a paged cache of its "
-            "own. Use generate (or serve without --continuous-batching), or cache_implementation=None."
+            f"Continuous batching was asked for with cache_implementation={CACHE_IMPLEMENTATION!r}, but it has a paged "
+            "cache of its own. Use generate (or serve without --continuous-batching), or cache_implementation=None."
         )
     return wrapped(*args, **kwargs)
 
 
-def _mask_whole_stream(generation_config: Any, model_kwargs: dict[str, Any], cache: SinkCache, model: Any) -> None:
-    """Transformers takes ids that are as long as their mask for the whole history; say that these are new ones.
-
-    Ids that are no longer than what the cache has seen cannot be the history.
-    """
-    fed, length = cache.get_seq_length(), stream_length(generation_config, model_kwargs)
-    if fed == 0 or length > fed:
-        return
-    past, mask = streams_of(cache).mask_of_past(), model_kwargs.get("attention_mask")  # [rows, fed], [rows, length]
-    new = past.new_ones(past.shape[0], length) if mask is None else mask.to(past)
-    model_kwargs["attention_mask"] = torch.cat((past, new), dim=1).to(input_device(model))  # [rows, fed + length]
-    model_kwargs["position_ids"] = torch.arange(fed + length, device=input_device(model))[None, :]
-
-
-def _plan_chunks(generation_config: Any, model_kwargs: Mapping[str, Any], cache: SinkCache) -> None:
-    """A prompt that would run past the positions that the model was trained on goes in piece by piece."""
-    length = stream_length(generation_config, model_kwargs)
-    streams = streams_of(cache)
-    fits = streams.planner.fits_in_one_forward(streams.rows or (), length - cache.get_seq_length())
-    if generation_config.prefill_chunk_size is not None or fits:
-        return
-    generation_config.prefill_chunk_size = cache.window_length - cache.num_sink_tokens
-    if "chunks" not in _told_about_chunks:
-        _told_about_chunks.add("chunks")
-        logger.info(
-            "A prompt of %d tokens is longer than the model's context: it goes into the sink cache in pieces of %d.",
-            length,
-            generation_config.prefill_chunk_size,
-        )
+WRAPPERS: dict[Role, Callable[..., Any]] = {
+    Role.PREPARE_GENERATION_CONFIG: prepare_generation_config,
+    Role.PREPARE_CACHE: prepare_cache,
+    Role.DECODE: decode,
+    Role.DECODE_WITH_DRAFTS: decode_with_drafts,
+    Role.MAY_COMPILE: may_compile,
+    Role.COMPILED_CALL: compiled_call,
+    Role.INITIAL_CACHE_POSITION: initial_cache_position,
+    Role.REFUSE_CONTINUOUS_BATCHING: refuse_continuous_batching,
+}
+"""Which wrapper goes around a method of transformers, by the role that the record of its versions gives it."""

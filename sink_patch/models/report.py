@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from sink_patch.arguments import DEFAULT_NUM_SINK_TOKENS, DEFAULT_WINDOW_LENGTH, check_window
+from sink_patch.arguments import Sizes
 from sink_patch.models.entries import unwrapped
 from sink_patch.models.examine import examine, horizon
 from sink_patch.models.facts import LayerFacts
@@ -60,8 +60,8 @@ class Report:
 
 def inspect(
     model: nn.Module,
-    window_length: int = DEFAULT_WINDOW_LENGTH,
-    num_sink_tokens: int = DEFAULT_NUM_SINK_TOKENS,
+    window_length: int = Sizes.window_length,
+    num_sink_tokens: int = Sizes.num_sink_tokens,
 ) -> Report:
     """Family, adapter and kind of each layer of a model, proven by the probe.
 
@@ -69,7 +69,7 @@ def inspect(
         SinkArgumentError: impossible sizes.
         UnsupportedModelError: the model cannot stream; the message says why.
     """
-    check_window(window_length, num_sink_tokens)
+    Sizes(window_length, num_sink_tokens)  # which checks them
     facts = examine(unwrapped(model))
     return Report(
         model_class=facts.model_class,

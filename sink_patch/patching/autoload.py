@@ -10,6 +10,8 @@ import importlib
 import os
 from types import ModuleType
 
+from sink_patch.patching.state import state
+
 SWITCH = "SINK_PATCH_AUTOLOAD"
 _MODULES = (
     "transformers.generation.configuration_utils",
@@ -17,50 +19,42 @@ _MODULES = (
     "transformers.generation.utils",
     "transformers.modeling_utils",
 )
-_armed = False
-_broken = False
-
-
-def is_armed() -> bool:
-    """Whether transformers is, or will be, patched as it is imported."""
-    return _armed
 
 
 def activate() -> None:
     """Patch transformers now or, where it is not imported yet, when it is. Set SINK_PATCH_AUTOLOAD=0 for nothing."""
-    if os.environ.get(SWITCH, "1") == "0" or _broken:
+    if os.environ.get(SWITCH, "1") == "0" or state.has_failed or state.is_waiting:
         return
     try:
-        arm()
+        state.is_enabled = True
+        wait_for_transformers()
     except Exception as failure:
-        _complain(failure)
+        _give_up(failure)
 
 
-def arm() -> None:
-    """Wait for the modules of transformers; those that are imported already are told of at once."""
-    global _armed
-    if _armed:
+def wait_for_transformers() -> None:
+    """Patch the modules of transformers as they are imported; those that are imported already at once."""
+    if state.is_waiting:
         return
     from wrapt import register_post_import_hook
 
-    _armed = True
+    state.is_waiting = True
     for module in _MODULES:
         register_post_import_hook(_when_imported, module)
 
 
 def _when_imported(module: ModuleType) -> None:
     """Patch a module of transformers that has just been imported; whatever fails must not break the import."""
-    if _broken:
+    if state.has_failed:
         return
     try:
         importlib.import_module("sink_patch.patching.switch").when_imported(module)
     except Exception as failure:
-        _complain(failure)
+        _give_up(failure)
 
 
-def _complain(failure: Exception) -> None:
-    global _broken
-    _broken = True
+def _give_up(failure: Exception) -> None:
+    state.is_enabled, state.has_failed = False, True
     importlib.import_module("sink_patch.errors").tell(
         f"sink_patch could not switch itself on ({type(failure).__name__}: {failure}); transformers works without it, "
         'and cache_implementation="sink" is unknown.'

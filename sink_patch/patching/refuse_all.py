@@ -1,4 +1,4 @@
-"""Where transformers cannot be patched, asking for the sink cache is answered by us, and nothing else is touched."""
+"""Where transformers cannot be patched, every request for the sink cache is refused; all else is as it was."""
 
 from __future__ import annotations
 
@@ -6,51 +6,42 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import wrapt
-
+from sink_patch.arguments import CACHE_IMPLEMENTATION
 from sink_patch.errors import UnsupportedTransformersError
+from sink_patch.patching.state import state
+from sink_patch.patching.wrapping import wrap_once
 
-_NAME = "sink"
 _PLACES = (
     # the first that is there: every config that asks for a cache is validated, also inside `generate`
     ("transformers.generation.configuration_utils", "GenerationConfig", "validate"),
     ("transformers.generation.utils", "GenerationMixin", "generate"),
 )
-_reason: str | None = None
 
 
-def put_up(reason: str) -> None:
+def refuse_all(reason: str) -> None:
     """Raise `UnsupportedTransformersError` with `reason` wherever `cache_implementation="sink"` is asked for."""
-    global _reason
-    _reason = reason
+    state.refusal = reason
     for module, owner, name in _PLACES:
         found = getattr(sys.modules.get(module), owner, None)
         if found is not None and name in vars(found):
-            if not isinstance(vars(found)[name], wrapt.FunctionWrapper):
-                wrapt.wrap_object(found, name, wrapt.FunctionWrapper, (_refuse, _stands))
+            wrap_once(found, name, _refuse, _is_refusing)
             return
 
 
-def take_down() -> None:
+def stop_refusing() -> None:
     """Let transformers answer for itself again."""
-    global _reason
-    _reason = None
+    state.refusal = None
 
 
-def reason() -> str | None:
-    """Why transformers cannot be patched; None: it can, or nobody has tried."""
-    return _reason
-
-
-def _stands() -> bool:
-    return _reason is not None
+def _is_refusing() -> bool:
+    return state.refusal is not None
 
 
 def _refuse(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     configs = (instance, getattr(instance, "generation_config", None), kwargs.get("generation_config"), *args)
     asked = [kwargs.get("cache_implementation"), *(getattr(one, "cache_implementation", None) for one in configs)]
-    if _NAME in [name for name in asked if isinstance(name, str)]:
+    if CACHE_IMPLEMENTATION in [name for name in asked if isinstance(name, str)]:
         raise UnsupportedTransformersError(
-            f"cache_implementation={_NAME!r} was asked for, and is not to be had: {_reason}"
+            f"cache_implementation={CACHE_IMPLEMENTATION!r} was asked for, and sink_patch cannot give it: {state.refusal}"
         )
     return wrapped(*args, **kwargs)

@@ -7,6 +7,7 @@ is looked at first, so that a transformers of another shape is left as it was.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import threading
@@ -14,16 +15,15 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-import wrapt
-
 from sink_patch.compat import installed_shim
 from sink_patch.compat.shim import Constant, Method, Shim
 from sink_patch.errors import UnsupportedTransformersError, tell
-from sink_patch.patching import refuse_all as barrier
-from sink_patch.patching.autoload import arm, is_armed
+from sink_patch.patching.autoload import wait_for_transformers
+from sink_patch.patching.refuse_all import refuse_all, stop_refusing
+from sink_patch.patching.state import state
+from sink_patch.patching.wrapping import wrap_once
 
 _lock = threading.RLock()
-_enabled = is_armed()
 _ours: set[Constant] = set()  # entries that we have put into transformers, at any time
 
 
@@ -33,50 +33,48 @@ def patch() -> None:
     Raises:
         UnsupportedTransformersError: this transformers cannot be patched; it is left as it was.
     """
-    global _enabled
     with _lock:
         try:
             for change in list(_changes(installed_shim())):  # all are found before the first is made
                 change()
-            _enabled = True
-            barrier.take_down()
-            arm()
+            state.is_enabled = True
+            stop_refusing()
+            wait_for_transformers()
         except BaseException as failure:
             unpatch()
             if isinstance(failure, UnsupportedTransformersError):
-                barrier.put_up(str(failure))
+                refuse_all(str(failure))
             raise
 
 
 def unpatch() -> None:
     """Make transformers behave as if sink_patch were not there. Caches that exist go on working."""
-    global _enabled
     with _lock:
-        _enabled = False
-        barrier.take_down()
+        state.is_enabled = False
+        stop_refusing()
         for constant in _ours:
             _remove(constant)
 
 
 def is_patched() -> bool:
-    """Whether `cache_implementation="sink"` is understood (or will be, as soon as transformers is imported)."""
-    return _enabled
+    """Whether `cache_implementation="sink"` is understood, or will be as soon as transformers is imported."""
+    return state.is_enabled
 
 
 def when_imported(module: ModuleType) -> None:
     """Patch a module of transformers that has just been imported, unless `unpatch` was faster.
 
-    A failure is a warning here: it must not break the import. Who asks for the sink cache all the same gets an error.
+    A failure is a warning here: it must not break the import. A request for the sink cache is an error from then on.
     """
-    if (reason := barrier.reason()) is not None:
-        barrier.put_up(reason)  # perhaps in the module that has just come
+    if state.refusal is not None:
+        refuse_all(state.refusal)  # perhaps in the module that has just come
     if not is_patched():
         return
     try:
         patch()
     except UnsupportedTransformersError as failure:
         tell(f"{module.__name__} is not patched: {failure}")
-        barrier.put_up(str(failure))
+        refuse_all(str(failure))
     except Exception as failure:
         tell(f"{module.__name__} is not patched: {failure}")
 
@@ -92,7 +90,7 @@ def _changes(shim: Shim) -> Iterator[Callable[[], None]]:
     for constant in shim.constants:
         module = sys.modules.get(constant.module)
         if module is not None and _has(module, constant.name):
-            yield lambda constant=constant: _add(constant)  # type: ignore[misc]
+            yield functools.partial(_add, constant)
     for method in shim.methods:
         module = sys.modules.get(method.module)
         if module is not None and _has(module, method.owner):
@@ -120,27 +118,12 @@ def _remove(constant: Constant) -> None:
 
 
 def _wrapping(owner: type, method: Method) -> Callable[[], None]:
-    from sink_patch.generation import wrappers as generate
+    from sink_patch.generation.wrappers import WRAPPERS
 
     original = vars(owner).get(method.name)
     if original is None or not set(method.parameters) <= set(inspect.signature(original).parameters):
         raise UnsupportedTransformersError(_moved(f"{method.owner}.{method.name}({', '.join(method.parameters)})"))
-    wrapper = getattr(generate, method.role)
-
-    def wrap() -> None:
-        if not _is_wrapped(original, wrapper):
-            wrapt.wrap_object(owner, method.name, wrapt.FunctionWrapper, (wrapper, is_patched))
-
-    return wrap
-
-
-def _is_wrapped(function: Any, wrapper: Any) -> bool:
-    """Whether our wrapper is anywhere in the chain: another library may have wrapped it again."""
-    while function is not None:
-        if getattr(function, "_self_wrapper", None) is wrapper:
-            return True
-        function = getattr(function, "__wrapped__", None)
-    return False
+    return functools.partial(wrap_once, owner, method.name, WRAPPERS[method.role], is_patched)
 
 
 def _moved(what: str) -> str:

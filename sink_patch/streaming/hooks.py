@@ -82,7 +82,8 @@ def _begin(
     if not streams.is_bound_to(module):
         raise UnboundCacheError.elsewhere(repr(cache), type(module).__name__)
     if streams.call is not None:
-        named = {**named, name: streams.call.without_held(named[name], named.get("attention_mask"))}
+        inputs = streams.call.without_read(named[name], named.get("attention_mask"), streams.columns)
+        named = {**named, name: inputs}
     fixed = (in_graph or _is_compiled(module)) and named[name].shape[1] == 1 and streams.can_be_fixed_now
     replaced = streams.begin(module, named[name], named.get("attention_mask"), fixed=fixed)
     return None if replaced is None else ((), named | accepted(module, replaced))

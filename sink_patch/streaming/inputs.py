@@ -14,6 +14,7 @@ from torch import nn
 from sink_patch.compat import installed_shim
 from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.models.facts import ModelFacts
+from sink_patch.rules.columns import Columns
 from sink_patch.streaming.steps import Step
 
 _OTHER_INPUTS = {
@@ -24,29 +25,33 @@ _OTHER_INPUTS = {
 
 @dataclass
 class Call:
-    """What is known of the call of `generate` in progress.
+    """The call of `generate` in progress over a cache.
 
     Args:
-        prompt_columns: columns of the stream, the prompt counted in: single tokens after them are never padding.
-        held: columns at the start of the next forward that the cache has read already; None: none are.
-        of_history: whether they are there only where the forward brings all that its mask covers.
+        columns: which of its columns are new. After those of the stream only single tokens come, which are never padding.
+        drafting: whether drafts follow the prompt in the first forward.
     """
 
-    prompt_columns: int
-    held: int | None = None
-    of_history: bool = False
+    columns: Columns
+    drafting: bool = False
+    _has_begun: bool = False
 
-    def is_past_prompt(self, columns: int) -> bool:
-        """Whether the prompt is in when so many columns are."""
-        return columns >= self.prompt_columns
+    def is_past_prompt(self, read: int) -> bool:
+        """Whether the prompt is in when the cache has read so many columns."""
+        return read >= self.columns.stream
 
-    def without_held(self, inputs: torch.Tensor, attention_mask: Any) -> torch.Tensor:
-        """The inputs [rows, columns, ...] of the next forward that the cache has not read; once."""
-        if self.held is None:
+    def without_read(self, inputs: torch.Tensor, attention_mask: Any, read: int) -> torch.Tensor:
+        """The inputs [rows, columns, ...] of a forward, without those at the start that the cache has read already.
+
+        Only the first forward of a call may bring such columns: all of a history, say, of which a part has gone in.
+        """
+        if self._has_begun:
             return inputs
-        held, self.held = self.held, None
-        whole = attention_mask is None or inputs.shape[1] == attention_mask.shape[-1]
-        return inputs[:, held:] if whole or not self.of_history else inputs
+        self._has_begun = True
+        end = self.columns.stream
+        if self.drafting:
+            end = inputs.shape[1] if attention_mask is None else attention_mask.shape[-1]
+        return inputs[:, max(0, inputs.shape[1] - (end - read)) :]
 
 
 def replaced_inputs(step: Step, facts: ModelFacts, attention_mask: Any) -> dict[str, torch.Tensor | None]:

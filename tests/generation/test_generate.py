@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from sink_patch import SinkArgumentError, SinkCache, UnsupportedGenerationError
-from sink_patch.generation import wrappers as sink_generate
+from sink_patch.generation import prompt as prompt_module
 from tests.support.oracle import relative_error, visible_tokens
 from tests.support.tiny import tiny, tokens
 
@@ -209,7 +209,7 @@ def test_embeddings_may_be_the_prompt(model):
 
 
 def test_a_prompt_longer_than_the_context_goes_in_by_pieces_and_says_so_once(model, caplog, monkeypatch):
-    monkeypatch.setattr(sink_generate, "_told_about_chunks", set())
+    monkeypatch.setattr(prompt_module, "_has_told", False)
     prompt = tokens(200)  # the context has 64 positions
     sink = {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S, "new": 1, "output_logits": True}
     with caplog.at_level(logging.INFO, logger="sink_patch"):

@@ -97,7 +97,8 @@ COLD = "from transformers import GenerationMixin"
 
 
 @pytest.mark.parametrize(
-    ("part", "first"), [("activation", "import torch"), ("activation", COLD), ("compat", COLD), ("generate", COLD)]
+    ("part", "first"),
+    [("patching.switch", "import torch"), ("patching.switch", COLD), ("compat", COLD), ("generation.wrappers", COLD)],
 )
 def test_a_broken_part_of_ours_costs_a_warning_and_no_import(part, first, tmp_path: Path):
     (tmp_path / "sitecustomize.py").write_text(f"""

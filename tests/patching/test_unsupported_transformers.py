@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator
 
 import pytest
 import transformers
 import wrapt
 from sink_patch.compat import choose_shim, table
+from sink_patch.compat.shim import Role
 from transformers import GenerationConfig
 from transformers.generation import configuration_utils, utils
 from transformers.generation.utils import GenerationMixin
 
 import sink_patch
 from sink_patch.errors import SinkPatchWarning, UnsupportedTransformersError
-from sink_patch.generation import wrappers as generate
-from sink_patch.patching import switch as activation
+from sink_patch.generation import wrappers
+from sink_patch.patching import refuse_all
+from sink_patch.patching.switch import when_imported
 from tests.support.fresh import fresh
 from tests.support.layers import METHODS, ours, peel
 from tests.support.tiny import tiny, tokens
@@ -38,7 +41,7 @@ def state() -> tuple:
 
 def fire_hooks() -> None:
     for module in (configuration_utils, utils, transformers.modeling_utils):
-        activation.when_imported(module)
+        when_imported(module)
 
 
 def no_method(it):
@@ -62,8 +65,8 @@ def no_constant(it):
 
 
 def our_own_fault(it):
-    it.delattr(generate, "prepare_cache")
-    return "prepare_cache"
+    it.delitem(wrappers.WRAPPERS, Role.PREPARE_CACHE)
+    return "PREPARE_CACHE"
 
 
 CHANGES = [no_method, no_parameter, no_class, no_constant]
@@ -100,7 +103,7 @@ def test_a_refused_patch_has_touched_nothing(change, pristine):
 
 def test_whatever_fails_the_patch_is_off_as_a_whole(pristine):
     missing = our_own_fault(pristine)
-    with pytest.raises(AttributeError, match=missing):
+    with pytest.raises(KeyError, match=missing):
         sink_patch.patch()
     assert not sink_patch.is_patched()
     assert "sink" not in configuration_utils.ALL_CACHE_IMPLEMENTATIONS
@@ -166,6 +169,42 @@ def test_a_version_is_complained_of_once_and_never_breaks_the_import(version, wo
     )
     assert done.err.count("SinkPatchWarning: ") == 1, done.err
     assert version in done.err
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_another_librarys_wrapper_on_the_config_is_not_taken_for_ours(layers, pristine):
+    """`GenerationConfig.validate` is where a request is refused; other libraries wrap it too, before us or after."""
+
+    def passes(wrapped, _instance, args, kwargs):
+        return wrapped(*args, **kwargs)
+
+    def refusing() -> int:
+        function, count = vars(GenerationConfig)["validate"], 0
+        while function is not None:
+            count += getattr(function, "_self_wrapper", None) is refuse_all._refuse
+            function = getattr(function, "__wrapped__", None)
+        return count
+
+    pristine.setattr(GenerationConfig, "validate", inspect.unwrap(vars(GenerationConfig)["validate"]))
+    for _ in range(layers):
+        around = wrapt.FunctionWrapper(vars(GenerationConfig)["validate"], passes)
+        pristine.setattr(GenerationConfig, "validate", around)
+    no_method(pristine)
+    for _ in range(3):  # once for each of the modules that are waited for, say
+        with pytest.raises(UnsupportedTransformersError, match=METHOD):
+            sink_patch.patch()
+    with pytest.raises(UnsupportedTransformersError, match="'sink' was asked for"):
+        GenerationConfig(cache_implementation="sink")
+    assert refusing() == 1
+    around = wrapt.FunctionWrapper(vars(GenerationConfig)["validate"], passes)  # and one after us
+    pristine.setattr(GenerationConfig, "validate", around)
+    fire_hooks()
+    assert refusing() == 1
+    assert GenerationConfig(cache_implementation="static").cache_implementation == "static"
+
+
+def test_each_role_has_its_wrapper():
+    assert set(wrappers.WRAPPERS) == set(Role)
 
 
 @pytest.mark.parametrize("place", ["above", "below"])
