@@ -1,6 +1,8 @@
 """The classes that `SinkCache` derives from: transformers' `Cache`, whose calls they map to ours.
 
-Ours are `_mask_sizes(columns, layer_idx)`, `_past_columns()` and `forget(count, asked)`; see `Ours`.
+A class for each call that versions ask differently (`GetMaskSizesByLength`, `CropByCount`, ...), on top of
+`SinkAnswers`, which says what a sink cache answers in words of ours; at the end, one class for each range of versions
+puts them together.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import torch
 from transformers.cache_utils import Cache
 
 
-class Ours:
+class SinkAnswers:
     """What a sink cache answers, in the words of sink_patch."""
 
     def _mask_sizes(self, columns: int, layer_idx: int) -> tuple[int, int]:
@@ -31,7 +33,7 @@ class Ours:
         raise NotImplementedError
 
 
-class MasksByLength(Ours):
+class GetMaskSizesByLength(SinkAnswers):
     """5.4 and newer (masking_utils.py): `get_mask_sizes(query_length, layer_idx)`."""
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -43,7 +45,7 @@ class MasksByLength(Ours):
         return self._past_columns()
 
 
-class LayersByContent(Ours):
+class IsLinearByLayer(SinkAnswers):
     """5.24 and newer (cache_utils.py): a cache says which of its layers hold states alone."""
 
     @property
@@ -53,7 +55,7 @@ class LayersByContent(Ours):
         return [False] * len(alone) if all(alone) else alone
 
 
-class MasksByPosition(Ours):
+class GetMaskSizesByPosition(SinkAnswers):
     """4.53 to 5.3 (masking_utils.py): `get_mask_sizes(cache_position, layer_idx)`."""
 
     def get_mask_sizes(self, cache_position: torch.Tensor, layer_idx: int) -> tuple[int, int]:
@@ -61,7 +63,7 @@ class MasksByPosition(Ours):
         return self._mask_sizes(cache_position.shape[0], layer_idx)
 
 
-class CropByCount(Ours):
+class CropByCount(SinkAnswers):
     """5.15 and newer (cache_utils.py): `crop` takes minus the number of tokens to remove."""
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -73,7 +75,7 @@ class CropByCount(Ours):
         self._take_back(-tokens_to_remove, f"tokens_to_remove={tokens_to_remove}")
 
 
-class CropToLength(Ours):
+class CropToLength(SinkAnswers):
     """Up to 5.14 (cache_utils.py): `crop` takes the length that remains, or minus the number of tokens to remove."""
 
     def crop(self, max_length: int) -> None:
@@ -87,7 +89,7 @@ class CropToLength(Ours):
         self._take_back(count, f"max_length={max_length}")
 
 
-class Endless(Ours):
+class GetMaxCacheShape(SinkAnswers):
     """Up to 5.14 (cache_utils.py): a cache is asked for the length at which it ends."""
 
     no_end: int | None = -1
@@ -99,14 +101,14 @@ class Endless(Ours):
         return this.get_max_length() if this.is_compileable else self.no_end
 
 
-class Layered(Cache):
+class CacheOfLayers(Cache):
     """4.56 and newer: a cache is made of layers that it is given."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
 
 
-class Classed(Cache):
+class CacheOfLayerClasses(Cache):
     """4.54 and 4.55: a cache makes its layers from a class; ours are put in their place."""
 
     def __init__(self) -> None:
@@ -116,7 +118,7 @@ class Classed(Cache):
         self.layers = []
 
 
-class Plain(Cache):
+class CacheOfLists(Cache):
     """4.52 and 4.53: a cache is what its subclass makes of it."""
 
     def __init__(self) -> None:
@@ -127,23 +129,23 @@ class Plain(Cache):
         return len(self.layers)
 
 
-class Newest(MasksByLength, LayersByContent, CropByCount, Layered):
+class CacheBase515(GetMaskSizesByLength, IsLinearByLayer, CropByCount, CacheOfLayers):
     """5.15 and newer."""
 
 
-class ByLength(MasksByLength, CropToLength, Endless, Layered):
+class CacheBase504(GetMaskSizesByLength, CropToLength, GetMaxCacheShape, CacheOfLayers):
     """5.4 to 5.14."""
 
 
-class ByPosition(MasksByPosition, CropToLength, Endless, Layered):  # type: ignore[misc] # checked with the newest
+class CacheBase456(GetMaskSizesByPosition, CropToLength, GetMaxCacheShape, CacheOfLayers):  # type: ignore[misc] # checked with the newest
     """4.56 to 5.3."""
 
 
-class ByPositionClassed(MasksByPosition, CropToLength, Endless, Classed):  # type: ignore[misc]
+class CacheBase454(GetMaskSizesByPosition, CropToLength, GetMaxCacheShape, CacheOfLayerClasses):  # type: ignore[misc]
     """4.54 and 4.55."""
 
 
-class ByPositionPlain(MasksByPosition, CropToLength, Endless, Plain):  # type: ignore[misc]
+class CacheBase452(GetMaskSizesByPosition, CropToLength, GetMaxCacheShape, CacheOfLists):  # type: ignore[misc]
     """4.53, and 4.52, where models build their masks themselves."""
 
     no_end = None

@@ -32,7 +32,9 @@ def prepare_cache(third: str) -> Method:
 
 SAMPLE = Method(_UTILS, "GenerationMixin", "_sample", parameters=_MODEL_KWARGS, role=Role.DECODE)
 BEAM_SEARCH = Method(_UTILS, "GenerationMixin", "_beam_search", parameters=_MODEL_KWARGS, role=Role.DECODE)
-ASSISTED = Method(_UTILS, "GenerationMixin", "_assisted_decoding", parameters=_MODEL_KWARGS, role=Role.DECODE_WITH_DRAFTS)
+ASSISTED = Method(
+    _UTILS, "GenerationMixin", "_assisted_decoding", parameters=_MODEL_KWARGS, role=Role.DECODE_WITH_DRAFTS
+)
 
 COMPILE = (
     Method(
@@ -40,7 +42,9 @@ COMPILE = (
         parameters=("model_kwargs", "generation_config"),
         role=Role.MAY_COMPILE,
     ),
-    Method("transformers.modeling_utils", "PreTrainedModel", "get_compiled_call", ("compile_config",), Role.COMPILED_CALL),
+    Method(
+        "transformers.modeling_utils", "PreTrainedModel", "get_compiled_call", ("compile_config",), Role.COMPILED_CALL
+    ),
 )
 
 INITIAL_CACHE_POSITION = Method(

@@ -57,21 +57,21 @@ _CONFIG_CLASSES = Constant(
 
 
 def _cache_of_given_layers() -> type:
-    from sink_patch.compat.bases import ByPosition
+    from sink_patch.compat.bases import CacheBase456
 
-    return ByPosition
+    return CacheBase456
 
 
 def _cache_of_layer_classes() -> type:
-    from sink_patch.compat.bases import ByPositionClassed
+    from sink_patch.compat.bases import CacheBase454
 
-    return ByPositionClassed
+    return CacheBase454
 
 
 def _cache_of_lists() -> type:
-    from sink_patch.compat.bases import ByPositionPlain
+    from sink_patch.compat.bases import CacheBase452
 
-    return ByPositionPlain
+    return CacheBase452
 
 
 def _entries_of_layer_types(config: Any) -> Sequence[Entry]:

@@ -37,21 +37,21 @@ _ONE_COLUMN_TOO_MANY = Quirk("persimmon stablelm", explicit_mask=True)  # 5.0 gu
 
 
 def _cache_that_crops_by_count() -> type:
-    from sink_patch.compat.bases import Newest
+    from sink_patch.compat.bases import CacheBase515
 
-    return Newest
+    return CacheBase515
 
 
 def _cache_with_masks_by_length() -> type:
-    from sink_patch.compat.bases import ByLength
+    from sink_patch.compat.bases import CacheBase504
 
-    return ByLength
+    return CacheBase504
 
 
 def _cache_with_masks_by_position() -> type:
-    from sink_patch.compat.bases import ByPosition
+    from sink_patch.compat.bases import CacheBase456
 
-    return ByPosition
+    return CacheBase456
 
 
 SHIMS = (

@@ -18,7 +18,7 @@ FLOORS = (
     *("errors", "arguments", "compat", "rules", "buffers", "models", "streaming", "cache", "generation"),
     *("patching", "__init__", "evaluate", "cli"),
 )
-"""From the ground up: a room may import itself and the rooms before it. `autoload` is imported by `__init__` by name."""
+"""From the ground up: a room may import itself and the rooms before it. `__init__` imports `autoload` by name."""
 DATA = {"sink_patch/models/families/built_in.py": "a table of families, and the reasons of those that are refused"}
 """Files that may be longer, and why."""
 MOST_FILES, MOST_LINES, MOST_LINES_OF_A_FUNCTION = 9, 200, 40
@@ -164,9 +164,10 @@ def table(found: list[File]) -> str:
         )
         rooms = {module.split(".")[1] for one in here for module in imported(one, found) if "." in module}
         rooms -= {one.room for one in here}
+        longest = f"{file.path.name} {file.lines}"
         lines.append(
-            f"{folder.relative_to(here[0].root).as_posix():28} {len(here):5}  {file.path.name + ' ' + str(file.lines):25}  "
-            f"{name + ' ' + str(length):32}  {' '.join(sorted(rooms, key=FLOORS.index))}"
+            f"{folder.relative_to(here[0].root).as_posix():28} {len(here):5}  {longest:25}  {f'{name} {length}':32}  "
+            f"{' '.join(sorted(rooms, key=FLOORS.index))}"
         )
     return "\n".join(lines)
 

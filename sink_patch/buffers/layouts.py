@@ -2,8 +2,8 @@
 
 A buffer is a ring behind a few fixed slots: absolute index i lies in slot `i if i < S else S + (i - S) % (C - S)`, with
 C the slots and S the sinks of the layer's kind. Two layouts share one interface: `UniformLayout` (all rows of the batch
-have seen equally much: slices only) and `RaggedLayout` (ragged.py: they have not; index tensors and a mask). A third one, for
-graphs, is `FixedLayout` (streaming/fixed.py).
+have seen equally much: slices only) and `RaggedLayout` (ragged.py: they have not; index tensors and a mask). A third
+one, for graphs, is `FixedLayout` (streaming/fixed.py).
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ class RaggedLayout(Layout):
         buffer of row 0:  s 1 . .     read as   . s 1 2     (2 is new)
         buffer of row 1:  s 4 5 3     read as   s 4 5 6     (6 is new, and is written over 3)
 
-    Read in place, row 0 would have its gap at the end, where other kinds of layers cannot follow and where the models of
-    some versions take it for padding. So the buffer itself is read only where no row has a gap.
+    Read in place, row 0 would have its gap at the end, where other kinds of layers cannot follow and where some models
+    take it for padding. So the buffer itself is read only where no row has a gap.
     """
 
     def __init__(self, kind: LayerKind, plans: Sequence[RowPlan], columns: int):

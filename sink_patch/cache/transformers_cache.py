@@ -6,7 +6,6 @@ import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from sink_patch.arguments import Sizes
 from sink_patch.compat import installed_shim
@@ -15,7 +14,7 @@ from sink_patch.streaming.steps import Step
 from sink_patch.streaming.streams import StreamingCache, Streams, streams_of
 
 if TYPE_CHECKING:
-    from sink_patch.compat.bases import Newest as CacheBase
+    from sink_patch.compat.bases import CacheBase515 as CacheBase
 else:
     CacheBase = installed_shim().cache_base()
 
@@ -30,23 +29,18 @@ class TransformersCache(StreamingCache, CacheBase):
     layers: list[Any]  # of `SinkLayer`, one for each layer of the model; empty while unbound
 
     def __init__(self, sizes: Sizes):
-        self._sizes = sizes
+        self.sizes = sizes
         super().__init__()
-
-    @property
-    def sizes(self) -> Sizes:
-        """`window_length` and `num_sink_tokens`."""
-        return self._sizes
 
     @property
     def window_length(self) -> int:
         """Tokens that are kept, sinks counted in."""
-        return self._sizes.window_length
+        return self.sizes.window_length
 
     @property
     def num_sink_tokens(self) -> int:
         """How many of the first tokens of each row are kept for good."""
-        return self._sizes.num_sink_tokens
+        return self.sizes.num_sink_tokens
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
@@ -113,10 +107,6 @@ class TransformersCache(StreamingCache, CacheBase):
     def is_initialized(self) -> bool:
         return self._streams is not None and self._streams.rows is not None
 
-    def is_bound_to(self, model: nn.Module) -> bool:
-        """Whether the cache belongs to this model (or to the model that this decoder is a part of)."""
-        return self._streams is not None and self._streams.is_bound_to(model)
-
     def reset(self) -> None:
         """Forget all tokens; stay bound to the model.
 
@@ -133,8 +123,8 @@ class TransformersCache(StreamingCache, CacheBase):
         a copy of the window. transformers calls this where it decodes with drafts (cache_utils.py).
 
         Raises:
-            CacheStateError: the cache is not bound to a model, or holds recurrent states, which cannot be taken back; or
-                a forward is in progress.
+            CacheStateError: the cache is not bound to a model; it holds recurrent states, which cannot be taken back;
+                or a forward is in progress.
         """
         self._recordable().record(tokens)
 

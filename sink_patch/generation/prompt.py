@@ -89,7 +89,7 @@ class Prompt:
         )
 
     def _mask_whole_stream(self, model_kwargs: MutableMapping[str, Any]) -> None:
-        """transformers takes ids that are as long as their mask for the whole history; tell it that these are new."""
+        """Transformers takes ids that are as long as their mask for the whole history; tell it that these are new."""
         past, mask = self._streams.mask_of_past(), model_kwargs.get("attention_mask")  # [rows, read], [rows, new]
         new = past.new_ones(past.shape[0], self.columns.new) if mask is None else mask.to(past)
         device = input_device(self._model)

@@ -21,9 +21,9 @@ class Request:
     size is taken from the first of the same three places that has it; in each of them `window_length=...` goes before
     `cache_config={"window_length": ...}`. With a model whose `generation_config.json` holds
 
-        {"cache_implementation": "sink", "window_length": 99, "cache_config": {"window_length": 50, "num_sink_tokens": 8}}
+        {"cache_implementation": "sink", "window_length": 9, "cache_config": {"window_length": 7, "num_sink_tokens": 2}}
 
-    the call `generate(ids, window_length=12)` gets a sink cache of 12 tokens with 8 sinks.
+    the call `generate(ids, window_length=12)` gets a sink cache of 12 tokens with 2 sinks.
 
     Args:
         implementation: the `cache_implementation` in effect.

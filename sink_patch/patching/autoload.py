@@ -15,7 +15,7 @@ from sink_patch.patching.state import state
 SWITCH = "SINK_PATCH_AUTOLOAD"
 _MODULES = (
     "transformers.generation.configuration_utils",
-    # from 5.8 on, torch is first imported from inside generation.utils, where GenerationMixin does not exist yet
+    # torch may be imported from inside generation.utils first, where GenerationMixin does not exist yet
     "transformers.generation.utils",
     "transformers.modeling_utils",
 )

@@ -42,6 +42,7 @@ def _refuse(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], k
     asked = [kwargs.get("cache_implementation"), *(getattr(one, "cache_implementation", None) for one in configs)]
     if CACHE_IMPLEMENTATION in [name for name in asked if isinstance(name, str)]:
         raise UnsupportedTransformersError(
-            f"cache_implementation={CACHE_IMPLEMENTATION!r} was asked for, and sink_patch cannot give it: {state.refusal}"
+            f"cache_implementation={CACHE_IMPLEMENTATION!r} was asked for, and sink_patch cannot provide it: "
+            f"{state.refusal}"
         )
     return wrapped(*args, **kwargs)

@@ -10,8 +10,8 @@ class Columns:
     """Columns of one call, padding counted in.
 
     A chat whose cache has read 10 columns goes on with 4 new ones. `generate` may be given all 14 of the history, as
-    transformers wants it, or the 4 new ones with a mask over 14, or those 4 alone. In all three cases 14 columns are the
-    stream, and the last 4 are new:
+    transformers wants it, or the 4 new ones with a mask over 14, or those 4 alone. In all three cases 14 columns are
+    the stream, and the last 4 are new:
 
         given   told by the mask   stream   new   is_history
         14      14                 14       4     True

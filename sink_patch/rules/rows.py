@@ -23,8 +23,8 @@ class Row:
         recallable: how many of the newest tokens can be taken back although tokens have left the window for them.
         complete: whether nothing was ever overwritten, so that any number of tokens can be taken back.
 
-    With a window of 4 and 2 spare slots, 3 tokens leave a row complete; 7 tokens do not, and the newest 2 of them can be
-    taken back, as the 2 tokens that left the window for them lie in the spare slots.
+    With a window of 4 and 2 spare slots, 3 tokens leave a row complete; 7 tokens do not, and the newest 2 of them can
+    be taken back, as the 2 tokens that left the window for them lie in the spare slots.
     """
 
     seen: int = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -68,8 +69,8 @@ class FixedStep(Step):
     """A step that is used again and again.
 
     Args:
-        store: the layers of the cache, which have all their slots and stay where they are. All kinds read one mask, each
-            its last columns: so where there are several, all their slots must be full (`is_ready`).
+        store: the layers of the cache, which have all their slots and stay where they are. All kinds read one mask,
+            each its last columns: so where there are several, all their slots must be full (`is_ready`).
         rows, device: of the cache.
     """
 
@@ -123,6 +124,39 @@ class FixedStep(Step):
     def attention_mask(self, *, explicit: bool = False) -> torch.Tensor:  # noqa: ARG002
         """[rows, length], always at the same address."""
         return self._widest.visible
+
+
+class FixedSteps:
+    """Gives the fixed step of a cache, the same one as long as its layers stay where they are.
+
+    Args:
+        store: the layers of the cache.
+    """
+
+    def __init__(self, store: LayerStore):
+        self._store = store
+        self._step: FixedStep | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy lies elsewhere, and makes a step of its own."""
+        return {**vars(self), "_step": None}
+
+    def can_be_ready(self) -> bool:
+        """Whether there is one, or all layers lie on one device, so that one can be made."""
+        return self._held() is not None or len(self._store.devices()) == 1
+
+    def prepared(self, plans: Sequence[RowPlan], device: torch.device) -> FixedStep:
+        """The step, for a forward of these plans."""
+        step = self._held()
+        if step is None:
+            self._step = None  # what it holds would be there twice
+            self._store.take_all_slots()
+            step = self._step = FixedStep(self._store, len(plans), device)
+        step.prepare(plans)
+        return step
+
+    def _held(self) -> FixedStep | None:
+        return self._step if self._step is not None and self._step.is_of(self._store.sink_layers) else None
 
 
 def mark_as_staying(tensor: torch.Tensor | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ class Call:
     """The call of `generate` in progress over a cache.
 
     Args:
-        columns: which of its columns are new. After those of the stream only single tokens come, which are never padding.
+        columns: which of its columns are new. After those of the stream come single tokens, which are never padding.
         drafting: whether drafts follow the prompt in the first forward.
     """
 
@@ -82,7 +82,7 @@ def accepted(module: nn.Module, replaced: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in replaced.items() if name in names}
 
 
-def check_text_only(module: nn.Module, named: dict[str, Any]) -> None:
+def check_text_only(module: nn.Module, named: Mapping[str, Any]) -> None:
     """Images and sounds have positions of their own (M-RoPE), or see each other in both directions.
 
     Raises:

@@ -24,8 +24,8 @@ class Rows:
     """The streams in the rows of a cache, between forwards.
 
     `rows` are the streams, None before the first forward; `columns` the columns fed so far, padding counted in;
-    `forward` the forward in progress, which all verbs here look at first; `recording` whether what leaves the window must
-    be able to come back.
+    `forward` the forward in progress, which all verbs here look at first; `recording` whether what leaves the window
+    must be able to come back.
 
     Args:
         sizes: of the cache.
@@ -121,8 +121,8 @@ class Rows:
         gives_way = called is not None and self.forward.phase is Phase.PLANNED
         if not gives_way and self.forward.is_running(called):
             raise CacheStateError(
-                f"This SinkCache cannot be {asked} in the middle of a forward over it, whose tokens would be lost. Wait "
-                "for its end."
+                f"This SinkCache cannot be {asked} in the middle of a forward over it, whose tokens would be lost. "
+                "Wait for its end."
             )
         self._give_up()
 

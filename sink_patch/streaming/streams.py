@@ -13,9 +13,8 @@ from torch import nn
 from sink_patch.arguments import Sizes
 from sink_patch.buffers.store import LayerStore
 from sink_patch.errors import CacheStateError, UnboundCacheError
-from sink_patch.rules.plans import RowPlan
 from sink_patch.rules.rows import Row
-from sink_patch.streaming.fixed import FixedStep
+from sink_patch.streaming.fixed import FixedStep, FixedSteps
 from sink_patch.streaming.forward import Phase
 from sink_patch.streaming.inputs import Call, replaced_inputs
 from sink_patch.streaming.planning import Planner
@@ -26,8 +25,12 @@ from sink_patch.streaming.steps import Step
 class StreamingCache:
     """What the hooks look for among the arguments of a forward: a cache that has streams, once it is bound."""
 
-    _sizes: Sizes
+    sizes: Sizes
     _streams: Streams | None = None
+
+    def is_bound_to(self, model: nn.Module) -> bool:
+        """Whether the cache belongs to this model (or to the model that this decoder is a part of)."""
+        return self._streams is not None and self._streams.is_bound_to(model)
 
 
 def streams_of(cache: StreamingCache, caller: str = "model") -> Streams:
@@ -40,7 +43,7 @@ def streams_of(cache: StreamingCache, caller: str = "model") -> Streams:
         UnboundCacheError: the cache is bound to no model.
     """
     if cache._streams is None:
-        raise UnboundCacheError.never(caller, cache._sizes.window_length, cache._sizes.num_sink_tokens)
+        raise UnboundCacheError.never(caller, cache.sizes.window_length, cache.sizes.num_sink_tokens)
     return cache._streams
 
 
@@ -66,11 +69,11 @@ class Streams(Rows):
         self.entrances = tuple(weakref.ref(module) for module in entrances)
         self.call: Call | None = None
         self.offered_to_compiler = False  # while `generate` asks whether it may compile (generation/compiled.py)
-        self._fixed: FixedStep | None = None  # used again and again
+        self._fixed = FixedSteps(store)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy lies elsewhere, and makes a fixed step of its own."""
-        return {**vars(self), "_fixed": None, "call": None}
+        """A copy takes no part in the call."""
+        return {**vars(self), "call": None}
 
     def is_bound_to(self, module: nn.Module) -> bool:
         """Whether this is the model of the cache, or its decoder."""
@@ -82,22 +85,20 @@ class Streams(Rows):
         inputs: torch.Tensor,
         attention_mask: Any,
         *,
-        fixed: bool = False,
+        fixed: bool,
         outside_the_call: bool = False,
     ) -> dict[str, torch.Tensor | None] | None:
         """Begin a forward: make room, set the clock back where that is due, and show the sinks.
 
         Args:
-            module: the one that is called: the model or its decoder.
+            module: the model or its decoder, which is called.
             inputs: token ids [rows, columns] or embeddings [rows, columns, hidden].
             attention_mask: None, or [rows, columns ever fed + columns], 1 for real tokens.
-            fixed: at fixed shapes and addresses, which must be possible (`can_be_fixed_now`); it is not where a row
-                brings no token.
+            fixed: at fixed shapes and addresses (`can_be_fixed_now`), unless a row brings no token.
             outside_the_call: see `Forward`.
 
         Returns:
-            `position_ids`, `attention_mask` and, where this transformers has it, `cache_position` for the model; or
-            None where the call is a part of a forward that has begun.
+            What the model receives in place of its arguments; None: the call is a part of a forward that has begun.
 
         Raises:
             CacheStateError: what `Planner.plan` raises; a forward is in progress; or old tokens were lost.
@@ -108,14 +109,13 @@ class Streams(Rows):
         self.check_between_forwards("fed", called=module)
         self.forward.check_whole()
         mask = None if columns == 1 and self._is_generated() else attention_mask
-        held = [Row()] * rows if self.rows is None else self.rows
-        plans = self.planner.plan(held, self.columns, rows, columns, mask)
+        plans = self.planner.plan(self.rows or [Row()] * rows, self.columns, rows, columns, mask)
         if self.recording:
             self._have_spare(columns)
-        fixed = fixed and all(plan.new == 1 for plan in plans)
-        step = (
-            self._fixed_step(plans, inputs.device) if fixed else Step(plans, columns, self.store.kinds, inputs.device)
-        )
+        if fixed and all(plan.new == 1 for plan in plans):
+            step: Step = self._fixed.prepared(plans, inputs.device)
+        else:
+            step = Step(plans, columns, self.store.kinds, inputs.device)
         self._set_clock(plans)
         self.store.sinks.show(step.sink_turn)
         self.forward.begin(module, step, outside_the_call=outside_the_call)
@@ -178,15 +178,4 @@ class Streams(Rows):
             return False
         if not FixedStep.is_ready(self.store.kinds, [row.seen for row in self.rows]):
             return False
-        return self._has_fixed_step() or len(self.store.devices()) == 1
-
-    def _has_fixed_step(self) -> bool:
-        return self._fixed is not None and self._fixed.is_of(self.store.sink_layers)
-
-    def _fixed_step(self, plans: Sequence[RowPlan], device: torch.device) -> FixedStep:
-        if self._fixed is None or not self._has_fixed_step():
-            self._fixed = None  # what it holds would be there twice
-            self.store.take_all_slots()
-            self._fixed = FixedStep(self.store, len(plans), device)
-        self._fixed.prepare(plans)
-        return self._fixed
+        return self._fixed.can_be_ready()

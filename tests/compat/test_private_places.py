@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from sink_patch.compat import installed_shim
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, PretrainedConfig, cache_utils
 from transformers.generation.utils import GenerationMixin
 
 from sink_patch import SinkCache
+from sink_patch.compat import installed_shim
 
 SHIM = installed_shim()
 

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 import pytest
 import transformers
 import wrapt
-from sink_patch.compat import choose_shim, table
-from sink_patch.compat.shim import Role
 from transformers import GenerationConfig
 from transformers.generation import configuration_utils, utils
 from transformers.generation.utils import GenerationMixin
 
 import sink_patch
+from sink_patch.compat import choose_shim, table
+from sink_patch.compat.shim import Role
 from sink_patch.errors import SinkPatchWarning, UnsupportedTransformersError
 from sink_patch.generation import wrappers
 from sink_patch.patching import refuse_all

@@ -30,10 +30,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from sink_patch.compat import installed_shim
 from transformers import PreTrainedModel
 
 from sink_patch import SinkCache
+from sink_patch.compat import installed_shim
 from tests.support.caches import default_cache
 from tests.support.tiny import tiny, tokens
 

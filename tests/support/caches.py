@@ -44,6 +44,10 @@ class BareCache(cache_utils.Cache):
 
 
 def pristine_sinks(cache: SinkCache, which: int) -> list[torch.Tensor | None]:
-    """The sinks as the model made them, [rows, heads, num_sink_tokens, dim] for each layer; 0: of the keys, 1: values."""
+    """The sinks as the model made them, [rows, heads, num_sink_tokens, dim] for each layer.
+
+    Args:
+        which: 0: of the keys, 1: of the values.
+    """
     store = streams_of(cache).store
     return [store.sinks.pristine_of(layer.rings[which]) for layer in store.sink_layers]

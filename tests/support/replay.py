@@ -11,9 +11,9 @@ import inspect
 from typing import Any
 
 import torch
-from sink_patch.compat import installed_shim
 from torch import nn
 
+from sink_patch.compat import installed_shim
 from sink_patch.models.entries import cache_argument, own_layers, text_config
 from sink_patch.models.examine import examine
 from tests.support.caches import BareCache
