@@ -112,14 +112,15 @@ class Streams(Rows):
         plans = self.planner.plan(self.rows or [Row()] * rows, self.columns, rows, columns, mask)
         if self.recording:
             self._have_spare(columns)
-        if fixed and all(plan.new == 1 for plan in plans):
-            step: Step = self._fixed.prepared(plans, inputs.device)
-        else:
-            step = Step(plans, columns, self.store.kinds, inputs.device)
+        fixed = fixed and all(plan.new == 1 for plan in plans)
+        step = self._fixed.prepared(plans, inputs.device) if fixed else self._step(plans, columns, inputs.device)
         self._set_clock(plans)
         self.store.sinks.show(step.sink_turn)
         self.forward.begin(module, step, outside_the_call=outside_the_call)
         return replaced_inputs(step, self.facts, attention_mask)
+
+    def _step(self, plans: Sequence[RowPlan], columns: int, device: torch.device) -> Step:
+        return Step(plans, columns, self.store.kinds, device)
 
     def end(self, module: nn.Module, *, completed: bool) -> None:
         """The call of `module` has ended; with it the forward, if it began there.

@@ -17,6 +17,7 @@ from transformers import (
 import sink_patch
 from sink_patch import (
     CacheStateError,
+    Family,
     SinkArgumentError,
     SinkCache,
     SinkPatchError,
@@ -24,6 +25,7 @@ from sink_patch import (
     UnsupportedGenerationError,
     UnsupportedModelError,
 )
+from sink_patch.models.families import registry
 from tests.support.caches import default_cache
 from tests.support.modules import no_module_runs
 from tests.support.tiny import tiny, tokens
@@ -267,6 +269,52 @@ def test_a_row_of_padding_only(model):
         attention_mask=mask,
         cache_implementation="sink",
     )
+
+
+@pytest.mark.parametrize(
+    ("ids", "match"),
+    [
+        ([[5, 6, 7], [0, 0, 0]], "Row 1 of attention_mask is padding only"),
+        ([[5, 6, 7], [5, 6, 0]], "padding to the right"),
+    ],
+)
+@pytest.mark.parametrize("way", ["sink", "cache"])
+def test_padding_that_only_the_ids_tell_of(model, way, ids, match):
+    """transformers makes a mask of them, after it has prepared the config."""
+    asked = {"cache_implementation": "sink"} if way == "sink" else {"past_key_values": SinkCache()}
+    refused(model, SinkArgumentError, match, inputs=torch.tensor(ids), pad_token_id=0, eos_token_id=96, **asked)
+
+
+OTHER_INPUTS = (
+    *("pixel_values", "pixel_values_videos", "pixel_values_images", "input_features", "input_values"),
+    *("audio_values", "mm_encoder_outputs"),
+)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", OTHER_INPUTS)
+def test_images_and_sounds_in_a_forward(model, name):
+    cache = SinkCache(12, 3, model=model)
+    given = {"image": torch.ones(1)} if name == "mm_encoder_outputs" else torch.ones(1, 4)
+    with pytest.raises(UnsupportedGenerationError, match=f"given {name} with a SinkCache"):
+        model(PROMPT, past_key_values=cache, **{name: given})
+    assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("name", OTHER_INPUTS)
+def test_images_and_sounds_in_generate(model, name):
+    refused(model, UnsupportedGenerationError, f"given {name} with a", cache_implementation="sink", **{name: PROMPT})
+    refused(model, UnsupportedGenerationError, f"given {name} with a", past_key_values=SinkCache(), **{name: PROMPT})
+
+
+def test_a_model_that_takes_single_tokens_only_decodes_without_drafts(model):
+    registry.registry.add(
+        Family("one_by_one", ("one_by_one",), adapters=sink_patch.rope("half"), whole_prompts="It takes single tokens")
+    )
+    model.config.model_type = "one_by_one"
+    match = "LlamaForCausalLM.*can neither make drafts"
+    for asked in ({"cache_implementation": "sink"}, {"past_key_values": SinkCache()}):
+        refused(model, UnsupportedGenerationError, match, prompt_lookup_num_tokens=3, **asked)
 
 
 DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "max_position_embeddings": 48}
