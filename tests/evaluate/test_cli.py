@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import zipfile
@@ -136,8 +137,45 @@ def test_perplexity_prints_a_table_and_writes_json(
     assert model_dir not in written
 
 
+def test_progress_is_shown_on_stderr_and_not_on_stdout(
+    model_dir: str, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["perplexity", model_dir, "--text", str(text_file), *window(), "--tokens", "50"]) == 0
+    out, err = capsys.readouterr()
+    bars = [line.rpartition("\r")[2] for line in err.split("\n") if "%|" in line]  # the last state of each
+    modes = ["recomputed", "3 sinks", "0 sinks", "3 sinks, positions of the text"]
+    assert [bar.partition(": ")[0] for bar in bars] == modes
+    assert all("100%" in bar for bar in bars)
+    assert "%" not in out
+
+
+@pytest.mark.filterwarnings("error:.*past_key_values. is deprecated")  # which is ignored in all other tests
+def test_no_deprecated_name_of_the_cache_is_used(
+    model_dir: str, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[str] = []  # transformers logs some deprecations, once in a process
+    monkeypatch.setattr(
+        logging.Logger, "warning_once", lambda _self, message, *_args, **_kwargs: logged.append(message)
+    )
+    assert cli.main(["perplexity", model_dir, "--text", str(text_file), *window(), "--tokens", "50"]) == 0
+    assert cli.main(["demo", model_dir, *window(), "--max-new-tokens", "30"]) == 0
+    assert not [message for message in logged if "past_key_values" in message]
+
+
+def test_sizes_have_the_defaults_of_the_cache(model_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", model_dir, "--max-new-tokens", "1"]) == 0
+    assert "window of 256 tokens, 4 sinks" in capsys.readouterr().out
+    for sized in (demo.Settings(), figures.Plan()):
+        assert (sized.window_length, sized.num_sink_tokens) == (256, 4)
+    with pytest.raises(SystemExit):
+        cli.main(["inspect", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "(default: 256)" in out
+    assert "(default: 4)" in out
+
+
 def reading(model: Any, ids: torch.Tensor, every: int = 3) -> scoring.Reading:
-    return scoring.Reading(model, ids, range(W, len(ids) - 1, every), W, lambda _done, _total: None)
+    return scoring.Reading(model, ids, range(W, len(ids) - 1, every), W)
 
 
 def by_hand(model: Any, ids: torch.Tensor, seen: list[int], target: int) -> float:
