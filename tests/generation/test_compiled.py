@@ -15,7 +15,7 @@ from transformers import CompileConfig
 from sink_patch import SinkCache
 from sink_patch.streaming import fixed
 from tests.support import zoo
-from tests.support.known_gaps import is_newest, skip_what_is_to_come
+from tests.support.known_gaps import is_newest, skip_if_model_is_newer
 from tests.support.oracle import relative_error, visible_tokens
 from tests.support.replay import cache_name
 from tests.support.tiny import tiny, tokens
@@ -232,7 +232,7 @@ def test_other_caches_of_a_model_that_has_streamed_are_compiled_as_ever():
 
 REFUSED = {
     "biases by the order of keys": lambda: tiny("falcon", alibi=True),
-    "recurrent states": lambda: (skip_what_is_to_come("qwen3_next"), zoo.build("qwen3_next"))[1],
+    "recurrent states": lambda: (skip_if_model_is_newer("qwen3_next"), zoo.build("qwen3_next"))[1],
 }
 
 

@@ -9,7 +9,7 @@ import torch
 
 from sink_patch import SinkArgumentError, SinkCache, UnsupportedGenerationError
 from tests.support import zoo
-from tests.support.known_gaps import skip_what_is_to_come
+from tests.support.known_gaps import skip_if_model_is_newer
 from tests.support.naive import NaiveCache, decoder_of
 from tests.support.oracle import relative_error
 from tests.support.tiny import tiny, tokens
@@ -207,13 +207,13 @@ def test_early_exits_are_refused(model):
 
 
 def test_models_with_states_are_refused():
-    skip_what_is_to_come("qwen3_next")
+    skip_if_model_is_newer("qwen3_next")
     with pytest.raises((NotImplementedError, ValueError), match="states|stateful"):  # transformers may be faster
         run(zoo.build("qwen3_next"), **SINK, prompt_lookup_num_tokens=3)
 
 
 def test_an_assistant_that_cannot_take_tokens_back_is_refused_before_anything_is_fed(model):
-    skip_what_is_to_come("qwen3_next")
+    skip_if_model_is_newer("qwen3_next")
     cache = SinkCache(W, S, model=model)
     with pytest.raises(UnsupportedGenerationError, match="Qwen3NextForCausalLM.*can neither make drafts"):
         run(model, past_key_values=cache, assistant_model=zoo.build("qwen3_next"))
