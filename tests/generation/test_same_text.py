@@ -1,6 +1,6 @@
-"""A seeded model tells the same on every version of transformers, five windows long: what `data/streams.json` holds.
+"""A seeded model generates the same five windows of text on every version of transformers (`data/streams.json`).
 
-python -m tests.test_same_text   writes the file anew, from the installed transformers
+`python -m tests.generation.test_same_text` writes the file with the installed transformers.
 """
 
 from __future__ import annotations

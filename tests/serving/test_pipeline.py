@@ -1,4 +1,4 @@
-"""The callers above `generate`: a pipeline and a server that know of the sink cache by generation_config.json alone."""
+"""Callers of `generate`: a pipeline that is told to use the sink cache by generation_config.json alone."""
 
 from __future__ import annotations
 
