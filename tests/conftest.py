@@ -1,4 +1,4 @@
-"""Fresh patch state and a fresh registry for each test; what the installed transformers lacks is skipped."""
+"""A fresh patch state and a fresh registry for each test; known gaps of the installed transformers are skipped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 import sink_patch
 from sink_patch.models.families import registry as registry_module
-from tests.support import known_gaps as lacks
+from tests.support.known_gaps import SkippedFile, reason_to_skip
 
 COLLECTED = pytest.StashKey[list[str]]()
 
@@ -24,33 +24,33 @@ def fresh_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
-    """Skip the files whose imports are lacking (tests/support/known_gaps.py)."""
-    if lacks.of(module_path.relative_to(parent.config.rootpath).as_posix()):
-        return lacks.LackingFile.from_parent(parent, path=module_path)
+    """Skip whole files that the installed transformers cannot import (tests/support/known_gaps.py)."""
+    if reason_to_skip(module_path.relative_to(parent.config.rootpath).as_posix()):
+        return SkippedFile.from_parent(parent, path=module_path)
     return None
 
 
-@pytest.hookimpl(tryfirst=True)  # before -k and -m take items away
+@pytest.hookimpl(tryfirst=True)  # before -k and -m deselect items
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip the tests of what is lacking (tests/support/known_gaps.py)."""
+    """Skip the tests that the installed transformers cannot run (tests/support/known_gaps.py)."""
     config.stash[COLLECTED] = [item.nodeid for item in items]
     for item in items:
-        if reason := lacks.of(item.nodeid):
+        if reason := reason_to_skip(item.nodeid):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture
 def collected(pytestconfig: pytest.Config) -> list[str]:
-    """The node ids of all tests, where every file was collected; else the test is skipped."""
+    """The node ids of all tests. Skips the test unless every file was collected."""
     nodeids = pytestconfig.stash[COLLECTED]
     files = {path.relative_to(pytestconfig.rootpath).as_posix() for path in Path(__file__).parent.rglob("test_*.py")}
-    if not {file for file in files if not lacks.of(file)} <= {nodeid.partition("::")[0] for nodeid in nodeids}:
+    if not {file for file in files if not reason_to_skip(file)} <= {nodeid.partition("::")[0] for nodeid in nodeids}:
         pytest.skip("the whole suite was not collected")
     return nodeids
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how many architectures have a proven verdict, where that was tested; `compat.matrix` reads it."""
+    """Print how many architectures are exact and how many are refused, if that was tested; `tests.matrix` reads it."""
     reports = terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("skipped", [])
     if any("test_coverage" in report.nodeid for report in reports if hasattr(report, "nodeid")):
         verdicts = sink_patch.coverage().verdicts

@@ -62,7 +62,7 @@ class Ring:
 
     @torch.inference_mode(False)  # else a cache begun in inference mode could not be written to outside it
     def grow(self, states: torch.Tensor, kind: LayerKind, slots: int) -> torch.Tensor:
-        """The buffer with at least `slots` slots, holding what it held; states [rows, heads, ..., dim] tell the shape."""
+        """The buffer, with at least `slots` slots and what it held; states [rows, heads, ..., dim] tell its shape."""
         held = 0 if self.buffer is None else self.buffer.shape[2]
         # the sinks' slots are there from the start, as the sinks are written as one block
         slots = min(kind.slots, max(slots, 2 * held, kind.num_sink_tokens))

@@ -1,1 +1,1 @@
-"""What the command line measures and shows, built on the public names of sink_patch as a user's code would be."""
+"""What the command line measures and shows. It uses the public names of sink_patch alone, as a user's code would."""

@@ -1,4 +1,4 @@
-"""`sink-patch demo`: a story far longer than the window, told at constant speed and memory."""
+"""`sink-patch demo`: generates a story far longer than the window, and shows that speed and memory stay the same."""
 
 from __future__ import annotations
 
@@ -9,25 +9,43 @@ from typing import Any, TextIO
 import torch
 from transformers import LogitsProcessorList
 
-import sink_patch  # noqa: F401 - teaches generate the sink cache
+import sink_patch  # noqa: F401 - patches generate
+from sink_patch.arguments import Sizes
 from sink_patch.errors import SinkArgumentError
 from sink_patch.evaluate.models import Loaded
-from sink_patch.evaluate.progress import NoLoops, Stretch, Teller, Watch
+from sink_patch.evaluate.progress import (
+    CacheCapture,
+    Measurement,
+    MeasuringStreamer,
+    RecentRepetitionPenalty,
+    sink_cache_in,
+)
 
 PROMPT = (
     "Write a very long adventure story, with much dialogue, about a young sailor called Nora who crosses an unknown "
     "sea. Describe each day of the journey."
 )
 _SEED = 7
+_SIZES = Sizes()
 _SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "no_repeat_ngram_size": 6}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the demo generates."""
+    """What the demo generates.
 
-    window_length: int = 256
-    num_sink_tokens: int = 4
+    Args:
+        window_length: tokens in the window, including the sinks.
+        num_sink_tokens: first tokens that stay in the window.
+        max_new_tokens: length of the story in tokens.
+        prompt: what to ask the model for.
+
+    Raises:
+        SinkArgumentError: `max_new_tokens` is below 1.
+    """
+
+    window_length: int = _SIZES.window_length
+    num_sink_tokens: int = _SIZES.num_sink_tokens
     max_new_tokens: int = 1500
     prompt: str = PROMPT
 
@@ -37,44 +55,52 @@ class Settings:
 
 
 def run(loaded: Loaded, settings: Settings, out: TextIO | None = None) -> None:
-    """Tell the story to `out` (stdout), then say in plain words what happened.
+    """Write the story to `out` (default: stdout), then a summary.
 
     Raises:
         SinkArgumentError: impossible sizes.
         UnsupportedModelError: the model cannot stream.
     """
     out = out or sys.stdout
-    watch = Watch()
-    teller = Teller(loaded.tokenizer, watch, settings.window_length, out)
+    capture = CacheCapture()
+    streamer = MeasuringStreamer(loaded.tokenizer, capture, settings.window_length, out)
     encoded = inputs(loaded.tokenizer, settings.prompt)
     out.write(f"{loaded.name}, window of {settings.window_length} tokens, {settings.num_sink_tokens} sinks\n\n")
     torch.manual_seed(_SEED)
-    hook = loaded.model.register_forward_hook(watch, with_kwargs=True)
+    hook = loaded.model.register_forward_hook(capture, with_kwargs=True)
     try:
-        made = loaded.model.generate(
+        output = loaded.model.generate(
             **encoded,
             cache_implementation="sink",
             window_length=settings.window_length,
             num_sink_tokens=settings.num_sink_tokens,
             max_new_tokens=settings.max_new_tokens,
-            min_new_tokens=settings.max_new_tokens,  # no end before
-            logits_processor=LogitsProcessorList([NoLoops()]),
-            streamer=teller,
+            min_new_tokens=settings.max_new_tokens,  # an end-of-text token does not stop it
+            logits_processor=LogitsProcessorList([RecentRepetitionPenalty()]),
+            streamer=streamer,
             return_dict_in_generate=True,
             **_SAMPLING,
         )
     finally:
         hook.remove()
-    out.write("\n" + summary(settings, encoded["input_ids"].shape[1], made, teller.stretches) + "\n")
+    out.write("\n" + summary(settings, encoded["input_ids"].shape[1], output, streamer.measurements) + "\n")
 
 
-def summary(settings: Settings, prompt_tokens: int, made: Any, stretches: list[Stretch]) -> str:
-    """What happened, in plain words. `made` is what `generate` returned."""
-    tokens = made.sequences.shape[1]
+def summary(settings: Settings, prompt_tokens: int, output: Any, measurements: list[Measurement]) -> str:
+    """What happened, in a few sentences.
+
+    Args:
+        settings: of this run.
+        prompt_tokens: length of the prompt.
+        output: what `generate` returned.
+        measurements: those of the streamer, in order.
+    """
+    tokens = output.sequences.shape[1]
     windows = tokens / settings.window_length
-    lines = [f"{tokens} tokens, prompt counted in: {windows:.1f} windows, in a {type(made.past_key_values).__name__}."]
-    if len(stretches) > 1:
-        first, last = stretches[0], stretches[-1]
+    cache = type(sink_cache_in(output.values())).__name__
+    lines = [f"{tokens} tokens, prompt counted in: {windows:.1f} windows, in a {cache}."]
+    if len(measurements) > 1:
+        first, last = measurements[0], measurements[-1]
         lines += [
             f"Speed: {first.tokens_per_second:.1f} tokens/s at first, {last.tokens_per_second:.1f} at the end.",
             f"Cache: {first.cache_megabytes:.2f} MB at first, {last.cache_megabytes:.2f} MB at the end.",
@@ -96,11 +122,11 @@ def summary(settings: Settings, prompt_tokens: int, made: Any, stretches: list[S
 
 
 def inputs(tokenizer: Any, prompt: str) -> dict[str, Any]:
-    """The prompt as the model's chat template has it, or as it stands for a model without one."""
+    """The prompt in the model's chat template, or unchanged for a model without one: tensors of shape [1, tokens]."""
     text, special = prompt, True
     if tokenizer.chat_template is not None:
         chat = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        special = False  # the template has written them
+        special = False  # the template contains them
     encoded = tokenizer(text, return_tensors="pt", add_special_tokens=special)
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}

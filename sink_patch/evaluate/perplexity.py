@@ -1,19 +1,20 @@
-"""`sink-patch perplexity`: does a model keep its fluency in a stream far longer than the window?
+"""`sink-patch perplexity`: does a model stay fluent in a stream far longer than the window?
 
-The yardstick is sliding-window recomputation (arXiv 2309.17453, section 4.1): slow and exact. With sinks the stream
-should come close to it; without them it should be far off.
+Its perplexity is compared with that of sliding-window recomputation (arXiv 2309.17453, section 4.1), which is slow and
+exact. With sinks the two should be close; without sinks perplexity should be far higher.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 import sink_patch
 from sink_patch.errors import SinkArgumentError
@@ -23,7 +24,7 @@ from sink_patch.evaluate.models import Loaded
 
 
 def run(loaded: Loaded, text_file: Path, plan: Plan, json_file: Path | None = None) -> None:
-    """The command: measure, print the table, and write JSON where asked.
+    """The command: measure, print the table, and write JSON if `json_file` is given.
 
     Raises:
         SinkArgumentError: a file cannot be read or written, the text is too short, or the sizes are impossible.
@@ -33,7 +34,7 @@ def run(loaded: Loaded, text_file: Path, plan: Plan, json_file: Path | None = No
         text = text_file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as failure:
         raise SinkArgumentError(f"The text {text_file} cannot be read: {failure}. Give a UTF-8 file.") from failure
-    if json_file is not None and not json_file.parent.is_dir():  # said before the work, not after
+    if json_file is not None and not json_file.parent.is_dir():  # before the long work, not after it
         raise SinkArgumentError(f"There is no directory {json_file.parent} for the JSON file. Make it first.")
     rows = measure(loaded, text, plan)
     print(
@@ -46,18 +47,20 @@ def run(loaded: Loaded, text_file: Path, plan: Plan, json_file: Path | None = No
 
 
 def measure(loaded: Loaded, text: str, plan: Plan) -> list[Row]:
-    """Read the text in several ways; the first row is recomputation.
+    """Read the text in several ways, with a progress bar on stderr for each; the first row is recomputation.
 
     Raises:
         SinkArgumentError: the text is too short, or the sizes are impossible.
         UnsupportedModelError: the model cannot stream.
     """
     ids = _token_ids(loaded, text, plan)
-    sink_patch.SinkCache(plan.window_length, plan.num_sink_tokens, model=loaded.model)  # refuses before the long work
+    sink_patch.SinkCache(
+        plan.window_length, plan.num_sink_tokens, model=loaded.model
+    )  # errors come before the long work
     rows = []
     with torch.inference_mode():
         for mode, read in _ways(loaded, int(ids[0]), plan).items():
-            reading = scoring.Reading(loaded.model, ids, plan.positions, plan.window_length, _reporter(mode))
+            reading = scoring.Reading(loaded.model, ids, plan.positions, plan.window_length, partial(tqdm, desc=mode))
             started = time.perf_counter()
             scores = read(reading)
             rows.append(Row(mode, scores, time.perf_counter() - started))
@@ -65,7 +68,7 @@ def measure(loaded: Loaded, text: str, plan: Plan) -> list[Row]:
 
 
 def _ways(loaded: Loaded, first_id: int, plan: Plan) -> dict[str, Callable[[scoring.Reading], torch.Tensor]]:
-    """Each way of reading under its name in the table."""
+    """The ways of reading, by their names in the table."""
     bos = first_id if first_id == loaded.tokenizer.bos_token_id else None
     sinks = plan.num_sink_tokens
     ways: dict[str, Callable[[scoring.Reading], torch.Tensor]] = {
@@ -88,16 +91,3 @@ def _token_ids(loaded: Loaded, text: str, plan: Plan) -> torch.Tensor:
     if len(ids) < plan.tokens:
         raise SinkArgumentError(f"The text has {len(ids)} tokens, but tokens={plan.tokens}. Ask for fewer.")
     return ids[: plan.tokens]
-
-
-def _reporter(mode: str) -> scoring.Progress:
-    """Says on stderr how far a way has come, some ten times."""
-    told = 0
-
-    def report(done: int, total: int) -> None:
-        nonlocal told
-        if done * 10 // total > told:
-            told = done * 10 // total
-            print(f"{mode}: {done} of {total}", file=sys.stderr, flush=True)
-
-    return report

@@ -7,18 +7,20 @@ All ways see W tokens at such a position, token p counted in, so that scores can
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
 import sink_patch
-from sink_patch.models.entries import cache_argument
 
-Progress = Callable[[int, int], None]  # (tokens or positions done, of how many)
+Progress = Callable[[range], Iterable[int]]
+"""Wraps the range that a way of reading loops over, as `tqdm` does; `iter` shows nothing."""
 
+_CACHE_ARGUMENTS = ("cache", "past_key_values")  # of forwards: from transformers 5.24 on, and before
 _WINDOWS_AT_ONCE = 4
 
 
@@ -31,14 +33,19 @@ class Reading:
         ids: token ids, shape [tokens].
         positions: rising, from `window_length` on, the last one below tokens - 1.
         window_length: tokens seen at each position.
-        progress: told now and then how far a way has come.
+        progress: shows how far the loop over the text is.
     """
 
     model: Any
     ids: torch.Tensor
     positions: range
     window_length: int
-    progress: Progress
+    progress: Progress = iter
+
+    @cached_property
+    def _parameters(self) -> frozenset[str]:
+        """Names of the arguments of the model's forward."""
+        return frozenset(inspect.signature(self.model.forward).parameters)
 
     @property
     def end(self) -> int:
@@ -51,10 +58,20 @@ class Reading:
         return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
     def forward(self, ids: torch.Tensor, last: int, cache: Any = None, **options: Any) -> torch.Tensor:
-        """Logits [rows, last, vocabulary] of ids [rows, tokens]; a small model spends half its time on the others."""
+        """The logits of the last tokens alone: in a small model the output layer takes half the time.
+
+        Args:
+            ids: token ids, shape [rows, tokens].
+            last: how many tokens logits are wanted for.
+            cache: of transformers or ours; None: no cache.
+            options: other arguments of the model's forward.
+
+        Returns:
+            Logits, shape [rows, last, vocabulary].
+        """
         if cache is not None:
-            options[cache_argument(self.model)] = cache
-        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            options[next(name for name in _CACHE_ARGUMENTS if name in self._parameters)] = cache
+        if "logits_to_keep" in self._parameters:
             options["logits_to_keep"] = last if last else torch.empty(0, dtype=torch.long)
         logits: torch.Tensor = self.model(ids, **options).logits
         return logits[:, logits.shape[1] - last :]
@@ -71,43 +88,41 @@ def streamed(reading: Reading, num_sink_tokens: int) -> torch.Tensor:
     cache = sink_patch.SinkCache(window, num_sink_tokens, model=reading.model)
     reading.forward(reading.ids[None, :window], 0, cache)
     scores = []
-    for position in range(window, reading.end):
+    for position in reading.progress(range(window, reading.end)):
         wanted = position in reading.positions
         logits = reading.forward(reading.ids[None, position : position + 1], int(wanted), cache)
         if wanted:
             scores.append(reading.score(logits[0], [position]))
-        reading.progress(position + 1, reading.end)
     return torch.cat(scores)
 
 
 def recomputed(reading: Reading, bos: int | None = None) -> torch.Tensor:
-    """Scores [positions] of a forward without cache over the newest W tokens, for each position anew: slow, and exact.
+    """Scores [positions] of a separate forward without cache over the newest W tokens, for each position: slow, exact.
 
     Args:
         reading: what is read.
-        bos: token that stands first in each window, in place of the oldest one, for a model that was always given it.
+        bos: token that replaces the oldest one of each window, for a model whose texts always begin with it.
     """
     scores: list[torch.Tensor] = []
-    for start in range(0, len(reading.positions), _WINDOWS_AT_ONCE):
+    for start in reading.progress(range(0, len(reading.positions), _WINDOWS_AT_ONCE)):
         chunk = list(reading.positions[start : start + _WINDOWS_AT_ONCE])
         windows = torch.stack([reading.ids[p + 1 - reading.window_length : p + 1] for p in chunk])  # [chunk, W]
         if bos is not None:
             windows[:, 0] = bos
         logits = reading.forward(windows, 1, use_cache=False)
         scores.append(reading.score(logits[:, 0], chunk))
-        reading.progress(start + len(chunk), len(reading.positions))
     return torch.cat(scores)
 
 
 def without_new_positions(reading: Reading, num_sink_tokens: int) -> torch.Tensor:
-    """Scores [positions] where a token sees what it sees in a `SinkCache`, but all stay at their places in the text.
+    """Scores [positions] where a token sees the same tokens as in a `SinkCache`, but at their positions in the text.
 
-    The sinks fall ever farther behind. Nothing is re-rotated then, so a mask over one long plain cache says it all.
+    So the distance to the sinks grows. No key is re-rotated, so a `DynamicCache` of the whole text with a mask does it.
     """
     from transformers import DynamicCache
 
     cache, scores = DynamicCache(), []
-    for start in range(0, reading.end, reading.window_length):
+    for start in reading.progress(range(0, reading.end, reading.window_length)):
         stop = min(start + reading.window_length, reading.end)
         logits = reading.forward(
             reading.ids[None, start:stop],
@@ -119,7 +134,6 @@ def without_new_positions(reading: Reading, num_sink_tokens: int) -> torch.Tenso
         chunk = [position for position in reading.positions if start <= position < stop]
         if chunk:
             scores.append(reading.score(logits[0, [position - start for position in chunk]], chunk))
-        reading.progress(stop, reading.end)
     return torch.cat(scores)
 
 

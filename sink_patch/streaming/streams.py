@@ -13,6 +13,7 @@ from torch import nn
 from sink_patch.arguments import Sizes
 from sink_patch.buffers.store import LayerStore
 from sink_patch.errors import CacheStateError, UnboundCacheError
+from sink_patch.rules.plans import RowPlan
 from sink_patch.rules.rows import Row
 from sink_patch.streaming.fixed import FixedStep, FixedSteps
 from sink_patch.streaming.forward import Phase

@@ -1,1 +1,1 @@
-"""Benchmarks: they print and record what they measured, and assert nothing."""
+"""Benchmarks: they print and record measurements, and assert nothing."""

@@ -1,7 +1,7 @@
-"""All benchmarks one after the other, and their pictures: `python -m tests.bench [--old PYTHON] [--only NAME ...]`.
+"""All benchmarks, one after the other, and their figures: `python -m tests.bench [--old PYTHON] [--only NAME ...]`.
 
-`--old` is a python with transformers 4.52.4 beside this torch, such as .matrix/4.52.4/bin/python of `compat.matrix`
-(the old SinkCache is measured there). What each does, and what it prints, stands in its file; records go to results/.
+`--old` is a python with transformers 4.52.4 and this torch, such as .matrix/4.52.4/bin/python of `tests.matrix`; the
+old SinkCache is measured there. Each file says what it measures and prints; records go to results/.
 All run on one core. On a GPU they are run one by one: `update --device cuda`, and `decode`, `memory` and `profile`
 with `--model llama-1b --window 1024 --device cuda --dtype bfloat16`.
 """
@@ -24,7 +24,7 @@ class Benchmark:
     Args:
         name: for `--only`.
         module: of tests.bench.
-        record: where its numbers go.
+        record: the file of its record.
         arguments: of the module.
         old: whether it needs the old SinkCache.
     """
@@ -59,7 +59,7 @@ def main() -> int:
     for one in BENCHMARKS:
         python = arguments.old if one.old else sys.executable
         if python is None or one.name not in (arguments.only or [one.name]):
-            print(f"left out: {one.name}")
+            print(f"skipped: {one.name}")
             continue
         print(f"== {one.name}", flush=True)
         command = [python, "-W", "ignore", "-m", f"tests.bench.{one.module}", *one.arguments]

@@ -1,14 +1,14 @@
-"""Tokens a second of a model: `python -m tests.bench.decode [--model NAME] [--window 256] [--json PATH]`.
+"""Tokens per second of a model: `python -m tests.bench.decode [--model NAME] [--window 256] [--json PATH]`.
 
 The model (tests/bench/models.py) decodes one row, in float32 on one core of a CPU, or on `--device cuda` in `--dtype
-bfloat16`. Peers, in blocks of tokens that are interleaved in one process:
+bfloat16`. These are compared, in blocks of tokens that are interleaved in one process:
 
-* ours after W, 1,000, 10,000 and 100,000 tokens, which went in by pieces, and ours compiled (`--no-compile`: not; on a
-  GPU into CUDA graphs);
+* our cache after W, 1,000, 10,000 and 100,000 tokens, which were fed in pieces, and our cache in compiled decoding
+  (with CUDA graphs on a GPU; not with `--no-compile`);
 * transformers' DynamicCache at a context of W, and its StaticCache of length W, compiled;
 * a sliding window with recomputation: a forward over the newest W tokens for each token.
 
-Figures are medians; ratios are those of blocks beside each other.
+Figures are medians; ratios are those of neighbouring blocks.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Bench:
 
     def __init__(self, model: Any, window: int, *, compiled: bool):
         self.model, self.window = model, window
-        self.name = cache_argument(model)  # the old name costs a warning in each forward
+        self.name = cache_argument(model)  # with the old name, each forward warns
         self.token = torch.tensor([[7]], device=model.device)
         mode = "reduce-overhead" if model.device.type == "cuda" else None
         self.compiled = torch.compile(model.forward, dynamic=False, mode=mode) if compiled else None
@@ -117,7 +117,7 @@ def run(bench: Bench, longest: int, rounds: int, block: int) -> dict[str, Any]:
         bench.seconds(name, 5)
     found: dict[str, list[float]] = {name: [] for name in bench.peers}
     for number in range(rounds):
-        first = number % len(bench.peers)  # each one comes after each other one
+        first = number % len(bench.peers)  # so that each one follows each other one
         for name in [*bench.peers, *bench.peers][first : first + len(bench.peers)]:
             if name != "recomputed" or number < 5:
                 found[name].append(bench.seconds(name, 1 if name == "recomputed" else block))
@@ -132,7 +132,7 @@ def run(bench: Bench, longest: int, rounds: int, block: int) -> dict[str, Any]:
 
 
 def ratio(found: dict[str, list[float]], one: str, other: str) -> float:
-    """How many times as fast as the other."""
+    """How many times as fast `one` is as `other`."""
     return round(statistics.median(b / a for a, b in zip(found[one], found[other], strict=False)), 3)
 
 

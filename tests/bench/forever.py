@@ -2,8 +2,8 @@
 
 A random Llama of one layer decodes random tokens one by one, compiled (`--eager`: not compiled), with a window of 64
 and a context of 256, so that its clock is set back every few hundred tokens. At random points of each stretch the
-logits are compared with a fresh forward over the tokens that the cache stands for (tests/support/oracle.py). Memory is
-what the process holds at the end of the stretch.
+logits are compared with a fresh forward over the visible tokens (tests/support/oracle.py). Memory is that of the
+process at the end of the stretch.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def make_model() -> LlamaForCausalLM:
 
 
 class Stream:
-    """Random tokens, of which only those are kept that the cache stands for."""
+    """Random tokens, of which only the visible ones are kept."""
 
     def __init__(self) -> None:
         self.generator, self.kept = torch.Generator().manual_seed(0), torch.empty(1, 0, dtype=torch.long)

@@ -1,9 +1,8 @@
 """Peak memory while decoding: `python -m tests.bench.memory [--model NAME] [--window 256] [--json PATH]`.
 
-For each peer what the device holds at most, over the model's weights, while it decodes 20 tokens after `--tokens` of
-context: ours, a DynamicCache that keeps everything, and a sliding window with recomputation. On a CPU it is what the
-process holds at most (VmHWM, which Linux can set back), each peer in a process of its own; on a GPU what torch has
-allocated.
+Peak memory beside the model's weights while 20 tokens are decoded after `--tokens` tokens of context: with our cache,
+with a DynamicCache, and with a sliding window with recomputation. On a CPU it is the peak of the process (VmHWM, which
+Linux can reset), each in a new process; on a GPU it is what torch has allocated.
 """
 
 from __future__ import annotations
@@ -29,20 +28,20 @@ PEERS = ("ours", "dynamic", "recomputed")
 DECODED = 20
 
 
-def held_at_most(device: str) -> float:
-    """MB since `forget_peak`."""
+def peak_megabytes(device: str) -> float:
+    """Peak memory since `reset_peak`, in MB."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(found[1]) * 1024 / 1e6
 
 
-def forget_peak(device: str) -> None:
+def reset_peak(device: str) -> None:
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system
+        ctypes.CDLL(None).malloc_trim(0)  # returns free memory to the system
         Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -59,19 +58,19 @@ def make_step(peer: str, model: Any, window: int, tokens: int) -> Callable[[], A
 
 @torch.no_grad()
 def run(peer: str, model: Any, window: int, tokens: int) -> float:
-    """MB over the weights."""
+    """Peak memory beside the weights, in MB."""
     device = model.device.type
     model(torch.tensor([[7]], device=device), use_cache=False)
-    forget_peak(device)
-    before = held_at_most(device)
+    reset_peak(device)
+    before = peak_megabytes(device)
     step = make_step(peer, model, window, tokens)
-    forget_peak(device)
+    reset_peak(device)
     for _ in range(DECODED):
         step()
-    return round(held_at_most(device) - before, 1)
+    return round(peak_megabytes(device) - before, 1)
 
 
-def apart(peer: str, arguments: argparse.Namespace) -> float:
+def run_in_this_process(peer: str, arguments: argparse.Namespace) -> float:
     torch.set_num_threads(1)
     _, model = models.load(arguments)
     return run(peer, model, arguments.window, arguments.tokens)
@@ -88,7 +87,7 @@ def main() -> None:
             found[peer] = run(peer, model, arguments.window, arguments.tokens)
         else:
             with multiprocessing.get_context("spawn").Pool(1) as process:
-                found[peer] = process.apply(apart, (peer, arguments))
+                found[peer] = process.apply(run_in_this_process, (peer, arguments))
         print(f"{peer:>12} {found[peer]:>10} MB", flush=True)
     records.write(arguments.json, **about, tokens=arguments.tokens, peak_mb_over_the_weights=found)
 

@@ -1,4 +1,4 @@
-"""The models that the benchmarks run: SmolLM2, one of the user's, or a Llama of a known size with random weights."""
+"""The models of the benchmarks: SmolLM2, one that the user names, or a Llama of a known size with random weights."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _RANDOM = {
 
 
 def parser(about: str | None) -> argparse.ArgumentParser:
-    """What all benchmarks of a model are told."""
+    """The arguments of all benchmarks of a model."""
     made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument(
         "--model", help=f"a directory, a name on the hub, or one of {', '.join(_RANDOM)}; default SmolLM2"
@@ -52,10 +52,15 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def load(told: argparse.Namespace) -> tuple[dict[str, Any], Any]:
-    """(what a record says of it, without any path; the model in eval mode on the device)."""
-    name, model = _load(told.model, told.device, told.dtype)
-    return {"model": name, "window_length": told.window, "device": told.device, "dtype": told.dtype}, model
+def load(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    """(entries of the record, without any path; the model in eval mode on the device)."""
+    name, model = _load(arguments.model, arguments.device, arguments.dtype)
+    return {
+        "model": name,
+        "window_length": arguments.window,
+        "device": arguments.device,
+        "dtype": arguments.dtype,
+    }, model
 
 
 def _load(name: str | None, device: str, dtype: str) -> tuple[str, Any]:

@@ -1,4 +1,4 @@
-"""Pictures of what is in results/: `python -m tests.bench.plots` (needs matplotlib: `pip install -e ".[bench]"`)."""
+"""Figures of the records in results/: `python -m tests.bench.plots` (needs matplotlib: `pip install -e ".[bench]"`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def record(name: str) -> dict[str, Any]:
 
 
 def update(axes: Axes) -> None:
-    """What the caches cost a decode step, against the window."""
+    """Time of the caches in a decode step, against the window."""
     rows = record("update-4.52.4-cpu.json")["rows"]
     for name, words in NAMES.items():
         axes.loglog([row["W"] for row in rows], [row[f"{name}_ms"] for row in rows], "o-", label=words)
@@ -29,7 +29,7 @@ def update(axes: Axes) -> None:
 
 
 def drift(axes: Axes) -> None:
-    """How far cached keys are from fresh ones."""
+    """Errors of cached keys, against the number of tokens."""
     rows = record("precision-100000-cpu.json")["rows"]
     for dtype, style in (("bfloat16", "o-"), ("float16", "s--")):
         for cache, colour in (("ours", "C0"), ("the old SinkCache", "C3")):
@@ -44,7 +44,7 @@ def drift(axes: Axes) -> None:
 
 
 def forever(axes: Axes) -> None:
-    """Four million tokens."""
+    """Error and memory in a stream of four million tokens."""
     rows = record("stream-4000000-cpu.json")["rows"]
     millions = [row["tokens"] / 1e6 for row in rows]
     axes.plot(millions, [row["worst_error"] for row in rows], "C0.-", label="worst error against the oracle")

@@ -1,8 +1,8 @@
 """How far cached keys drift in 16 bits: `python -m tests.bench.precision [--tokens 100000] [--json PATH]`.
 
-A random Llama of one layer decodes token by token with a window of 64: with ours, and, where it is transformers 4.52.4
-that runs this, with its old SinkCache (positions clamped to W - 1, the one way in which that is right). At each point
-the cached keys are compared with the model's own un-rotated keys, turned in float64 to where the cache shows them. The
+A random Llama of one layer decodes token by token with a window of 64: with our cache and, if transformers 4.52.4 is
+installed, with its old SinkCache (positions clamped to W - 1, which is the only right way to use it). At each point the
+cached keys are compared with the model's own un-rotated keys, rotated in float64 to the positions in the cache. The
 error is the norm of the difference to the norm of the key, over all keys of the window; one rounding is 2^-8 = 3.9e-3
 in bfloat16 and 2^-11 = 4.9e-4 in float16.
 """
@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 
 import sink_patch
 from tests.bench import forever, records
-from tests.test_precision import exactly_rotated, keys_of, off
+from tests.streaming.test_precision import exactly_rotated, keys_of, relative_errors
 
 WINDOW, SINKS = 64, 4
 RING = WINDOW - SINKS
@@ -40,9 +40,9 @@ class Ours:
 
     def __init__(self, model: LlamaForCausalLM):
         self.model, self.cache, self.newest = model, sink_patch.SinkCache(WINDOW, SINKS, model=model), 0
-        model.model.register_forward_pre_hook(self._note, with_kwargs=True)
+        model.model.register_forward_pre_hook(self._record, with_kwargs=True)
 
-    def _note(self, _module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+    def _record(self, _module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
         if kwargs.get("past_key_values", kwargs.get("cache")) is self.cache:
             self.newest = int(kwargs["position_ids"])
 
@@ -83,7 +83,7 @@ def run(kind: type, dtype: torch.dtype, tokens: int) -> list[dict[str, Any]]:
             keys, positions = one.shown(index + 1)
             kept = torch.cat((stream[0, :SINKS], stream[0, index + 1 - RING : index + 1]))
             fresh = exactly_rotated(model, keys_of(model, kept, torch.zeros_like(positions)), positions)
-            error = off(keys, fresh)
+            error = relative_errors(keys, fresh)
             rows.append(
                 {
                     "cache": one.name,

@@ -1,8 +1,8 @@
-"""Peak memory while a long prompt goes in: `python -m tests.bench.prefill [--windows 50] [--json PATH]`.
+"""Peak memory while a long prompt is fed: `python -m tests.bench.prefill [--windows 50] [--json PATH]`.
 
 A random Llama (4 layers, hidden 256) reads a prompt of 50 windows of 256, once in pieces of `window_length -
-num_sink_tokens` and once in a single forward, each in a process of its own. Peak memory is that of the process, over
-what it held before the prompt; it is read after each window, as far as there are forwards to read it between.
+num_sink_tokens` and once in a single forward, each in a new process. Peak memory is that of the process, minus
+its peak before the prompt; it is read after each window, or after each forward if that is longer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def peak_mb() -> float:
 
 @torch.inference_mode()
 def run(windows: int, size: int) -> list[dict[str, float]]:
-    """One row for each window, or for each forward where it is longer."""
+    """One row for each window, or for each forward if it is longer."""
     torch.set_num_threads(1)
     model = make_model()
     model(torch.randint(1000, (1, WINDOW)), past_key_values=sink_patch.SinkCache(WINDOW, SINKS, model=model))

@@ -1,4 +1,4 @@
-"""What the probe costs: `python -m tests.bench.probe MODEL` (a directory or hub name).
+"""Time and memory of the probe: `python -m tests.bench.probe MODEL` (a directory or hub name).
 
 Time of the first `sink_patch.inspect(model)` (which runs the probe), of a later one (which does not) and of one forward
 of one token; peak memory that the first one adds to the process.

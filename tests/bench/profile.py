@@ -1,9 +1,9 @@
-"""What is left of the cache in a profile: `python -m tests.bench.profile [--model NAME] [--window 256] [--json PATH]`.
+"""The share of the cache in a profile: `python -m tests.bench.profile [--model NAME] [--window 256] [--json PATH]`.
 
-torch.profiler looks at 20 decoded tokens of each peer: ours, ours compiled, a DynamicCache at a context of W and a
-compiled StaticCache. For each: milliseconds of a token on the host without the profiler, those inside calls of the
-cache (with it, which makes short calls look long), kernels and operations a token, and, on a GPU, milliseconds of its
-kernels and how often the host waits for the device.
+torch.profiler records 20 decoded tokens with each of: our cache, our cache in compiled decoding, a DynamicCache at a
+context of W and a compiled StaticCache. For each: milliseconds per token on the host without the profiler, milliseconds
+inside calls of the cache (with the profiler, which makes short calls longer), operations per token, and, on a GPU,
+kernels, milliseconds of kernels and how often the host waits for the device.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import DynamicCache
 
 import sink_patch
+from sink_patch.streaming.streams import Streams
 from tests.bench import models, records
 from tests.bench.decode import Bench
 
@@ -27,7 +28,7 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 
 @contextlib.contextmanager
 def named(kind: type, *methods: str) -> Iterator[None]:
-    """Calls of these methods are ranges "cache" in a profile."""
+    """Calls of these methods appear as ranges "cache" in a profile."""
     kept = {name: kind.__dict__.get(name) for name in methods}
 
     def ranged(method: Any) -> Any:
@@ -47,15 +48,16 @@ def named(kind: type, *methods: str) -> Iterator[None]:
 
 
 @torch.no_grad()
-def look(bench: Bench, peer: str) -> tuple[dict[str, float], str]:
-    """Figures a token, and the profiler's own table."""
+def measure(bench: Bench, peer: str) -> tuple[dict[str, float], str]:
+    """Figures per token, and the profiler's own table."""
     bench.seconds(peer, 5)
     plain = min(bench.seconds(peer, TOKENS) for _ in range(5))
     on_gpu = bench.model.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     eager = contextlib.ExitStack()
     if not peer.endswith("compiled"):  # in a graph there are no calls
-        eager.enter_context(named(sink_patch.SinkCache, "begin_forward", "update", "end_forward"))
+        eager.enter_context(named(Streams, "begin", "end"))
+        eager.enter_context(named(sink_patch.SinkCache, "update"))
         eager.enter_context(named(DynamicCache, "update"))
     with eager, profile(activities=activities) as profiler:
         for _ in range(TOKENS):
@@ -73,7 +75,9 @@ def look(bench: Bench, peer: str) -> tuple[dict[str, float], str]:
     if on_gpu:
         found["kernels"] = round(sum(event.count for event in kernels) / TOKENS, 1)
         found["ms_of_kernels"] = round(sum(event.self_device_time_total for event in kernels) / 1000 / TOKENS, 3)
-        found["waits"] = round(max(0, sum(e.count for e in events if e.key in WAITS) - 1) / TOKENS, 2)  # one is ours
+        found["waits"] = round(
+            max(0, sum(e.count for e in events if e.key in WAITS) - 1) / TOKENS, 2
+        )  # one is that of this benchmark
     return found, profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25)
 
 
@@ -88,7 +92,7 @@ def main() -> None:
         bench.add_ours(arguments.window)
         bench.add_others()
     for peer in PEERS:
-        rows[peer], table = look(bench, peer)
+        rows[peer], table = measure(bench, peer)
         print(f"{peer:>16}  " + "  ".join(f"{key} {value:g}" for key, value in rows[peer].items()), flush=True)
         if arguments.tables:
             print(table)

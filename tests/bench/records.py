@@ -1,4 +1,4 @@
-"""What every record says beside its figures."""
+"""Records of benchmarks: their figures, and the machine and versions that they were measured with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import transformers
 
 
 def write(path: Path | None, **figures: Any) -> None:
-    """Write figures, and what they were measured with; None: do not."""
+    """Write figures to `path`, with the machine and versions; None: do not write."""
     if path is None:
         return
     measured_with = {
@@ -29,7 +29,7 @@ def write(path: Path | None, **figures: Any) -> None:
 
 
 def commit() -> str | None:
-    """Of the checkout, with a + where files differ from it; None: there is no git."""
+    """The commit of the checkout, with a + if files differ from it; None: no git."""
     asked = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(

@@ -1,8 +1,8 @@
-"""Time a token and memory of one long stream: `python -m tests.bench.stream [--tokens 20000] [--json PATH]`.
+"""Time per token and memory of one long stream: `python -m tests.bench.stream [--tokens 20000] [--json PATH]`.
 
 A random Llama (4 layers, hidden 256) decodes token by token with a `SinkCache` of 256. Every stretch of 1,000 tokens is
 measured in blocks of 100, each followed by a block of a second, fresh stream that has just filled its window: the ratio
-of the two is free of the machine's drift. Peak memory is that of the process.
+of the two does not depend on the load of the machine. Peak memory is that of the process.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def make_model() -> LlamaForCausalLM:
 
 
 def decode(model: LlamaForCausalLM, cache: sink_patch.SinkCache, token: torch.Tensor, count: int) -> float:
-    """Milliseconds a token."""
+    """Milliseconds per token."""
     start = time.perf_counter()
     for _ in range(count):
         token = model(token, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)

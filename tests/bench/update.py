@@ -1,9 +1,9 @@
-"""What the cache costs a decode step: `python -m tests.bench.update [--json PATH]`.
+"""Time of the cache in a decode step: `python -m tests.bench.update [--json PATH]`.
 
 All layers of a cache (30, with 3 key-value heads of 64, as in SmolLM2-135M) take one token, without a model around it:
-ours, with what it does before and after a forward; transformers' StaticCache of the same length; its DynamicCache at a
-context of W; and its old SinkCache, where it is transformers 4.52.4 that runs this. Blocks of steps of each are
-interleaved; figures are medians, first as ratios to the StaticCache's step.
+our cache, with its work before and after a forward; transformers' StaticCache of the same length; its DynamicCache at a
+context of W; and its old SinkCache, if transformers 4.52.4 is installed. Blocks of steps of each are interleaved;
+figures are medians, first as ratios to the StaticCache's step.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.bench import records
 LAYERS, HEADS, DIM, SINKS = 30, 3, 64, 4
 WINDOWS = (256, 1024, 4096, 16384)
 BLOCK, WARM = 20, 3
-GROWING = ("dynamic", "old")  # what they cost grows with W, to half a second a step
+GROWING = ("dynamic", "old")  # their time grows with W, to half a second per step
 Step = Callable[[], None]
 
 
@@ -78,7 +78,7 @@ def static(model: LlamaForCausalLM, window: int, device: str) -> Step:
     )
     cache = StaticCache(config=model.config, max_cache_len=window + 2000, **own)
     token, at = states(1, device), torch.tensor([window], device=device)
-    if not own:  # the newer ones count by themselves
+    if not own:  # newer versions count the tokens that were fed
         filled = states(window, device)
         for layer in range(LAYERS):
             cache.update(filled, filled, layer)
@@ -98,7 +98,7 @@ def dynamic(_model: LlamaForCausalLM, window: int, device: str) -> Step:
     def step() -> None:
         for layer in range(LAYERS):
             cache.update(token, token, layer)
-        cache.crop(-1)  # views, which cost next to nothing
+        cache.crop(-1)  # returns views, in almost no time
 
     return step
 
@@ -119,12 +119,12 @@ def old(model: LlamaForCausalLM, window: int, device: str) -> Step | None:
             cache.update(new, new, layer, {"sin": sin[:, first:last], "cos": cos[:, first:last]})
 
     feed(filled, 0)
-    # it keeps a table of the positions that it has been told
+    # it stores a table of the positions that it was given
     return lambda: feed(token, window - 1)
 
 
 def milliseconds(step: Step, count: int, device: str) -> float:
-    """A step, of `count` in a row after a few that warm the processor's caches."""
+    """Median time of `count` steps, after a few that warm the processor's caches."""
     times = []
     for _ in range(count + WARM):
         start = time.perf_counter()

@@ -51,7 +51,7 @@ def test_each_row_turns_by_its_own_delta():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_turn_by_nothing_changes_no_bit(dtype):
+def test_a_turn_by_zero_changes_no_bit(dtype):
     rotation = Rotation(torch.rand(4, dtype=torch.float64), "interleaved", start=2)
     states = torch.randn(1, 2, 3, 16).to(dtype)
     turned = rotation.apply(states, rotation.cos_sin(torch.tensor([0]), states.device))

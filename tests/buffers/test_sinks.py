@@ -1,4 +1,4 @@
-"""Sinks are turned together, and shown in the buffers of all layers: each must get its own."""
+"""The sinks of all layers are rotated together and written into the buffers: each layer must get its own."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def full_rings(rotations, rows=2, dtype=torch.float32):
 
 
 def sinks_of(rings):
-    """The owner of sinks that are in the buffers as the model made them."""
+    """A `Sinks` of the keys that are now in the first slots of the buffers."""
     sinks = Sinks(rings)
     for ring in rings:
         sinks.put(ring, ring.buffer[:, :, :S].clone())
@@ -62,16 +62,17 @@ def assert_shown(rings, sinks, before, turns):
         assert torch.equal(ring.buffer[:, :, S:], buffer[:, :, S:])
         wanted = turned(pristine, ring.rotation, turns)
         off = (ring.buffer[:, :, :S].double() - wanted).norm() / wanted.norm()
-        assert off < (2e-3 if ring.buffer.dtype == torch.bfloat16 else 1e-6)  # rounded once: 2^-9, and less on average
+        assert off < (2e-3 if ring.buffer.dtype == torch.bfloat16 else 1e-6)  # rounded once: at most 2^-9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ROTATIONS)
 def test_each_of_many_layers_shows_its_own_sinks(name, dtype):
-    rings = full_rings([ROTATIONS[name]] * 19, dtype=dtype)  # more than lie side by side, and not a multiple of that
+    # more rings than are put side by side in one tensor, and not a multiple of that
+    rings = full_rings([ROTATIONS[name]] * 19, dtype=dtype)
     sinks = sinks_of(rings)
     before = copies(rings, sinks)
-    for turns in ((5, 5), (6, 6), (7, 9), (7, 9), (0, 0), (1000, 2)):  # they are brought side by side with the second
+    for turns in ((5, 5), (6, 6), (7, 9), (7, 9), (0, 0), (1000, 2)):  # they are put side by side at the second
         sinks.show(Turn(turns))
         assert_shown(rings, sinks, before, turns)
 
@@ -91,7 +92,7 @@ def test_sinks_that_come_later_are_shown_too():
     sinks = sinks_of(rings)
     for turns in ((1, 1), (2, 2), (3, 3)):
         sinks.show(Turn(turns))
-    for ring in rings:  # as a layout writes them: where they are kept, and where they are shown
+    for ring in rings:  # as a layout writes them: into the pristine sinks and into the buffer
         late = torch.randn(HEADS, DIM)
         sinks.pristine_of(ring)[0, :, 2], ring.buffer[0, :, 2] = late, late
     before = copies(rings, sinks)
@@ -99,32 +100,32 @@ def test_sinks_that_come_later_are_shown_too():
     assert_shown(rings, sinks, before, (4, 4))
 
 
-def test_rings_with_other_buffers_are_seen():
+def test_replaced_buffers_are_noticed():
     rings = full_rings([ROTATIONS["half"]] * 9)
     sinks = sinks_of(rings)
     for turns in ((1, 1), (2, 2)):
         sinks.show(Turn(turns))
-    for keeper in (*rings, sinks):
-        keeper.select_rows(torch.tensor([1, 0]))
+    for owner in (*rings, sinks):
+        owner.select_rows(torch.tensor([1, 0]))
     before = copies(rings, sinks)
     for turns in ((2, 2), (3, 3), (4, 4)):
         sinks.show(Turn(turns))
         assert_shown(rings, sinks, before, turns)
 
 
-def test_buffers_that_change_with_each_token_are_not_brought_side_by_side():
-    """As those of beams, which would be copied once more each time."""
+def test_buffers_that_change_with_each_token_are_not_put_side_by_side():
+    """The buffers of beams, for example, would be copied once more each time."""
     rings = full_rings([ROTATIONS["half"]] * 9)
     sinks = sinks_of(rings)
     for turn in range(4):
-        for keeper in (*rings, sinks):
-            keeper.select_rows(torch.tensor([1, 0]))
+        for owner in (*rings, sinks):
+            owner.select_rows(torch.tensor([1, 0]))
         addresses = [ring.buffer.data_ptr() for ring in rings]
         sinks.show(Turn((turn, turn)))
         assert [ring.buffer.data_ptr() for ring in rings] == addresses
 
 
-def test_only_some_buffers_are_held_twice_while_they_are_brought_side_by_side(monkeypatch):
+def test_only_some_buffers_are_held_twice_while_they_are_put_side_by_side(monkeypatch):
     rings = full_rings([ROTATIONS["half"]] * 24)
     sinks, alive, stack = sinks_of(rings), [], torch.stack
     old = [weakref.ref(ring.buffer) for ring in rings]

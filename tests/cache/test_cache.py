@@ -1,4 +1,4 @@
-"""`SinkCache` as a cache object: what it says of itself, batch operations, failures half-way."""
+"""`SinkCache` as a cache object: its properties, batch operations, forwards that fail."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def feed(model, cache, ids, **kwargs):
     return model(ids, past_key_values=cache, **kwargs).logits[:, -1]
 
 
-def test_it_says_what_it_is(model):
+def test_repr_and_properties(model):
     assert repr(SinkCache(W, S)) == "SinkCache(window_length=12, num_sink_tokens=3, unbound, seen=0)"
     cache = SinkCache(W, S, model=model)
     feed(model, cache, tokens(30))
@@ -44,7 +44,7 @@ def test_it_says_what_it_is(model):
         True,
         [False],
     )
-    if hasattr(Cache, "get_max_cache_shape"):  # it asks the layers, and later `get_max_length`
+    if hasattr(Cache, "get_max_cache_shape"):  # it asks the layers; in later versions it calls `get_max_length`
         assert cache.get_max_cache_shape() in (None, -1, W)
     assert SinkCache().window_length == 256
     assert SinkCache().num_sink_tokens == 4
@@ -63,21 +63,21 @@ def test_a_decode_step_writes_in_place(model):
     cache = SinkCache(W, S, model=model)
     feed(model, cache, tokens(30))
     for token in tokens(2).T:
-        feed(model, cache, token[None])  # then keys are where they stay (sinks.py)
+        feed(model, cache, token[None])  # from then on the keys stay at one address (sinks.py)
     address = cache.layers[0].keys.data_ptr()
     for token in tokens(40).T:
         feed(model, cache, token[None])
     assert cache.layers[0].keys.data_ptr() == address
 
 
-def test_reset_starts_anew(model):
+def test_a_cache_can_be_used_again_after_reset(model):
     cache = SinkCache(W, S, model=model)
     first = feed(model, cache, tokens(30))
     cache.reset()
     assert cache.get_seq_length() == 0
     assert torch.equal(feed(model, cache, tokens(30)), first)
     cache.reset()
-    feed(model, cache, tokens(4, rows=3))  # another batch size is a new start too
+    feed(model, cache, tokens(4, rows=3))  # another batch size also works after a reset
 
 
 def test_rows_can_be_reordered_repeated_and_selected(model):
@@ -106,9 +106,9 @@ def _alone(model, row):
     return cache
 
 
-def test_old_keys_are_given_up_at_once(model):
-    """Not with the next forward: who resets a cache may want its memory."""
-    for give_up in (
+def test_old_keys_are_freed_at_once(model):
+    """And not only at the next forward: a user may reset a cache to free its memory."""
+    for drop_keys in (
         lambda cache: cache.reset(),
         lambda cache: cache.batch_select_indices(torch.tensor([0])),
         lambda cache: cache.activate_past_recording(4),
@@ -116,13 +116,13 @@ def test_old_keys_are_given_up_at_once(model):
         cache = SinkCache(W, S, model=model)
         for _ in range(2):
             feed(model, cache, tokens(20, rows=2))
-        gone = weakref.ref(cache.layers[0].keys)
-        give_up(cache)
+        reference = weakref.ref(cache.layers[0].keys)
+        drop_keys(cache)
         gc.collect()
-        assert gone() is None
+        assert reference() is None
 
 
-def test_rows_that_are_selected_in_inference_mode_stream_on_outside_it(model):
+def test_rows_selected_in_inference_mode_can_be_used_outside_it(model):
     cache, stream = SinkCache(W, S, model=model), tokens(40, rows=2)
     with torch.inference_mode():
         feed(model, cache, stream[:, :30])
@@ -131,7 +131,7 @@ def test_rows_that_are_selected_in_inference_mode_stream_on_outside_it(model):
     assert relative_error(feed(model, cache, stream.flip(0)[:, 30:31]), expected) < 1e-5
 
 
-def test_crop_takes_back_what_is_still_there(model):
+def test_crop_removes_tokens_while_nothing_was_overwritten(model):
     stream = tokens(30)
     cache = SinkCache(W, S, model=model)
     feed(model, cache, stream[:, :9])
@@ -148,8 +148,8 @@ def test_crop_takes_back_what_is_still_there(model):
     assert cache.get_seq_length() == 20
 
 
-def test_crop_means_what_the_installed_transformers_means_by_it(model):
-    """Up to 5.14 a positive number is the length that stays."""
+def test_crop_has_the_meaning_of_the_installed_transformers(model):
+    """Up to 5.14, a positive number is the new length."""
     takes_lengths = "max_length" in inspect.signature(DynamicCache.crop).parameters
     stream, cache = tokens(9), SinkCache(W, S, model=model)
     feed(model, cache, stream)
@@ -166,8 +166,8 @@ def test_crop_means_what_the_installed_transformers_means_by_it(model):
             cache.crop(5)
 
 
-def test_a_copy_is_right_where_copies_of_views_are_no_views(model, monkeypatch):
-    """As on Apple's MPS (torch/_tensor.py, `__deepcopy__`)."""
+def test_a_copy_is_right_if_deep_copies_of_views_are_not_views(model, monkeypatch):
+    """On Apple's MPS, a deep copy of a view is not a view (torch/_tensor.py, `__deepcopy__`)."""
     cache = SinkCache(W, S, model=model)
     feed(model, cache, tokens(30))
     for token in tokens(5).T:
@@ -176,12 +176,12 @@ def test_a_copy_is_right_where_copies_of_views_are_no_views(model, monkeypatch):
         patch.setattr(
             torch.Tensor, "__deepcopy__", lambda tensor, memo: memo.setdefault(id(tensor), tensor.detach().clone())
         )
-        twin = cache.clone()
+        copied = cache.clone()
     for token in tokens(20, seed=1).T:
-        assert torch.equal(feed(model, twin, token[None]), feed(model, cache, token[None]))
+        assert torch.equal(feed(model, copied, token[None]), feed(model, cache, token[None]))
 
 
-def test_it_says_of_the_model_that_it_has_which_layers_slide():
+def test_is_sliding_describes_the_bound_model():
     cache = SinkCache(W, S, model=tiny("mistral", sliding_window=7))
     assert cache.is_sliding == [True]
     cache.reset()
@@ -189,14 +189,14 @@ def test_it_says_of_the_model_that_it_has_which_layers_slide():
     assert cache.is_sliding == [False, False]
 
 
-def test_a_copy_goes_its_own_way(model):
+def test_a_copy_is_independent(model):
     stream = tokens(60)
     cache = SinkCache(W, S, model=model)
     feed(model, cache, stream[:, :30])
-    twin = copy.deepcopy(cache)
+    copied = copy.deepcopy(cache)
     first = feed(model, cache, stream[:, 30:31])
     feed(model, cache, stream[:, 40:45])
-    assert torch.equal(feed(model, twin, stream[:, 30:31]), first)
+    assert torch.equal(feed(model, copied, stream[:, 30:31]), first)
 
 
 class Interrupted(RuntimeError):
@@ -204,7 +204,7 @@ class Interrupted(RuntimeError):
 
 
 def _fail_once(model, layer=-1, kind=Interrupted):
-    """Let the next forward fail in the MLP of a layer, after the attention has stored its keys."""
+    """Make the next forward fail in the MLP of a layer, after its attention has stored its keys."""
 
     def fail(*_):
         handle.remove()
@@ -214,7 +214,7 @@ def _fail_once(model, layer=-1, kind=Interrupted):
 
 
 @pytest.mark.parametrize("kind", [Interrupted, KeyboardInterrupt])
-def test_a_forward_that_fails_before_anything_is_lost_may_be_repeated(kind):
+def test_a_forward_that_fails_before_anything_is_overwritten_may_be_repeated(kind):
     model, stream = tiny("llama", layers=2), tokens(20)
     wanted = feed(model, SinkCache(W, S, model=model), stream[:, :11])
     cache = SinkCache(W, S, model=model)
@@ -227,7 +227,7 @@ def test_a_forward_that_fails_before_anything_is_lost_may_be_repeated(kind):
 
 
 @pytest.mark.parametrize("kind", [Interrupted, KeyboardInterrupt])
-def test_a_forward_that_fails_after_tokens_were_overwritten_spoils_the_cache_until_reset(kind):
+def test_a_forward_that_fails_after_tokens_were_overwritten_makes_the_cache_unusable_until_reset(kind):
     model, stream = tiny("llama", layers=2), tokens(40)
     cache = SinkCache(W, S, model=model)
     feed(model, cache, stream[:, :20])
@@ -257,25 +257,25 @@ def test_grad_modes_may_change_between_forwards(model, mode):
         assert torch.equal(found, wanted)
 
 
-def test_it_holds_no_model_alive():
+def test_a_cache_does_not_keep_its_model_alive():
     model = copy.deepcopy(tiny("llama", layers=1))
     cache = SinkCache(W, S, model=model)
     feed(model, cache, tokens(20))
-    gone = weakref.ref(model)
+    reference = weakref.ref(model)
     del model
     gc.collect()
-    assert gone() is None
+    assert reference() is None
     assert cache.get_seq_length() == 20
 
 
-def test_the_model_forgets_the_cache():
+def test_a_model_does_not_keep_its_cache_alive():
     model = copy.deepcopy(tiny("llama", layers=1))
     cache = SinkCache(W, S, model=model)
     feed(model, cache, tokens(20))
-    gone = weakref.ref(cache)
+    reference = weakref.ref(cache)
     del cache
     gc.collect()
-    assert gone() is None
+    assert reference() is None
 
 
 def test_a_bound_model_takes_other_caches_as_before():
@@ -285,7 +285,7 @@ def test_a_bound_model_takes_other_caches_as_before():
     assert torch.equal(*logits)
 
 
-def test_it_may_enter_at_the_decoder_or_with_positional_arguments(model):
+def test_the_decoder_may_be_called_and_arguments_may_be_positional(model):
     stream = tokens(30)
     whole, decoder, positional = (SinkCache(W, S, model=model) for _ in range(3))
     for start in range(0, 30, 3):

@@ -1,8 +1,8 @@
-"""The `SinkCache` that transformers had until 4.52, run in a process of its own: we equal it where it was right.
+"""The `SinkCache` that transformers had until 4.52, run in another process: ours equals it where it was right.
 
-Fed token by token with positions clamped to W - 1, it equals the default cache below W tokens. At W it turns the keys
-of the filling window back once too often; the last of them leaves the window W - S - 1 tokens later. In a second layer,
-the keys made from wrong states of the first have to leave in their turn, and so on.
+Fed token by token with positions clamped to W - 1, it equals the default cache below W tokens. At W it rotates the keys
+of the first window back once too often; the last of them leaves the window W - S - 1 tokens later. In a second layer,
+the keys computed from wrong states of the first layer have to leave, too, and so on.
 
     pip install --no-deps --target DIR "transformers==4.52.4" "tokenizers>=0.21,<0.22" "huggingface-hub<1.0"
     SINK_PATCH_OLD_TRANSFORMERS=DIR python -m pytest tests/cache/test_old_sink_cache.py
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def exact_from(layers: int, window: int, sinks: int) -> int:
-    """How many tokens have come when the old cache is right again; up to window - 1 it is right, too."""
+    """After how many tokens the old cache is right again; it is also right up to window - 1."""
     return window + layers * (window - sinks - 1)
 
 
@@ -59,8 +59,8 @@ def stream_of(window: int) -> torch.Tensor:
 def write_job(directory: Path, layers: int, window: int, sinks: int) -> None:
     model = model_of(layers)
     config = {name: getattr(model.config, name) for name in COPIED}
-    said = model.config.to_dict()
-    config["rope_theta"] = said.get("rope_parameters", said)["rope_theta"]
+    settings = model.config.to_dict()
+    config["rope_theta"] = settings.get("rope_parameters", settings)["rope_theta"]
     job = {"config": config, "window_length": window, "num_sink_tokens": sinks}
     (directory / "job.json").write_text(json.dumps(job))
     torch.save(model.state_dict(), directory / "weights.pt")
@@ -73,7 +73,7 @@ def old_logits(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, torch.Tens
     directories = {case: tmp_path_factory.mktemp("old") for case in CASES}
     for case, directory in directories.items():
         write_job(directory, *case)
-    # our patch must stay out of that process, and so must the transformers of this one
+    # that process must use neither our patch nor the transformers of this one
     switched_off = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "SINK_PATCH_AUTOLOAD": "0", "PYTHONPATH": str(OLD)}
     command = [sys.executable, str(RUNNER), *map(str, directories.values())]
     done = subprocess.run(
@@ -99,11 +99,11 @@ def errors(case: tuple[int, int, int], old: torch.Tensor) -> list[float]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-def test_we_equal_the_old_cache_in_the_regime_in_which_it_was_right(case, old_logits):
+def test_ours_equals_the_old_cache_where_that_was_right(case, old_logits):
     _, window, _ = case
     found, right_again = errors(case, old_logits[case]), exact_from(*case)
     assert max(found[right_again - 1 :]) <= TOLERANCE
-    # and not before: so the comparison tells right from wrong, and the regime above is all of it
+    # and it is wrong before: so the comparison can fail, and the old cache is right nowhere else
     assert min(found[window - 1 : right_again - 1]) > 10 * TOLERANCE
 
 

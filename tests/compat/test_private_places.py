@@ -1,4 +1,4 @@
-"""What sink_patch takes for granted in transformers without it being promised: a release that moves it fails here."""
+"""What sink_patch uses of transformers without a guarantee: a release that changes it fails here."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def parameters(function: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("method", SHIM.methods, ids=lambda method: f"{method.owner}.{method.name}")
-def test_what_is_wrapped_is_there_and_has_the_parameters_that_are_read(method):
+def test_each_wrapped_method_exists_and_has_the_parameters_that_are_read(method):
     owner = getattr(importlib.import_module(method.module), method.owner)
-    assert method.name in vars(owner), "it is inherited, or gone"
+    assert method.name in vars(owner), "it is inherited or does not exist"
     assert set(method.parameters) <= set(parameters(vars(owner)[method.name]))
 
 
 @pytest.mark.parametrize("constant", SHIM.constants, ids=lambda constant: constant.name)
-def test_what_is_added_to_is_there(constant):
+def test_each_constant_that_is_added_to_exists(constant):
     held = getattr(importlib.import_module(constant.module), constant.name)
     assert isinstance(held, dict if constant.value is not None else (list, tuple))
     assert constant.entry in held
@@ -41,19 +41,24 @@ ASKED = ("update", "get_seq_length", "get_mask_sizes", "get_query_offset", "crop
 
 
 @pytest.mark.parametrize("name", [name for name in ASKED if hasattr(DynamicCache, name)])
-def test_the_cache_answers_in_the_way_in_which_it_is_asked(name):
-    """By position, so the names of the leading parameters are those of transformers' own cache."""
+def test_methods_of_the_cache_have_the_parameters_of_transformers(name):
+    """The first parameters have the names of transformers' own cache, because callers pass them by position."""
     theirs = getattr(DynamicCache, name)
     asked = [one for one in parameters(theirs) if one not in ("args", "kwargs", "cache_kwargs", "cache_position")]
     if name == "get_mask_sizes":
         asked = parameters(theirs)
-    answered = parameters(getattr(SinkCache, name))
-    assert answered[: len(asked)] == asked
+    ours = parameters(getattr(SinkCache, name))
+    assert ours[: len(asked)] == asked
 
 
 def test_the_calls_that_each_version_makes_are_among_those_that_are_looked_at():
     """Else the test above would look at nothing, and pass."""
-    assert {name for name in ASKED if hasattr(DynamicCache, name)} >= {"update", "get_seq_length", "crop", "reorder_cache"}
+    assert {name for name in ASKED if hasattr(DynamicCache, name)} >= {
+        "update",
+        "get_seq_length",
+        "crop",
+        "reorder_cache",
+    }
 
 
 def test_batch_operations_have_the_names_of_transformers():
@@ -62,7 +67,7 @@ def test_batch_operations_have_the_names_of_transformers():
         assert parameters(getattr(SinkCache, name))[1:] == asked
 
 
-def test_the_rest_of_what_is_read():
+def test_other_names_that_are_read_exist():
     assert "decoder" in parameters(PretrainedConfig.get_text_config)
     assert "assistant_model" in parameters(GenerationConfig.get_generation_mode)
     assert {"strict"} <= set(parameters(GenerationConfig.validate))
@@ -71,7 +76,7 @@ def test_the_rest_of_what_is_read():
     assert "always_call" in parameters(nn.Module.register_forward_hook)
     if hasattr(DynamicCache, "update_indexer"):
         assert parameters(DynamicCache.update_indexer) == parameters(SinkCache.update_indexer)
-    if hasattr(cache_utils, "DynamicSlidingWindowLayer"):  # read_entries reads it off, and would take None for full
+    if hasattr(cache_utils, "DynamicSlidingWindowLayer"):  # its attribute is read; None would mean full attention
         assert cache_utils.DynamicSlidingWindowLayer(sliding_window=7).sliding_window == 7
     cache = SHIM.probe_cache(PretrainedConfig(num_hidden_layers=1))
     states = torch.ones(1, 1, 2, 4)

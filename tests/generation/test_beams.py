@@ -1,4 +1,4 @@
-"""Beams past the window against a search by hand over a naive cache; and what else `generate` gives and obeys there."""
+"""Beam search past the window against a search by hand over a naive cache; other outputs and options of `generate`."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ MODES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def model():
-    """Two layers whose clock is set back before a text of three windows ends."""
+    """Two layers; the clock is set back before a text of three windows ends."""
     return tiny("llama", layers=2, max_position_embeddings=24)
 
 
 def generate(model, ids: torch.Tensor, *, new: int = LENGTH, seed: int = 0, **asked: Any) -> Any:
     torch.manual_seed(seed)
-    sums = {"length_penalty": 0.0} if "num_beams" in asked else {}  # scores of texts are those of their tokens, added
+    sums = {"length_penalty": 0.0} if "num_beams" in asked else {}  # the score of a text is the sum over its tokens
     asked = {"max_new_tokens": new, "return_dict_in_generate": True, **sums, **asked}
     return model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **asked)
 
 
 class Hypotheses:
-    """Naive log-probabilities of texts that go on from one prompt, each recomputed from its first token."""
+    """Naive log-probabilities of continuations of one prompt, recomputed from the first token each time."""
 
     def __init__(self, model, prompt: torch.Tensor):
         self.cache, self.prompt = NaiveCache(model, W, S), prompt
@@ -64,7 +64,7 @@ class Hypotheses:
 
 
 def searched(model, prompt: torch.Tensor, beams: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Beam search with nothing that ends a text: the best answers [beams, length], and their scores [beams]."""
+    """Beam search without an end-of-text token: the best answers [beams, length], and their scores [beams]."""
     hypotheses = Hypotheses(model, prompt)
     answers, scores = torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, dtype=torch.float64)
     for _ in range(length):
@@ -77,16 +77,16 @@ def searched(model, prompt: torch.Tensor, beams: int, length: int) -> tuple[torc
 
 @pytest.mark.parametrize("prompt_length", [1, W + 6])
 def test_beam_search_past_the_window_equals_a_naive_search(model, prompt_length):
-    """Behind a prompt of one token, which is shorter than the sinks, beams have sinks of their own."""
+    """A prompt of one token is shorter than the sinks, so that each beam has sinks of its own."""
     prompt = tokens(prompt_length, seed=prompt_length)
     answers, scores = searched(model, prompt, BEAMS, LENGTH)
     out = generate(model, prompt, num_beams=BEAMS, num_return_sequences=BEAMS, output_scores=True, **SINK)
     assert torch.equal(out.sequences[:, prompt_length:], answers)
     assert (out.sequences_scores - scores).abs().max() <= TOLERANCE
-    assert not torch.equal(answers[0], searched(model, prompt, 1, LENGTH)[0][0])  # else greedy search would do
-    assert len({int(beam) for beam in out.beam_indices[0]}) > 1  # rows of the cache did change their places
+    assert not torch.equal(answers[0], searched(model, prompt, 1, LENGTH)[0][0])  # greedy search gives another text
+    assert len({int(beam) for beam in out.beam_indices[0]}) > 1  # rows of the cache were reordered
     without = generate(model, prompt, num_beams=BEAMS)
-    assert not torch.equal(out.sequences[0], without.sequences[0])  # nor would the default cache
+    assert not torch.equal(out.sequences[0], without.sequences[0])  # and so does the default cache
 
 
 @pytest.mark.parametrize("return_sequences", [1, 3])
@@ -119,7 +119,7 @@ EXTRAS = {"output_scores": True, "output_logits": True, "output_attentions": Tru
 
 
 def shapes(found: Any) -> Any:
-    """Of nested tuples of tensors."""
+    """The shapes of nested tuples of tensors."""
     return tuple(found.shape) if isinstance(found, torch.Tensor) else tuple(map(shapes, found))
 
 
@@ -143,7 +143,7 @@ def flat(found: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-def test_past_the_window_attentions_have_the_columns_that_are_seen(model, mode):
+def test_past_the_window_attentions_have_the_visible_columns(model, mode):
     prompt = tokens(5, rows=2)
     out = generate(model, prompt, **mode, **EXTRAS, **SINK)
     beams = mode.get("num_beams", mode.get("num_return_sequences", 1))
@@ -158,8 +158,8 @@ def test_past_the_window_attentions_have_the_columns_that_are_seen(model, mode):
             torch.testing.assert_close(layer.sum(-1), torch.ones(rows, heads, new))
 
 
-class Ban(LogitsProcessor):
-    """The token that was said last must not come again; and how long the texts were that it was given."""
+class NoImmediateRepetition(LogitsProcessor):
+    """Forbids the newest token to be repeated, and records the lengths of the texts that it is given."""
 
     def __init__(self) -> None:
         self.lengths: list[int] = []
@@ -169,7 +169,7 @@ class Ban(LogitsProcessor):
         return scores.scatter(1, input_ids[:, -1:], -torch.inf)
 
 
-class After(StoppingCriteria):
+class StopAtLength(StoppingCriteria):
     def __init__(self, length: int):
         self.length = length
 
@@ -179,8 +179,8 @@ class After(StoppingCriteria):
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 def test_processors_and_criteria_see_the_whole_text_past_the_window(model, mode):
-    prompt, processor = tokens(5), Ban()
-    asked = {"logits_processor": [processor], "stopping_criteria": [After(40)], "output_scores": True}
+    prompt, processor = tokens(5), NoImmediateRepetition()
+    asked = {"logits_processor": [processor], "stopping_criteria": [StopAtLength(40)], "output_scores": True}
     out = generate(model, prompt, new=1000, **mode, **asked, **SINK)
     assert out.sequences.shape[1] == 40
     assert processor.lengths == list(range(5, 40))
@@ -190,11 +190,11 @@ def test_processors_and_criteria_see_the_whole_text_past_the_window(model, mode)
 
 
 def test_processed_greedy_text_past_the_window_is_the_naive_one(model):
-    prompt, hypotheses, ban = tokens(5), Hypotheses(model, tokens(5)), Ban()
-    answer = generate(model, prompt, logits_processor=[ban], **SINK).sequences[:, 5:]
+    prompt, hypotheses, processor = tokens(5), Hypotheses(model, tokens(5)), NoImmediateRepetition()
+    answer = generate(model, prompt, logits_processor=[processor], **SINK).sequences[:, 5:]
     text = prompt
     for step in range(LENGTH):
-        wanted = ban(text, hypotheses.following(answer[:, :step])).argmax(-1)
+        wanted = processor(text, hypotheses.following(answer[:, :step])).argmax(-1)
         assert torch.equal(answer[:, step], wanted), step
         text = torch.cat((text, wanted[:, None]), dim=1)
 
@@ -208,13 +208,13 @@ def test_a_time_limit_stops_a_stream(model, given, monkeypatch):
     assert out.sequences.shape[1] == 5 + 41
 
 
-def test_a_stop_string_stops_a_stream_where_it_stands_past_the_window():
+def test_a_stop_string_past_the_window_stops_a_stream():
     model, tokenizer = directory.model(), directory.tokenizer()
-    tokenizer.add_tokens(["abcdef"])  # transformers asks how words look behind this one
+    tokenizer.add_tokens(["abcdef"])  # transformers looks up how this token is continued by others
     prompt = tokenizer("w5 w6 w7 w8", return_tensors="pt")["input_ids"]
     asked = {"do_sample": True, **SINK}
     text = generate(model, prompt, **asked).sequences[0].tolist()
-    # a word that comes for the first time, and is not the beginning of another one
+    # a word that occurs for the first time, and is not the beginning of another one
     place = next(place for place in range(2 * W, len(text)) if text[place] > 9 and text[place] not in text[:place])
     out = generate(model, prompt, stop_strings=[f"w{text[place]}"], tokenizer=tokenizer, **asked)
     assert out.sequences[0].tolist() == text[: place + 1]

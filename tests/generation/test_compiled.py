@@ -1,4 +1,4 @@
-"""Decoding through a graph: compiled once, for all tokens of all streams, and right."""
+"""Compiled decoding: one graph for all tokens of all streams, with the right logits."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from transformers import CompileConfig
 from sink_patch import SinkCache
 from sink_patch.streaming import fixed
 from tests.support import zoo
-from tests.support.known_gaps import is_newest, skip_what_is_to_come
+from tests.support.known_gaps import is_newest, skip_if_model_is_newer
 from tests.support.oracle import relative_error, visible_tokens
 from tests.support.replay import cache_name
 from tests.support.tiny import tiny, tokens
 
-# of torch itself, where it traces the masks of transformers 4.53 to 4.57
+# torch warns when it traces the masks of transformers 4.53 to 4.57
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 W, S = 12, 3
-CONTEXT = 48  # so short that the clock is set back
+CONTEXT = 48  # short, so that the clock is set back
 SINK = {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S}
 MODELS = {
     "llama": {},
@@ -59,7 +59,7 @@ def run(model, ids, **settings):
 
 
 def graphs():
-    """How many were made, and at how many places one was broken."""
+    """The number of graphs, and of graph breaks."""
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
@@ -81,10 +81,10 @@ def test_one_graph_serves_all_tokens_of_three_streams(model_type, attention):
         found = run(model, ids, compile_config=graph_config())
         assert_same(found, run(model, ids))
         assert graphs() == (1, 0)
-        assert not found.past_key_values.is_compileable  # masks outside the graph are not transformers' business
+        assert not found.past_key_values.is_compileable  # else transformers would make masks outside the graph
 
 
-def test_each_token_is_the_oracles():
+def test_the_logits_of_each_token_equal_the_oracle():
     model, ids = tiny("llama", attention="sdpa", max_position_embeddings=CONTEXT), tokens(6)
     out = run(model, ids, compile_config=graph_config())
     for step, logits in enumerate(out.logits[1:]):
@@ -122,8 +122,8 @@ def test_two_kinds_of_layers_in_rows_of_different_lengths():
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
-def test_what_a_graph_writes_to_stays_where_it_is_and_is_said_to(model_type, monkeypatch):
-    """Else CUDA graphs are given up (torch/_inductor/cudagraph_utils.py, on mutated inputs)."""
+def test_a_graph_writes_only_to_static_inputs_at_fixed_addresses(model_type, monkeypatch):
+    """Otherwise torch does not use CUDA graphs (torch/_inductor/cudagraph_utils.py, on mutated inputs)."""
     monkeypatch.setattr(fixed, "HAVE_GRAPHS", ("cpu",))
     model = tiny(model_type, layers=2, attention="sdpa", max_position_embeddings=CONTEXT, **MODELS[model_type])
     addresses = []
@@ -138,11 +138,11 @@ def test_what_a_graph_writes_to_stays_where_it_is_and_is_said_to(model_type, mon
             out = graph.forward(*given)
             written = [tensor._version != version for tensor, version in zip(given, before, strict=True)]
             assert sum(written) == 4  # keys and values of two layers
-            assert all(said for said, is_written in zip(static, written, strict=True) if is_written)
-            others = [tensor for tensor, said in zip(given, static, strict=True) if not said]
+            assert all(is_static for is_static, is_written in zip(static, written, strict=True) if is_written)
+            others = [tensor for tensor, is_static in zip(given, static, strict=True) if not is_static]
             others = [tensor for tensor in others if tensor.data_ptr() not in held]
             assert [tensor.shape for tensor in others] == [(1, 1)]  # the token
-            addresses.append([tensor.data_ptr() for tensor, said in zip(given, static, strict=True) if said])
+            addresses.append([tensor.data_ptr() for tensor, is_static in zip(given, static, strict=True) if is_static])
             return out
 
         return call
@@ -152,10 +152,10 @@ def test_what_a_graph_writes_to_stays_where_it_is_and_is_said_to(model_type, mon
     assert all(here == addresses[0] for here in addresses)
 
 
-def test_other_windows_and_batches_do_not_each_have_a_graph():
+def test_not_every_window_and_batch_size_needs_a_new_graph():
     model = tiny("llama", layers=2, attention="sdpa")
     config = graph_config()
-    config.dynamic = None  # torch's default: what changes once is a variable
+    config.dynamic = None  # torch's default: a size that has changed once becomes dynamic
     with torch._dynamo.config.patch(error_on_recompile=False):
         for rows, window in ((1, 12), (1, 16), (2, 14), (3, 20), (4, 24), (2, 28)):
             settings = {"window_length": window, "max_new_tokens": 40}
@@ -166,14 +166,14 @@ def test_other_windows_and_batches_do_not_each_have_a_graph():
 
 @torch.no_grad()
 def test_compiled_and_plain_forwards_may_follow_each_other():
-    """What the graph sees is then another part of the slots than after the token before."""
+    """Between two compiled steps, the visible slots then change by more than one token."""
     model = copy.copy(tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT))
     stream, caches = tokens(60), [SinkCache(W, S, model=model) for _ in range(2)]
     compiled, logits = torch.compile(model.forward, backend="eager", dynamic=False), []
     for cache, is_compiled in zip(caches, (False, True), strict=True):
         for count in (4, 1, 1, -1, 1, 1, 2, 1, -2, 1, 1, 1, 3, 1, 1, 5, *[1] * 12):
             if count < 0:
-                cache.crop(count)  # which all versions of transformers understand
+                cache.crop(count)  # negative numbers have one meaning in all versions
                 continue
             seen = cache.get_seq_length()
             if is_compiled and count == 1:
@@ -192,12 +192,12 @@ def test_beams_are_compiled_too():
     assert torch.equal(found.sequences, wanted.sequences)
 
 
-def test_nothing_is_compiled_unless_that_is_asked_for():
+def test_nothing_is_compiled_without_a_request():
     run(tiny("llama", layers=2, attention="sdpa"), tokens(6))
     assert graphs() == (0, 0)
 
 
-def test_a_compiled_forward_is_a_graph_for_prompts_and_one_for_tokens():
+def test_a_compiled_forward_has_a_graph_for_prompts_and_one_for_tokens():
     model = copy.copy(tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT))
     wanted = [run(model, tokens(6, seed=seed)) for seed in range(3)]
     with torch._dynamo.config.patch(error_on_recompile=False):  # prompts have another shape than tokens
@@ -208,7 +208,7 @@ def test_a_compiled_forward_is_a_graph_for_prompts_and_one_for_tokens():
 
 
 @torch.no_grad()
-def test_a_compiled_model_in_a_loop_of_ones_own_is_right():
+def test_a_compiled_model_in_a_loop_without_generate_is_right():
     model = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT)
     stream, plain, cache = tokens(5 * W), SinkCache(W, S, model=model), SinkCache(W, S, model=model)
     with torch._dynamo.config.patch(error_on_recompile=False):
@@ -221,7 +221,7 @@ def test_a_compiled_model_in_a_loop_of_ones_own_is_right():
 
 
 @torch.no_grad()
-def test_other_caches_of_a_model_that_has_streamed_are_compiled_as_ever():
+def test_other_caches_of_a_bound_model_are_compiled_as_before():
     model = tiny("llama", layers=2, attention="sdpa")
     SinkCache(W, S, model=model)
     asked = {"cache_implementation": "static", "do_sample": False, "max_new_tokens": 20}
@@ -232,19 +232,19 @@ def test_other_caches_of_a_model_that_has_streamed_are_compiled_as_ever():
 
 REFUSED = {
     "biases by the order of keys": lambda: tiny("falcon", alibi=True),
-    "recurrent states": lambda: (skip_what_is_to_come("qwen3_next"), zoo.build("qwen3_next"))[1],
+    "recurrent states": lambda: (skip_if_model_is_newer("qwen3_next"), zoo.build("qwen3_next"))[1],
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_one_graph_cannot_serve_is_not_compiled(name):
+def test_models_that_one_graph_cannot_serve_are_not_compiled(name):
     model = REFUSED[name]()
     wanted = run(model, tokens(6))
     assert_same(run(model, tokens(6), compile_config=graph_config()), wanted)
     assert graphs() == (0, 0)
 
 
-def test_a_graph_that_fails_leaves_a_cache_that_says_so():
+def test_after_a_graph_failed_the_cache_refuses_forwards():
     model = tiny("llama", layers=2, attention="sdpa")
     first = run(model, tokens(6))
     cache, fails = first.past_key_values, [True]
@@ -270,9 +270,9 @@ def test_a_graph_that_fails_leaves_a_cache_that_says_so():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler: g++")
-@pytest.mark.skipif(not is_newest(), reason="what inductor makes of a graph does not depend on transformers")
+@pytest.mark.skipif(not is_newest(), reason="the result of inductor does not depend on transformers")
 @pytest.mark.slow
-def test_inductor_makes_the_same_of_it():
+def test_inductor_gives_the_same_text():
     model = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT)
     for seed in range(3):
         ids = tokens(6, seed=seed)
@@ -281,8 +281,8 @@ def test_inductor_makes_the_same_of_it():
 
 
 @torch.no_grad()
-def test_a_compiled_model_goes_on_after_an_interrupt():
-    """torch runs no hooks then, so what was begun is still there when the model is called again."""
+def test_a_compiled_model_continues_after_an_interrupt():
+    """torch runs no hooks then, so the forward is still in progress when the model is called again."""
     model = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT)
     stream, plain, cache = tokens(40), SinkCache(W, S, model=model), SinkCache(W, S, model=model)
     interrupts = []
@@ -309,8 +309,8 @@ def test_a_compiled_model_goes_on_after_an_interrupt():
 
 
 @pytest.mark.parametrize("how", ["compile_config", "forward"])
-def test_where_torch_gives_up_and_runs_a_graph_without_compiling_the_text_is_the_same(how):
-    """As after too many prompts of different lengths."""
+def test_the_text_is_the_same_if_torch_stops_compiling(how):
+    """Torch does so after too many prompts of different lengths, for example."""
     model = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT)
     wanted = run(model, tokens(6))
     if how == "forward":
@@ -321,19 +321,19 @@ def test_where_torch_gives_up_and_runs_a_graph_without_compiling_the_text_is_the
         assert_same(run(model, tokens(6), **settings), wanted)
 
 
-def test_what_was_compiled_in_inference_mode_goes_on_outside_it():
+def test_a_stream_compiled_in_inference_mode_continues_outside_it():
     model = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT)
     wanted = run(model, tokens(6))
     with torch.inference_mode():
         first = run(model, tokens(6), compile_config=graph_config(), max_new_tokens=20)
     resumed = {"past_key_values": first.past_key_values, "cache_implementation": None, "max_new_tokens": 5 * W - 20}
-    with torch._dynamo.config.patch(error_on_recompile=False):  # the mode is another one
+    with torch._dynamo.config.patch(error_on_recompile=False):  # the mode has changed
         second = run(model, first.sequences.clone(), compile_config=graph_config(), **resumed)
     assert torch.equal(second.sequences, wanted.sequences)
 
 
 @torch.no_grad()
-def test_a_row_may_bring_no_token():
+def test_a_row_may_have_no_new_token():
     model = copy.copy(tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT))
     stream, caches = tokens(40, rows=2), [SinkCache(W, S, model=model) for _ in range(2)]
     steps = [(0, 20, [1, 1]), *((at, at + 1, [1, at % 2]) for at in range(20, 30))]
@@ -351,7 +351,7 @@ def test_a_row_may_bring_no_token():
         assert relative_error(found[rows], wanted[rows]) < 1e-5
 
 
-def test_a_graph_that_is_called_by_hand_takes_what_it_always_took():
+def test_a_graph_that_is_called_by_hand_takes_its_usual_arguments():
     model = tiny("llama", layers=2, attention="sdpa")
     with torch.no_grad():
         assert torch.equal(model.get_compiled_call(graph_config())(tokens(3)).logits, model(tokens(3)).logits)
@@ -359,7 +359,7 @@ def test_a_graph_that_is_called_by_hand_takes_what_it_always_took():
 
 @torch.no_grad()
 def test_a_thread_that_compiles_something_else_does_not_disturb_a_stream():
-    """`torch.compiler.is_compiling` is true in all threads then."""
+    """`torch.compiler.is_compiling` is then true in all threads."""
     model, started, done = tiny("llama", layers=2), threading.Event(), threading.Event()
     cache, plain, stream = SinkCache(W, S, model=model), SinkCache(W, S, model=model), tokens(8)
 

@@ -1,4 +1,4 @@
-"""While nothing has left the window, a sink cache gives what transformers' own `DynamicCache` gives."""
+"""While nothing has left the window, a sink cache gives the same results as transformers' `DynamicCache`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SCHEDULES = {
 def two_layers(model_type: str) -> PreTrainedModel:
     """Two layers, of two kinds where the family has them; sliding windows are shorter than the text."""
     spec = FAMILIES[model_type]
-    # a model of random weights with tied embeddings says its last token again and again, whatever it attends to
+    # a random model with tied embeddings repeats its last token, whatever it attends to
     settings: dict[str, Any] = {"tie_word_embeddings": False}
     mixed = ["sliding_attention", "full_attention"]
     if "layers" in spec and can_have(model_type, mixed):
@@ -50,11 +50,11 @@ def fed(model: PreTrainedModel, cache: Cache, stream: torch.Tensor, schedule: li
 
 @torch.no_grad()
 def fed_by_default(model: PreTrainedModel, stream: torch.Tensor, schedule: list[int]) -> list[torch.Tensor]:
-    """The same with the cache of transformers itself."""
+    """The same with the default cache of transformers."""
     cache = default_cache(model, *stream.shape)
     if "cache_position" not in inspect.signature(model.forward).parameters:
         return fed(model, cache, stream, schedule)
-    # as `generate` does: 4.52's Gemma 2 asks its first layer for the length, which slides
+    # as `generate` does: 4.52's Gemma 2 reads the length from its first layer, which has a sliding window
     positions = torch.arange(sum(schedule)).split(schedule)
     pieces = stream[:, : sum(schedule)].split(schedule, dim=1)
     steps = zip(pieces, positions, strict=True)
@@ -62,20 +62,20 @@ def fed_by_default(model: PreTrainedModel, stream: torch.Tensor, schedule: list[
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_greedy_text_is_that_of_the_default_cache_up_to_a_full_window_and_not_after(model_type):
+def test_greedy_text_equals_that_of_the_default_cache_up_to_a_full_window_and_not_after(model_type):
     model, prompt = two_layers(model_type), tokens(PROMPT, rows=2, seed=1)
     settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW, "attention_mask": torch.ones_like(prompt)}
     wanted = model.generate(prompt, **settings)
     assert wanted.shape[1] == PROMPT + NEW
-    for window in (W, FED):  # room to spare; and the last forward fills the window exactly
+    for window in (W, FED):  # longer than needed; and so that the last forward fills it exactly
         found = model.generate(prompt, cache_implementation="sink", window_length=window, **settings)
         assert torch.equal(found, wanted), window
     short = model.generate(prompt, cache_implementation="sink", window_length=PROMPT + 2, **settings)
-    assert not torch.equal(short, wanted)  # else the text would hang on the last few tokens alone, and show nothing
+    assert not torch.equal(short, wanted)  # else the text would depend on the last few tokens alone
 
 
-# Bit for bit is asked of eager attention alone: its products run over copies of the same numbers in the same order.
-# A fused kernel may choose its blocks by the strides of a buffer that is longer than what it holds.
+# Only eager attention must be equal bit for bit: its products run over the same numbers in the same order. A fused
+# kernel may choose its blocks by strides, and our buffer is longer than its visible part.
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_logits_of_llama_equal_those_of_the_default_cache_bit_for_bit_up_to_w_and_differ_after(schedule, rows):

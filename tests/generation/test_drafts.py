@@ -1,4 +1,4 @@
-"""Decoding with drafts: an assistant model and prompt lookup, whose rejected tokens are taken back."""
+"""Assisted decoding: an assistant model or prompt lookup drafts tokens, and rejected ones are cropped."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 
 from sink_patch import SinkArgumentError, SinkCache, UnsupportedGenerationError
 from tests.support import zoo
-from tests.support.known_gaps import skip_what_is_to_come
+from tests.support.known_gaps import skip_if_model_is_newer
 from tests.support.modules import no_module_runs
 from tests.support.naive import NaiveCache, decoder_of
 from tests.support.oracle import relative_error
 from tests.support.tiny import tiny, tokens
 
 W, S = 24, 4
-CONTEXT = 64  # so short that the clock is set back
+CONTEXT = 64  # short, so that the clock is set back
 SINK = {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S}
-NO_END = {"eos_token_id": 500, "pad_token_id": 501}  # of which prompt lookup wants to know
+NO_END = {"eos_token_id": 500, "pad_token_id": 501}  # prompt lookup needs these
 PROMPT = tokens(6)
 
 
@@ -45,25 +45,27 @@ def run(model, ids=PROMPT, *, new=70, **settings):
 
 
 class Log:
-    """What happens to each sink cache: the ids that are fed to a model with it, and how many are taken back."""
+    """What happens to each sink cache: the ids that are fed, and how many tokens are cropped."""
 
     def __init__(self, monkeypatch, *models):
-        self.events, forget = [], SinkCache._take_back
+        self.events, take_back = [], SinkCache._take_back
 
-        def noted(cache, count, asked):
-            self._note(cache, int(count))
-            forget(cache, count, asked)
+        def recording(cache, count, asked):
+            self._record(cache, int(count))
+            take_back(cache, count, asked)
 
-        monkeypatch.setattr(SinkCache, "_take_back", noted)
+        monkeypatch.setattr(SinkCache, "_take_back", recording)
         self.hooks = [
             decoder_of(model).register_forward_pre_hook(
-                lambda _, args, named: self._note(named.get("cache", named.get("past_key_values")), named["input_ids"]),
+                lambda _, args, named: self._record(
+                    named.get("cache", named.get("past_key_values")), named["input_ids"]
+                ),
                 with_kwargs=True,
             )
             for model in models
         ]
 
-    def _note(self, cache, what):
+    def _record(self, cache, what):
         self.events.append((cache, what))
 
     def of(self, cache):
@@ -76,7 +78,7 @@ class Log:
 
 @pytest.fixture
 def log(monkeypatch, model):
-    SinkCache(W, S, model=model)  # its hooks come first, so that the log sees what the model sees
+    SinkCache(W, S, model=model)  # its hooks come before those of the log, which so gets the arguments of the model
     log = Log(monkeypatch, model)
     yield log
     log.close()
@@ -84,15 +86,15 @@ def log(monkeypatch, model):
 
 @pytest.mark.parametrize("prompt", [6, 40, 150], ids=["short prompt", "long prompt", "prompt past the context"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_token_is_the_naive_caches_fed_with_the_same_forwards(model, log, kind, prompt):
+def test_logits_equal_those_of_the_naive_cache_fed_with_the_same_forwards(model, log, kind, prompt):
     out = run(model, tokens(prompt), **SINK, **drafted_by(kind), output_logits=True)
     cache, naive, wanted, new = out.past_key_values, NaiveCache(model, W, S), [], torch.empty(1, 0, 1)
     with torch.no_grad():
         for what in log.of(cache):
             if isinstance(what, torch.Tensor):
-                wanted += new.unbind(1)  # none of it was rejected
+                wanted += new.unbind(1)  # no token of the last forward was rejected
                 new = naive.forward(what)
-                new = new[:, :0] if naive.seen < prompt else new  # of a prompt, the last token alone predicts
+                new = new[:, :0] if naive.seen < prompt else new  # only the last token of a prompt predicts
             else:
                 naive.crop(what)
                 wanted += new[:, : new.shape[1] - what].unbind(1)
@@ -107,11 +109,11 @@ def test_each_token_is_the_naive_caches_fed_with_the_same_forwards(model, log, k
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_while_each_forward_lies_within_the_window_the_text_is_that_of_plain_decoding(model, kind):
+def test_while_each_forward_fits_into_the_window_the_text_is_that_of_plain_decoding(model, kind):
     plain = run(model, new=18, **SINK).sequences
     assert plain.shape[1] == W
     settings = drafted_by(kind)
-    if "assistant_model" in settings:  # its drafts go past what is asked for
+    if "assistant_model" in settings:  # its drafts may be longer than the text
         settings["assistant_model"] = copy.copy(settings["assistant_model"])
         settings["assistant_model"].generation_config = copy.deepcopy(settings["assistant_model"].generation_config)
         settings["assistant_model"].generation_config.num_assistant_tokens = 4
@@ -120,7 +122,7 @@ def test_while_each_forward_lies_within_the_window_the_text_is_that_of_plain_dec
 
 
 @pytest.mark.parametrize("passed", [True, False], ids=["a cache that is passed", "a cache that is asked for"])
-def test_an_assistant_streams_with_a_cache_like_its_targets(model, monkeypatch, passed):
+def test_an_assistant_has_a_sink_cache_of_the_same_sizes(model, monkeypatch, passed):
     assistant = drafted_by("another model")["assistant_model"]
     SinkCache(W, S, model=assistant)
     log = Log(monkeypatch, assistant)
@@ -135,14 +137,14 @@ def test_an_assistant_streams_with_a_cache_like_its_targets(model, monkeypatch, 
     assert (cache.window_length, cache.num_sink_tokens) == (W, S)
     assert cache.get_seq_length() > 2 * W
     assert cache.layers[0].keys.shape[2] < 4 * W  # with room for drafts of 20 tokens
-    given_back = out.past_key_values
-    assert given_back.layers[0].keys.shape[2] == W
-    assert not given_back.is_croppable
+    returned = out.past_key_values
+    assert returned.layers[0].keys.shape[2] == W
+    assert not returned.is_croppable
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_second_turn_goes_on_where_the_first_ended(model, log, kind):
-    """With drafts, without them, and with them again: the text is that of one history."""
+def test_a_second_turn_continues_the_first(model, log, kind):
+    """With drafts, then without, then with drafts again: the text is that of one stream."""
     first = run(model, **SINK, **drafted_by(kind))
     cache, whole = first.past_key_values, torch.cat((first.sequences, tokens(5, seed=1)), dim=1)
     for settings in ({}, drafted_by(kind)):
@@ -172,9 +174,8 @@ def test_sampling_with_drafts_streams_past_the_window(model):
 
 
 def test_an_assistant_that_cannot_stream_is_refused(model):
-    short = tiny(
-        "gptj", n_positions=24, n_ctx=24, max_position_embeddings=24
-    )  # a table of angles that is too short for the window
+    # its table of angles is too short for the window
+    short = tiny("gptj", n_positions=24, n_ctx=24, max_position_embeddings=24)
     with pytest.raises(SinkArgumentError, match="does not fit GPTJForCausalLM"):
         run(model, **SINK, assistant_model=short)
 
@@ -196,7 +197,7 @@ def test_new_tokens_alone_are_refused(model):
 
 
 @pytest.mark.parametrize("output", ["output_attentions", "output_hidden_states"])
-def test_whole_outputs_are_refused(output):
+def test_outputs_of_all_forwards_are_refused(output):
     model = copy.deepcopy(tiny("llama", layers=2))  # which no probe has run on
     with no_module_runs(), pytest.raises(UnsupportedGenerationError, match=output):
         run(model, **SINK, prompt_lookup_num_tokens=3, **{output: True})
@@ -209,16 +210,16 @@ def test_early_exits_are_refused():
 
 
 def test_models_with_states_are_refused():
-    skip_what_is_to_come("qwen3_next")
+    skip_if_model_is_newer("qwen3_next")
     with (
         no_module_runs(),
         pytest.raises((NotImplementedError, ValueError), match="states|stateful"),
-    ):  # transformers may be faster
+    ):  # transformers may refuse first
         run(zoo.build("qwen3_next"), **SINK, prompt_lookup_num_tokens=3)
 
 
-def test_an_assistant_that_cannot_take_tokens_back_is_refused_before_anything_is_fed(model):
-    skip_what_is_to_come("qwen3_next")
+def test_an_assistant_that_cannot_take_tokens_back_is_refused_before_any_forward(model):
+    skip_if_model_is_newer("qwen3_next")
     cache = SinkCache(W, S, model=model)
     with (
         no_module_runs(),

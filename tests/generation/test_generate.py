@@ -36,7 +36,7 @@ def sizes(cache):
     return cache.window_length, cache.num_sink_tokens
 
 
-def test_each_token_is_the_oracles(model):
+def test_the_logits_of_each_token_equal_the_oracle(model):
     out = run(model, new=150, cache_implementation="sink", window_length=W, num_sink_tokens=S, output_logits=True)
     assert isinstance(out.past_key_values, SinkCache)
     stream = out.sequences
@@ -47,7 +47,7 @@ def test_each_token_is_the_oracles(model):
             assert relative_error(logits, model(visible, use_cache=False).logits[:, -1]) < 1e-5
 
 
-WAYS = {
+CASES_OF_SIZES = {
     "arguments": ({"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S}, {}),
     "cache_config": ({"cache_implementation": "sink", "cache_config": {"window_length": W, "num_sink_tokens": S}}, {}),
     "entries of the config": ({}, {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S}),
@@ -74,9 +74,9 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_sizes_may_be_given_in_many_ways(model, way, tmp_path):
-    arguments, entries = WAYS[way]
+@pytest.mark.parametrize("case", CASES_OF_SIZES)
+def test_sizes_may_be_given_in_many_ways(model, case, tmp_path):
+    arguments, entries = CASES_OF_SIZES[case]
     GenerationConfig(**entries).save_pretrained(tmp_path)
     model.generation_config = GenerationConfig.from_pretrained(tmp_path)
     before = copy.deepcopy(model.generation_config.to_dict())
@@ -87,7 +87,7 @@ def test_sizes_may_be_given_in_many_ways(model, way, tmp_path):
 
 @pytest.mark.parametrize("other", [None, "dynamic", "static"])
 def test_a_call_may_ask_for_another_cache_than_the_config(model, other):
-    """4.52 and 4.53 would give the other cache the stored sizes of the sink cache, and refuse them."""
+    """4.52 and 4.53 would pass the sizes in the config to the other cache, which refuses them."""
     wanted = run(model).sequences
     model.generation_config.cache_implementation = "sink"
     model.generation_config.cache_config = {"window_length": W, "num_sink_tokens": S}
@@ -108,7 +108,7 @@ def test_a_config_may_be_passed(model):
     assert config.to_dict() == before
 
 
-def test_defaults(model):
+def test_default_sizes(model):
     assert sizes(run(model, cache_implementation="sink").past_key_values) == (256, 4)
 
 
@@ -118,12 +118,12 @@ def test_a_cache_may_be_passed_bound_or_not(model):
         out = run(model, past_key_values=cache)
         assert out.past_key_values is cache
         assert torch.equal(out.sequences, wanted)
-    model.generation_config.cache_implementation = "sink"  # and where the config asks for one anyway
+    model.generation_config.cache_implementation = "sink"  # also if the config asks for a sink cache
     assert torch.equal(run(model, past_key_values=SinkCache(W, S)).sequences, wanted)
 
 
 @pytest.mark.parametrize("history", [True, False])
-def test_a_second_turn_goes_on_where_the_first_ended(model, history):
+def test_a_second_turn_continues_the_first(model, history):
     first = run(model, cache_implementation="sink", window_length=W, num_sink_tokens=S)
     turn = tokens(5, seed=1)
     whole = torch.cat((first.sequences, turn), dim=1)
@@ -149,7 +149,7 @@ def test_a_second_turn_of_new_tokens_needs_no_mask(model):
 
 
 def test_a_second_turn_may_have_the_mask_of_its_new_tokens_alone(model):
-    """As tokenizers give it for a batch of new messages; the padding of the first turn is known to the cache."""
+    """Tokenizers return such a mask for a batch of new messages; the cache knows the padding of the first turn."""
     ids, mask = tokens(9, rows=2), torch.ones(2, 9, dtype=torch.long)
     mask[1, :4] = 0
     sink = {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S}
@@ -159,7 +159,7 @@ def test_a_second_turn_may_have_the_mask_of_its_new_tokens_alone(model):
     fed, last = first.past_key_values.get_seq_length(), first.sequences[:, -1:]
     ids_of_turn = torch.cat((last, turn), dim=1)
     mask_of_turn = torch.cat((torch.ones_like(last), new_mask), dim=1)
-    # padding stands to the left of all new tokens of a row
+    # padding is to the left of all new tokens of a row
     ids_of_turn[0, :3] = torch.cat((turn[0, :2], last[0]))
     mask_of_turn[0, :3] = torch.tensor([0, 0, 1])
     more = {"output_logits": True, "new": 1, "pad_token_id": 0}
@@ -168,8 +168,8 @@ def test_a_second_turn_may_have_the_mask_of_its_new_tokens_alone(model):
         whole = torch.cat((first.sequences[row, start:], turn[row, skipped:]))[None]
         new = 7 - skipped
         with torch.no_grad():
-            standing_for = visible_tokens(whole, whole.shape[1] - new, new, W, S)
-            wanted = model(standing_for, use_cache=False).logits[:, -1]
+            visible = visible_tokens(whole, whole.shape[1] - new, new, W, S)
+            wanted = model(visible, use_cache=False).logits[:, -1]
         assert relative_error(out.logits[0][row : row + 1], wanted) < 1e-5
     assert out.past_key_values.get_seq_length() == fed + 7
 
@@ -191,7 +191,7 @@ def test_other_modes_stream_past_the_window(mode):
     assert isinstance(out.past_key_values, SinkCache)
 
 
-def test_padded_rows_stream_as_if_alone():
+def test_padded_rows_give_the_same_text_as_alone():
     model = tiny("llama", layers=2)
     ids, mask = tokens(9, rows=2), torch.ones(2, 9, dtype=torch.long)
     mask[1, :5] = 0
@@ -208,7 +208,7 @@ def test_embeddings_may_be_the_prompt(model):
     assert torch.equal(model.generate(inputs_embeds=embeds, max_new_tokens=40, do_sample=False, **sink), wanted)
 
 
-def test_a_prompt_longer_than_the_context_goes_in_by_pieces_and_says_so_once(model, caplog, monkeypatch):
+def test_a_prompt_longer_than_the_context_is_fed_in_pieces_and_logged_once(model, caplog, monkeypatch):
     monkeypatch.setattr(prompt_module, "_has_told", False)
     prompt = tokens(200)  # the context has 64 positions
     sink = {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S, "new": 1, "output_logits": True}
@@ -218,12 +218,12 @@ def test_a_prompt_longer_than_the_context_goes_in_by_pieces_and_says_so_once(mod
     assert [record.getMessage() for record in caplog.records if record.name == "sink_patch"] == [
         "A prompt of 200 tokens is longer than the model's context: it goes into the sink cache in pieces of 9."
     ]
-    standing_for = visible_tokens(prompt, 198, 2, W, S)  # 200 = 22 * 9 + 2
+    visible = visible_tokens(prompt, 198, 2, W, S)  # 200 = 22 * 9 + 2
     with torch.no_grad():
-        assert relative_error(found, model(standing_for, use_cache=False).logits[:, -1]) < 1e-5
+        assert relative_error(found, model(visible, use_cache=False).logits[:, -1]) < 1e-5
 
 
-def test_a_chunk_size_of_the_users_is_honoured(model):
+def test_prefill_chunk_size_is_used(model):
     prompt = tokens(50)
     sink = {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S}
     found = run(model, prompt, new=1, output_logits=True, prefill_chunk_size=7, **sink).logits[0]
@@ -233,7 +233,7 @@ def test_a_chunk_size_of_the_users_is_honoured(model):
 
 
 @pytest.mark.parametrize("extra", [{"prefill_chunk_size": 7}, {}], ids=["chunks", "past the context"])
-def test_embeddings_go_in_by_pieces_too(model, extra):
+def test_embeddings_are_fed_in_pieces_too(model, extra):
     prompt = tokens(50 if extra else 130)
     sink = {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S, "new": 20}
     wanted = run(model, prompt, **sink, **extra).sequences[:, prompt.shape[1] :]
@@ -243,7 +243,7 @@ def test_embeddings_go_in_by_pieces_too(model, extra):
 
 @pytest.mark.parametrize("history", [True, False])
 @pytest.mark.parametrize("mask", [True, False])
-def test_a_second_turn_goes_in_by_pieces_too(model, history, mask):
+def test_a_second_turn_is_fed_in_pieces_too(model, history, mask):
     first = run(model, cache_implementation="sink", window_length=W, num_sink_tokens=S)
     fed = first.past_key_values.get_seq_length()
     whole = torch.cat((first.sequences, tokens(20, seed=1)), dim=1)
@@ -263,8 +263,8 @@ def test_continuous_batching_is_refused_by_name(model):
         model.init_continuous_batching()
 
 
-def test_a_second_turn_must_bring_each_row_a_token(model):
-    """Its one new column is padding there; that is looked at, though single tokens that `generate` made are not."""
+def test_a_second_turn_must_have_a_new_token_for_each_row(model):
+    """The only new column of one row is padding. It is checked, unlike the single tokens that `generate` makes."""
     sink = {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S, "pad_token_id": 0}
     first = run(model, tokens(6, rows=2), new=20, **sink)
     cache, fed = first.past_key_values, first.past_key_values.get_seq_length()

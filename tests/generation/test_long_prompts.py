@@ -1,4 +1,4 @@
-"""A prompt of fifty windows takes no more memory than one of two, as it goes in by pieces."""
+"""A prompt of fifty windows takes no more memory than one of two, because it is fed in pieces."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ def seen(monkeypatch) -> list[tuple[int, int, int]]:
     record: list[tuple[int, int, int]] = []
     update = SinkCache.update
 
-    def watched(cache: SinkCache, key_states: torch.Tensor, *args: Any, **more: Any) -> Any:
+    def recording(cache: SinkCache, key_states: torch.Tensor, *args: Any, **more: Any) -> Any:
         keys, values = update(cache, key_states, *args, **more)
         record.append((key_states.shape[2], keys.shape[2], cache.nbytes))
         return keys, values
 
-    monkeypatch.setattr(SinkCache, "update", watched)
+    monkeypatch.setattr(SinkCache, "update", recording)
     return record
 
 
 PIECES = {
     "past the context": (64, {}, W - S),
-    "of a size of the user's": (4096, {"prefill_chunk_size": 5}, 5),
+    "of prefill_chunk_size": (4096, {"prefill_chunk_size": 5}, 5),
     "longer than the ring": (4096, {"prefill_chunk_size": 2 * W}, 2 * W),
 }
 
 
 @pytest.mark.parametrize("given", ["ids", "embeddings"])
 @pytest.mark.parametrize(("context", "pieces", "size"), PIECES.values(), ids=PIECES)
-def test_memory_stays_bounded_while_a_long_prompt_goes_in(seen, context, pieces, size, given):
+def test_memory_stays_bounded_while_a_long_prompt_is_fed(seen, context, pieces, size, given):
     model = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=context)
     embeds = model.get_input_embeddings()(PROMPT).detach()
     prompt = {"input_ids": PROMPT} if given == "ids" else {"inputs_embeds": embeds}
@@ -53,8 +53,8 @@ def test_memory_stays_bounded_while_a_long_prompt_goes_in(seen, context, pieces,
     assert max(held) == held[-1] == full
 
 
-def test_in_one_forward_attention_gets_all_of_a_prompt(seen):
-    """What the tests above would see, were it not for the pieces; the cache is as small as ever."""
+def test_in_one_forward_attention_gets_the_whole_prompt(seen):
+    """Without pieces, the tests above would see this. The size of the cache is the same."""
     model = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=4096)
     model.generate(PROMPT, do_sample=False, max_new_tokens=3, **SINK)
     assert max(keys for _, keys, _ in seen) == PROMPT.shape[1]

@@ -1,6 +1,6 @@
-"""A seeded model tells the same on every version of transformers, five windows long: what `data/streams.json` holds.
+"""A seeded model generates the same five windows of text on every version of transformers (`data/streams.json`).
 
-python -m tests.test_same_text   writes the file anew, from the installed transformers
+`python -m tests.generation.test_same_text` writes the file with the installed transformers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from sink_patch import SinkCache
 from tests.support.tiny import FAMILIES, tiny, tokens
 
-TORCH = "2.13"  # another one may draw other random numbers
+TORCH = "2.13"  # another version may draw other random numbers
 FILE = Path(__file__).parent.parent / "data" / "streams.json"
 W, S = 12, 3
 MODES = {
@@ -24,8 +24,8 @@ MODES = {
 MODELS = {"llama": {}, "mistral": {"sliding_window": 7}, "qwen2": {}, "gemma": {}, "glm": {}}
 
 
-def told(model_type: str, mode: str) -> list[int]:
-    """Token ids of a stream, the prompt counted in."""
+def stream_of(model_type: str, mode: str) -> list[int]:
+    """Token ids of a stream, including the prompt."""
     model = tiny(model_type, layers=2, max_position_embeddings=48, **MODELS[model_type])
     torch.manual_seed(0)
     sink = {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S, "return_dict_in_generate": True}
@@ -41,9 +41,9 @@ def test_the_text_is_the_same_on_every_version(model_type, mode):
     assert model_type in FAMILIES
     if mode == "sampled" and not torch.__version__.startswith(f"{TORCH}."):
         pytest.skip(f"the file was written with torch {TORCH}, and this one draws other random numbers")
-    assert told(model_type, mode) == json.loads(FILE.read_text())[model_type][mode]
+    assert stream_of(model_type, mode) == json.loads(FILE.read_text())[model_type][mode]
 
 
 if __name__ == "__main__":
-    streams = {model_type: {mode: told(model_type, mode) for mode in MODES} for model_type in MODELS}
+    streams = {model_type: {mode: stream_of(model_type, mode) for mode in MODES} for model_type in MODELS}
     FILE.write_text(json.dumps(streams) + "\n")

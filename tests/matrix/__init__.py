@@ -1,1 +1,1 @@
-"""The test suite on every transformers: `python -m tests.matrix --help`. A tool of developers, not installed."""
+"""Run the tests on every version of transformers: `python -m tests.matrix --help`. For developers; not installed."""

@@ -4,7 +4,7 @@
     python -m tests.matrix --full 4.52.4 5.3.0 --quick      two versions in full, a quick selection on all others
     python -m tests.matrix --quick 5.0.0 --families         a quick selection and the proof of every architecture
     python -m tests.matrix --quick 5.4.0 --only tests/cache/test_cache.py
-    python -m tests.matrix --full 5.4.0 --with old.json --readme    one version anew, and the table of all
+    python -m tests.matrix --full 5.4.0 --with old.json --readme    one version again, and the table of all
 
 Torch and the tools are those of the python that runs this: another torch is tested by running it with another python.
 """
@@ -35,35 +35,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         records.append(record)
     records += earlier(asked.earlier, but_not={record.version for record in records})
     records.sort(key=lambda record: Version(record.version))
-    tell(records)
-    keep(records, asked)
+    print_results(records)
+    write_files(records, asked)
     print(closing_line(records))
     return 0 if records and all(record.is_good for record in records) else 1
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments."""
+    """The parser of the command line."""
     it = argparse.ArgumentParser(
         prog="python -m tests.matrix", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     it.add_argument(
         "--full", nargs="+", type=version, default=[], metavar="V", help="the whole suite on these versions"
     )
-    it.add_argument("--all-full", action="store_true", help="the whole suite on all versions (also if none is named)")
+    it.add_argument("--all-full", action="store_true", help="the whole suite on all versions (the default)")
     it.add_argument(
         "--quick",
         nargs="*",
         type=version,
         metavar="V",
-        help="a quick selection on these; on all others if none is named",
+        help="a quick selection on these; without V, on all others",
     )
     it.add_argument(
-        "--only", nargs="+", metavar="PATH", help="files or tests in place of the whole suite and the quick one"
+        "--only",
+        nargs="+",
+        metavar="PATH",
+        help="these files or tests instead of the whole suite and of the quick selection",
     )
     it.add_argument(
-        "--families", action="store_true", help="beside the quick selection, the proof of every architecture"
+        "--families", action="store_true", help="add the tests of every architecture to the quick selection"
     )
-    it.add_argument("--jobs", type=int, default=2, metavar="N", help="versions that run side by side (%(default)s)")
+    it.add_argument(
+        "--jobs", type=int, default=2, metavar="N", help="how many versions run at the same time (%(default)s)"
+    )
     it.add_argument(
         "--root", type=Path, default=CHECKOUT / ".matrix", metavar="DIR", help="environments and logs (%(default)s)"
     )
@@ -75,14 +80,14 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         dest="earlier",
         metavar="FILE",
-        help="files of --json: what they say of versions that are not run now belongs to the result, too",
+        help="files of --json: their records of versions that are not run now are added to the result",
     )
     it.add_argument("--readme", action="store_true", help="put the table into README.md")
     return it
 
 
 def version(text: str) -> str:
-    """A version as it is written on PyPI; it need not be one of the table, so that a new one can be tried."""
+    """A version as on PyPI; versions outside the table are allowed, so that a new one can be tried."""
     try:
         Version(text)
     except InvalidVersion as problem:
@@ -91,15 +96,15 @@ def version(text: str) -> str:
 
 
 def earlier(files: Sequence[Path], but_not: Collection[str]) -> list[Record]:
-    """The records in files of ours, without those of some versions; of two for one version, the later file's."""
+    """The records in files of --json, without some versions; of two for one version, that of the later file."""
     found = [Record(**record) for file in files for record in json.loads(file.read_text())]
     return [*{record.version: record for record in found if record.version not in but_not}.values()]
 
 
 def runs(asked: argparse.Namespace) -> list[Run]:
-    """One run for each version that is asked for; the whole suite where a version is named twice."""
-    is_silent = not (asked.full or asked.quick is not None or asked.earlier)
-    full = list(VERSIONS) if asked.all_full or is_silent else asked.full
+    """One run for each version that is asked for; the whole suite if a version is named twice."""
+    is_default = not (asked.full or asked.quick is not None or asked.earlier)
+    full = list(VERSIONS) if asked.all_full or is_default else asked.full
     quick = [] if asked.quick is None else asked.quick or VERSIONS
     selection = "quick + families" if asked.families else "quick"
     suites = {**dict.fromkeys(quick, selection), **dict.fromkeys(full, "all")}
@@ -109,15 +114,15 @@ def runs(asked: argparse.Namespace) -> list[Run]:
     return [Run(name, suite, SUITES[suite], root) for name, suite in suites.items()]
 
 
-def tell(records: Sequence[Record]) -> None:
-    """Print the table, what failed, and why tests were skipped."""
+def print_results(records: Sequence[Record]) -> None:
+    """Print the table, the failures, and why tests were skipped."""
     for title, lines in (("", [table(records)]), ("Failed:", [*failures(records)]), ("Skipped:", [*reasons(records)])):
         if lines:
             print(title, *lines, "", sep="\n")
 
 
-def keep(records: Sequence[Record], asked: argparse.Namespace) -> None:
-    """Write the files that were asked for."""
+def write_files(records: Sequence[Record], asked: argparse.Namespace) -> None:
+    """Write the files of --json and --readme."""
     if asked.json:
         asked.json.write_text(json.dumps([asdict(record) for record in records], indent=1) + "\n")
     if asked.readme:

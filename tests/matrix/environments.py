@@ -1,7 +1,7 @@
 """A virtual environment for each version of transformers; torch and the tools are those of the python that runs this.
 
-An environment holds only what differs from one version to the next (transformers, tokenizers, huggingface-hub). So all
-of them together take a few minutes and a few GB, and no second torch.
+An environment contains only the packages that differ between versions (transformers, tokenizers, huggingface-hub). So
+all of them together take a few minutes and a few GB, without a second torch.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ def python_of(folder: Path) -> Path:
 
 
 def packages_of(folder: Path) -> Path:
-    """Where an environment's own packages lie."""
+    """The folder of an environment's own packages."""
     return Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
 
 
 def environment(version: str, root: Path, log: IO[str]) -> Path:
-    """The folder of the environment of one version, made anew unless it is there and works.
+    """The folder of the environment of one version, which is created unless it exists and works.
 
     Raises:
-        subprocess.CalledProcessError: it cannot be made; the log says why.
+        subprocess.CalledProcessError: it cannot be created; the log says why.
     """
     folder = root / version
     if not is_ready(folder, version):
@@ -46,7 +46,7 @@ def environment(version: str, root: Path, log: IO[str]) -> Path:
 
 
 def is_ready(folder: Path, version: str) -> bool:
-    """Whether an environment is there that imports this version beside our torch."""
+    """Whether an environment exists that can import this version together with torch."""
     if not packages_of(folder).is_dir():
         return False
     share(folder)
@@ -56,11 +56,11 @@ def is_ready(folder: Path, version: str) -> bool:
 
 
 def share(folder: Path) -> None:
-    """Let an environment see the packages of ours, after its own."""
+    """Add the packages of this python to an environment, after its own."""
     (packages_of(folder) / "_shared.pth").write_text(SHARE)
 
 
 def call(*arguments: str, log: IO[str]) -> None:
-    """Run this python with arguments; what it says goes to the log."""
+    """Run this python with arguments; its output goes to the log."""
     command = [sys.executable, *arguments]
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)

@@ -1,4 +1,4 @@
-"""What one run of pytest came to, read from its junit file and its log."""
+"""The results of one run of pytest, read from its junit file and its log."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ ARCHITECTURES = re.compile(r"^\d+ architectures: (\d+) exact, (\d+) refused", re
 BAD = ("failure", "error")
 NO_IMPORT = "collection failure"
 NO_FILE = "collection skipped"
-"""What pytest says of a file that cannot be imported, and of one that is skipped as a whole."""
+"""The messages of pytest for a file that cannot be imported, and for one that is skipped as a whole."""
 NO_ENVIRONMENT, TOO_LONG = -1001, -1002
-"""In place of pytest's exit code, where pytest did not start or did not end."""
+"""Instead of pytest's exit code, if pytest did not start or did not end."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class Record:
 
     Args:
         version: of transformers.
-        suite: what was run: a name of SUITES in runs.py, or "some".
-        exit_code: pytest's; negative where it was killed, or one of the two above.
+        suite: a name of SUITES in runs.py, or "some".
+        exit_code: pytest's; negative if it was killed, or one of the two above.
         seconds: from pytest's start to its end.
         passed, failed, errors, skipped: tests. One that passes and then fails to clean up is an error; one that fails
             and then fails to clean up is both.
-        exact, refused: architectures; None where they were not tested.
-        bad: the tests that failed, each with what it said.
+        exact, refused: architectures; None if they were not tested.
+        bad: the tests that failed, each with its message.
         reasons: why tests were skipped, and how many for each reason.
     """
 
@@ -77,7 +77,7 @@ def read(version: str, suite: str, exit_code: int, seconds: float, junit: Path, 
 
 
 def name_of(case: ElementTree.Element) -> str:
-    """A test's node id; a file's path where the whole file failed."""
+    """A test's node id; a file's path if the whole file failed."""
     file, name = case.get("file", ""), case.get("name", "")
     return f"{file}::{name}" if case.get("classname") else file or name
 
@@ -90,15 +90,15 @@ def complaint(mark: ElementTree.Element) -> str:
 
 
 def reason(mark: ElementTree.Element) -> str:
-    """Why a test was skipped. For a whole file it stands in the text, as (path, line, reason)."""
+    """Why a test was skipped. For a whole file the reason is in the text, as (path, line, reason)."""
     message = mark.get("message", "")
     if message != NO_FILE:
         return message
-    *_, told = ast.literal_eval(mark.text or "")
-    return str(told).removeprefix("Skipped: ")
+    *_, found = ast.literal_eval(mark.text or "")
+    return str(found).removeprefix("Skipped: ")
 
 
 def architectures(log: str) -> tuple[int | None, int | None]:
-    """How many architectures are exact and how many refused, as conftest says at the end of the log."""
+    """How many architectures are exact and how many are refused, from the line of conftest.py in the log."""
     found = ARCHITECTURES.findall(log)
     return (int(found[-1][0]), int(found[-1][1])) if found else (None, None)

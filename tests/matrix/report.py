@@ -1,4 +1,4 @@
-"""What the matrix says: a line for each version, a table, failures by name, and every reason for a skip."""
+"""The output of the matrix: a line for each version, a table, failures by name, and every reason for a skip."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ COLUMNS = ("transformers", "tests", "passed", "failed", "skipped", "families exa
 BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
 STATES = {
     0: "no test passed",
-    NO_ENVIRONMENT: "its environment could not be made",
-    TOO_LONG: "pytest did not come to an end",
+    NO_ENVIRONMENT: "its environment could not be created",
+    TOO_LONG: "pytest did not end in time",
     1: "tests failed",
     5: "no test was found",
 }
@@ -52,7 +52,7 @@ def failures(records: Iterable[Record]) -> Iterator[str]:
     for record in records:
         if not record.is_good:
             yield line(record)
-            yield from (f"  {name}: {told}" for name, told in record.bad.items())
+            yield from (f"  {name}: {message}" for name, message in record.bad.items())
 
 
 def reasons(records: Sequence[Record]) -> Iterator[str]:
@@ -67,9 +67,9 @@ def reasons(records: Sequence[Record]) -> Iterator[str]:
 
 
 def closing_line(records: Sequence[Record]) -> str:
-    """All versions together, as pytest says it; a version that ran no test to its end counts as a failure."""
-    silent = sum(not record.is_good and not bad(record) for record in records)
-    failed = sum(map(bad, records)) + silent
+    """All versions together, in the words of pytest; a version that completed no test counts as a failure."""
+    without_tests = sum(not record.is_good and not bad(record) for record in records)
+    failed = sum(map(bad, records)) + without_tests
     return (
         f"{sum(record.passed for record in records)} passed, {failed} failed, "
         f"{sum(record.skipped for record in records)} skipped"
@@ -80,10 +80,10 @@ def with_table(text: str, new: str) -> str:
     """A text in which the table between the two marks is replaced.
 
     Raises:
-        ValueError: the marks are not there, once each and in their order.
+        ValueError: the text does not contain the two marks once each, in their order.
     """
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in after or END in before + after:
-        raise ValueError(f"The text must hold {BEGIN} and {END} once, in this order")
+        raise ValueError(f"The text must contain {BEGIN} and {END} once, in this order")
     return f"{before}{BEGIN}\n{new}\n{END}{after}"

@@ -1,4 +1,4 @@
-"""One run of the tests for each version, some of them side by side."""
+"""One run of the tests for each version; some run at the same time."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ SUITES: dict[str, tuple[str, ...]] = {
     "quick": QUICK,
     "quick + families": ("tests/models/test_coverage.py", *QUICK),
 }
-"""What pytest is given for each suite. The quick one leaves out a long search for schedules on which our bookkeeping is
-wrong: what that would find does not depend on the version."""
-PATIENCE = 60 * 60
-"""Seconds for one version; only what hangs takes longer."""
+"""The arguments of pytest for each suite. The quick one omits a long random search for schedules with wrong logits: its
+result does not depend on the version."""
+TIMEOUT = 60 * 60
+"""Seconds for one version. A run that takes longer hangs."""
 OLD = "SINK_PATCH_OLD_TRANSFORMERS"
-"""Where tests/cache/test_old_sink_cache.py finds transformers 4.52, whose SinkCache it runs beside ours."""
+"""Where tests/cache/test_old_sink_cache.py finds transformers 4.52, whose SinkCache it compares with ours."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is to be run on one version.
+    """The tests to run on one version.
 
     Args:
         version: of transformers.
-        suite: of SUITES, or "some" where the paths were named by hand.
-        paths: what pytest is given.
+        suite: of SUITES, or "some" if the paths were given by hand.
+        paths: arguments of pytest.
         root: the folder of environments, logs and scratch files.
     """
 
@@ -61,25 +61,25 @@ class Run:
 
     @property
     def log(self) -> Path:
-        """All that pip and pytest said."""
+        """The output of pip and pytest."""
         return self.root / f"{self.version}.log"
 
     @property
     def scratch(self) -> Path:
-        """Files of this run only: versions that run side by side do not meet."""
+        """A folder for the files of this run alone, because versions run at the same time."""
         return self.root / "scratch" / self.version
 
     @property
     def cost(self) -> tuple[bool, Version]:
-        """Larger for what takes longer: a whole suite, and of equal ones that of the version with more models."""
+        """A key by which longer runs are larger: whole suites, and then newer versions, which have more models."""
         return self.suite == "all", Version(self.version)
 
 
 def all_of(runs: Sequence[Run], jobs: int) -> Iterator[Record]:
-    """The records, in the order in which they are done.
+    """The records, in the order in which the runs end.
 
-    All environments are made first, as a test may look into another one. Then the longest run starts first, so that no
-    processor is idle at the end.
+    All environments are created first, because a test may use another one. Then the longest run starts first, so that
+    no processor is idle at the end.
     """
     with ThreadPoolExecutor(jobs) as pool:
         made = dict(zip(runs, pool.map(prepare, runs), strict=True))
@@ -90,7 +90,7 @@ def all_of(runs: Sequence[Run], jobs: int) -> Iterator[Record]:
 
 
 def prepare(run: Run) -> bool:
-    """Make the environment of a version; False if that failed, and the log says why."""
+    """Create the environment of a version; False if that failed (the log says why)."""
     run.scratch.mkdir(parents=True, exist_ok=True)
     with run.log.open("w") as log:
         try:
@@ -106,7 +106,7 @@ def record(run: Run) -> Record:
     junit = run.scratch / "junit.xml"
     junit.unlink(missing_ok=True)
     start = time.monotonic()
-    # not in the checkout: tests that start pytest, or copy the checkout, must not find themselves there
+    # not in the checkout, because some tests start pytest in their folder or copy the checkout
     with tempfile.TemporaryDirectory(prefix=f"matrix-{run.version}-") as temporary:
         try:
             exit_code = run_pytest(run, junit, Path(temporary, "tests"))
@@ -116,24 +116,24 @@ def record(run: Run) -> Record:
 
 
 def run_pytest(run: Run, junit: Path, temporary: Path) -> int:
-    """Pytest's exit code; all that it says goes to the log."""
+    """Pytest's exit code; its output goes to the log."""
     command = [str(python_of(run.root / run.version)), "-m", "pytest", "-p", "no:cacheprovider"]
     own = ["--basetemp", str(temporary), "--junitxml", str(junit), "-o", "junit_family=xunit1"]
     with run.log.open("a") as log:
         return subprocess.run(
             [*command, *own, *run.paths],
             cwd=CHECKOUT,
-            env={**os.environ, **surroundings(run)},
+            env={**os.environ, **variables(run)},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
             check=False,
         ).returncode
 
 
-def surroundings(run: Run) -> dict[str, str]:
-    """Environment variables: one thread, no network, and no file that two runs share."""
+def variables(run: Run) -> dict[str, str]:
+    """Environment variables: one thread, no network, and no files that two runs share."""
     found = {
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",

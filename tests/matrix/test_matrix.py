@@ -1,4 +1,4 @@
-"""The runner of the matrix: what it reads, what it prints, what it asks pytest to do. No environment is made."""
+"""The runner of the matrix: its input, its output, and how it calls pytest. No environment is created."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ TESTS = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The record of a real run of pytest, in which everything happens that may happen."""
+    """The record of a real run of pytest with all kinds of results."""
     folder = tmp_path_factory.mktemp("suite")
     for name, text in TESTS.items():
         (folder / f"{name}.py").write_text(textwrap.dedent(text))
@@ -71,7 +71,7 @@ def test_a_run_is_counted(made):
     assert (made.exit_code, made.seconds, made.is_good) == (1, 2.0, False)
 
 
-def test_failures_have_names_and_say_in_one_line_what_was_wrong(made):
+def test_failures_have_names_and_messages_of_one_line(made):
     assert list(made.bad) == ["test_no_import.py", "test_all_kinds.py::test_fails_and_cannot_clean_up"]
     missing, unequal = made.bad.values()
     assert "No module named 'a_module_that_is_not_there'" in missing
@@ -82,7 +82,7 @@ def test_each_reason_for_a_skip_is_counted_also_that_of_a_whole_file(made):
     assert made.reasons == {"because": 3, "it's not there": 1}
 
 
-def test_the_architectures_are_those_of_the_last_line_that_tells_them(made):
+def test_the_architectures_are_those_of_the_last_line_with_them(made):
     assert (made.exact, made.refused) == (128, 61)
 
 
@@ -102,7 +102,7 @@ def test_a_pytest_that_died_ran_no_test(tmp_path):
         (replace(GOOD, exit_code=0, errors=1), False),
     ],
 )
-def test_a_version_is_good_where_tests_ran_and_none_failed(record, good):
+def test_a_version_is_good_if_tests_ran_and_none_failed(record, good):
     assert record.is_good is good
 
 
@@ -118,8 +118,8 @@ def test_the_table_has_a_row_for_each_version():
     [
         (GOOD, "transformers 5.23.0 (all): 1200 passed, 0 failed, 3 skipped in 61 s"),
         (BAD, "transformers 4.52.4 (quick): 40 passed, 2 failed, 1 skipped in 9 s [tests failed]"),
-        (Record("5.0.0", "all", NO_ENVIRONMENT), "in 0 s [its environment could not be made]"),
-        (Record("5.0.0", "all", TOO_LONG), "in 0 s [pytest did not come to an end]"),
+        (Record("5.0.0", "all", NO_ENVIRONMENT), "in 0 s [its environment could not be created]"),
+        (Record("5.0.0", "all", TOO_LONG), "in 0 s [pytest did not end in time]"),
         (Record("5.0.0", "all", -9), "in 0 s [pytest ended with -9]"),
         (replace(GOOD, passed=0), "0 passed, 0 failed, 3 skipped in 61 s [no test passed]"),
     ],
@@ -159,7 +159,7 @@ def test_the_table_of_a_text_is_replaced_and_nothing_else():
 
 
 @pytest.mark.parametrize("marks", ["", "<!-- matrix -->", "<!-- /matrix --><!-- matrix -->", "<!-- matrix -->" * 2])
-def test_a_text_without_a_place_for_the_table_is_left_alone(marks):
+def test_a_text_without_marks_for_the_table_is_refused(marks):
     with pytest.raises(ValueError, match="once, in this order"):
         report.with_table(marks, "new")
 
@@ -185,26 +185,26 @@ def test_versions_run_as_they_are_named():
     assert suites("--quick", "5.0.0", "--families") == {"5.0.0": "quick + families"}
 
 
-def test_the_suites_are_paths_that_are_there():
+def test_the_suites_are_existing_paths():
     assert asked("--full", "5.0.0")["5.0.0"].paths == ()
     for path in asked("--quick", "--families")["5.0.0"].paths:
         assert path.startswith("--") or (runs.CHECKOUT / path.partition("::")[0]).is_file(), path
     assert asked("--only", "a", "b")["5.0.0"].paths == ("a", "b")
 
 
-def test_what_is_no_version_is_refused(capsys):
+def test_an_invalid_version_is_refused(capsys):
     with pytest.raises(SystemExit):
         asked("--full", "newest")
     assert "newest" in capsys.readouterr().err
 
 
-def test_the_versions_stand_in_their_order():
+def test_the_versions_are_in_order():
     assert sorted(VERSIONS, key=Version) == [*VERSIONS]
 
 
 @pytest.fixture
 def pytest_runs(monkeypatch, tmp_path):
-    """The command line, with records in place of environments and of runs; what it ran, in order."""
+    """Replaces environments and runs by records; returns the runs, in order, and the records."""
     ran: list[Run] = []
     records = {"5.23.0": GOOD, "4.52.4": QUICK}
 
@@ -241,20 +241,20 @@ def test_a_failure_ends_with_1_and_is_named(pytest_runs, capsys):
     assert "tests/test_a.py::test_b[1]: assert 1 == 2" in capsys.readouterr().out
 
 
-def test_an_environment_that_cannot_be_made_ends_with_1_and_runs_nothing(pytest_runs, capsys):
+def test_an_environment_that_cannot_be_created_ends_with_1_and_runs_nothing(pytest_runs, capsys):
     assert run("--full", "5.23.0", "5.0.0") == 1
     assert [run.version for run in pytest_runs[0]] == ["5.23.0"]
     assert "5.0.0 (all): 0 passed, 0 failed, 0 skipped in 0 s [its environment could" in capsys.readouterr().out
 
 
-def test_the_numbers_are_written_where_they_are_asked_for(pytest_runs, tmp_path):
+def test_the_numbers_are_written_to_the_files_of_the_options(pytest_runs, tmp_path):
     (tmp_path / "README.md").write_text("<!-- matrix -->\n<!-- /matrix -->")
     run("--full", "5.23.0", "4.52.4", "--json", str(tmp_path / "numbers"), "--readme")
     assert json.loads((tmp_path / "numbers").read_text()) == [asdict(QUICK), asdict(GOOD)]
     assert report.table([QUICK, GOOD]) in (tmp_path / "README.md").read_text()
 
 
-def test_earlier_numbers_stand_beside_those_of_now(pytest_runs, tmp_path, capsys):
+def test_earlier_numbers_are_added_to_the_new_ones(pytest_runs, tmp_path, capsys):
     old, older = tmp_path / "old", tmp_path / "older"
     older.write_text(json.dumps([asdict(replace(BAD, version="5.3.0"))]))
     old.write_text(json.dumps([asdict(BAD), asdict(replace(GOOD, version="5.3.0"))]))
@@ -264,7 +264,7 @@ def test_earlier_numbers_stand_beside_those_of_now(pytest_runs, tmp_path, capsys
     assert [run.version for run in pytest_runs[0]] == ["4.52.4"]
 
 
-def test_a_run_has_files_of_its_own_and_no_network(monkeypatch, tmp_path):
+def test_a_run_has_its_own_files_and_no_network(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(runs.subprocess, "run", lambda command, **kwargs: calls.append((command, kwargs)) or Done(3))
     for name in ("5.0.0", "5.2.0"):
@@ -282,7 +282,7 @@ class Done:
 
 
 @pytest.mark.parametrize(("found", "commands"), [("5.0.0", 0), ("5.2.0", 2)])
-def test_an_environment_is_made_anew_unless_it_imports_its_version(found, commands, monkeypatch, tmp_path):
+def test_an_environment_is_created_unless_it_imports_its_version(found, commands, monkeypatch, tmp_path):
     calls = []
     packages = environments.packages_of(tmp_path / "5.0.0")
     packages.mkdir(parents=True)

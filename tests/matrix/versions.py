@@ -1,4 +1,4 @@
-"""The releases of transformers that are tested: the last patch of each minor release that changed something for us."""
+"""The releases of transformers that are tested: the last patch of each minor release that changed relevant code."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ VERSIONS = (
 """Oldest first."""
 
 BESIDE = {"5.4.0": ("huggingface-hub==1.8.0",)}
-"""What is installed beside a version that cannot do with the newest: hub 1.33 refuses defaults of its configs."""
+"""Other packages for a version that does not work with the newest: hub 1.33 refuses defaults of its configs."""

@@ -47,7 +47,7 @@ def test_positions_stay_below_the_horizon_and_consecutive(window, sinks, spare, 
         if new <= window - sinks or (row.seen == 0 and new <= horizon):
             assert plan.seen + new - 1 - plan.base < horizon
         if plan.past and row.seen >= sinks > 0:
-            # the newest sink stands just before the oldest other token that is seen
+            # the newest sink is shown just before the oldest other token that is seen
             others = plan.past - sinks
             assert plan.sink_turn + sinks == plan.first_position - others
         assert plan.turn == plan.base - row.base >= 0
@@ -63,7 +63,7 @@ def test_positions_stay_below_the_horizon_and_consecutive(window, sinks, spare, 
     local=st.booleans(),
 )
 def test_the_ring_holds_the_first_and_the_newest(capacity, sinks, steps, local):
-    """A model of the buffer as a dict of slots: after each forward it holds what the rules say, in its place."""
+    """The buffer as a dict of slots: after each forward it holds the tokens of the rules, each in its slot."""
     sinks = 0 if local else min(sinks, capacity - 1)
     kind, row, slots = LayerKind(capacity, sinks, local), Row(), {}
     for new in steps:

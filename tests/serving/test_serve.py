@@ -1,4 +1,4 @@
-"""`transformers serve` imports nothing of ours, and serves a directory that asks for the sink cache with it."""
+"""`transformers serve` imports nothing of sink_patch, and uses the sink cache if the directory asks for it."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ pytestmark = [
 SIZES, OTHER_SIZES = ({"window_length": window, "num_sink_tokens": 3} for window in (12, 20))
 MESSAGES, PROMPT = [{"role": "user", "content": "w11 w12"}], "w1 w11 w12 w2 w3"
 NEW = 100
-PATIENCE = 120  # seconds
+TIMEOUT = 120  # seconds
 
 
 @pytest.fixture(scope="module")
 def ask(tmp_path_factory) -> Iterator[Callable[..., str]]:
-    """Starts a server on loopback; the fixture posts a chat completion to it, and returns the body of the answer."""
+    """A function that posts a chat completion to a server on loopback and returns the body of the answer."""
     folder = directory.write(tmp_path_factory.mktemp("model"), cache_implementation="sink", cache_config=SIZES)
     log = tmp_path_factory.mktemp("server") / "log"
     with socket.socket() as free:
@@ -45,7 +45,7 @@ def ask(tmp_path_factory) -> Iterator[Callable[..., str]]:
         data = json.dumps({"messages": MESSAGES, "max_tokens": NEW, **body}).encode()
         url = f"http://127.0.0.1:{port}/v1/chat/completions"
         request = urllib.request.Request(url, data, {"content-type": "application/json"})
-        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             return answer.read().decode()
 
     try:
@@ -53,12 +53,12 @@ def ask(tmp_path_factory) -> Iterator[Callable[..., str]]:
         yield post
     finally:
         server.terminate()
-        server.wait(PATIENCE)
+        server.wait(TIMEOUT)
         print(log.read_text())  # pytest shows it if a test fails
 
 
 def wait_for(url: str, server: subprocess.Popen) -> None:
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + TIMEOUT
     while not is_up(url):
         assert server.poll() is None, f"the server ended with {server.poll()}"
         assert time.monotonic() < end, "the server did not start"
@@ -74,7 +74,7 @@ def is_up(url: str) -> bool:
 
 
 def answer(**asked: Any) -> str:
-    """What `generate` itself says."""
+    """The text of `generate`."""
     tokenizer = directory.tokenizer()
     inputs = tokenizer(PROMPT, return_tensors="pt")
     made = directory.model().generate(**inputs, do_sample=False, max_new_tokens=NEW, **asked)
@@ -83,14 +83,14 @@ def answer(**asked: Any) -> str:
 
 def streamed(sizes: dict[str, int]) -> str:
     text = answer(cache_implementation="sink", **sizes)
-    assert text != answer(), "with its default cache the model must say something else, or nothing is shown"
+    assert text != answer(), "the text with the default cache must differ, else the test shows nothing"
     return text
 
 
 def test_a_completion_is_streamed_with_the_sink_cache_of_the_directory(ask):
-    said = json.loads(ask())["choices"][0]
-    assert said["finish_reason"] == "length"
-    assert said["message"]["content"] == streamed(SIZES)
+    completion = json.loads(ask())["choices"][0]
+    assert completion["finish_reason"] == "length"
+    assert completion["message"]["content"] == streamed(SIZES)
 
 
 def test_events_are_streamed_with_the_sink_cache_of_the_directory(ask):
@@ -102,5 +102,5 @@ def test_events_are_streamed_with_the_sink_cache_of_the_directory(ask):
 
 def test_a_request_may_ask_for_another_window(ask):
     asked = {"cache_implementation": "sink", "cache_config": OTHER_SIZES, "do_sample": False}
-    said = json.loads(ask(generation_config=json.dumps(asked)))["choices"][0]["message"]["content"]
-    assert said == streamed(OTHER_SIZES) != streamed(SIZES)
+    completion = json.loads(ask(generation_config=json.dumps(asked)))["choices"][0]["message"]["content"]
+    assert completion == streamed(OTHER_SIZES) != streamed(SIZES)

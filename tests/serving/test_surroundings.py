@@ -1,4 +1,4 @@
-"""What lies around a model and its cache: grad modes, garbage, accelerate, PEFT, quantised weights, kernels."""
+"""Sink caches with grad modes, garbage collection, accelerate, PEFT, quantised weights and attention kernels."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ STREAM = tokens(sum(STEPS))
 
 
 def llama(layers: int = 1, attention: str = "sdpa") -> PreTrainedModel:
-    """A model of the test's own."""
+    """A model that a test may change."""
     return copy.deepcopy(tiny("llama", layers=layers, attention=attention, max_position_embeddings=CONTEXT))
 
 
 def error(model: Any, **given: Any) -> float:
-    """Of a stream by a one-layer model against fresh forwards of itself."""
+    """The worst error of a stream by a one-layer model against fresh forwards of this model."""
     return worst_error(model, STREAM, STEPS, W, S, **given)
 
 
@@ -63,7 +63,7 @@ def logits_in(model: PreTrainedModel, mode_of: Callable[[int], Any]) -> list[tor
 
 
 @pytest.mark.parametrize("model_type", MODELS)
-def test_all_grad_modes_give_the_same_and_one_cache_goes_from_one_to_the_next(model_type):
+def test_all_grad_modes_give_the_same_and_may_change_between_forwards(model_type):
     model, rng = MODELS[model_type](), random.Random(0)
     wanted = logits_in(model, lambda _: torch.no_grad)
     for mode in MODES.values():
@@ -73,7 +73,7 @@ def test_all_grad_modes_give_the_same_and_one_cache_goes_from_one_to_the_next(mo
 
 
 @pytest.mark.parametrize("begun", MODES.values(), ids=MODES)
-def test_a_stream_that_generate_began_goes_on_in_any_mode(begun):
+def test_a_stream_of_generate_continues_in_any_mode(begun):
     model = tiny("llama", layers=2, max_position_embeddings=CONTEXT)
     with begun():
         out = generated(model, return_dict_in_generate=True)
@@ -88,8 +88,8 @@ def test_a_stream_that_generate_began_goes_on_in_any_mode(begun):
         token = logits[0].argmax(-1, keepdim=True)
 
 
-def test_a_loss_may_be_sent_back_after_each_forward():
-    """Through the new tokens; what is in the cache is a constant."""
+def test_backward_may_be_called_after_each_forward():
+    """Gradients flow through the new tokens; what is in the cache is a constant."""
     model = llama(layers=2)
     cache = SinkCache(W, S, model=model)
     for piece in STREAM.split(STEPS, dim=1):
@@ -100,7 +100,7 @@ def test_a_loss_may_be_sent_back_after_each_forward():
         assert model.model.layers[0].self_attn.q_proj.weight.grad.any() or cache.get_seq_length() == 1
 
 
-# Garbage.
+# Garbage collection.
 
 
 def test_neither_model_nor_cache_is_kept_alive_after_generate():
@@ -120,8 +120,8 @@ def test_neither_model_nor_cache_is_kept_alive_after_generate():
     assert own.get_seq_length() == 24
 
 
-def test_the_memory_of_a_cache_comes_free_without_the_garbage_collector():
-    """It is most of what a stream holds, and the collector knows nothing of the memory of a device."""
+def test_the_memory_of_a_cache_is_freed_without_the_garbage_collector():
+    """The collector does not know how much memory of a device it would free."""
     model = llama(layers=2)
     gc.collect()
     gc.disable()
@@ -155,7 +155,7 @@ def test_a_model_that_was_refused_or_failed_is_not_kept_alive():
 
 
 class Doubled(ModelHook):
-    """A hook that changes what goes in and what comes out, as those of accelerate do."""
+    """A hook that changes the output, as those of accelerate do."""
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return args, kwargs
@@ -166,7 +166,7 @@ class Doubled(ModelHook):
 
 
 def offloaded(model: PreTrainedModel) -> nn.Module:
-    """Weights on "meta", fetched for each module when it runs."""
+    """Weights on "meta", which are loaded for each module when it runs."""
     moved = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     assert moved.model.layers[0].mlp.up_proj.weight.device.type == "meta"
     return moved
@@ -199,7 +199,7 @@ def test_a_model_with_hooks_of_accelerate_streams_right(dispatch, bound):
 
 @pytest.mark.filterwarnings("ignore:You are calling .generate.. with:UserWarning")
 def test_an_offloaded_model_takes_a_second_turn():
-    """A model whose weights lie on "meta" says that this is its device, and nothing can be put there."""
+    """The device of a model whose weights are on "meta" is "meta", where no tensor has data."""
     texts = []
     for model in (llama(), offloaded(llama())):
         first = generated(model, return_dict_in_generate=True)
@@ -229,9 +229,9 @@ def test_a_model_with_lora_streams_right():
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")
-@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")  # they are numbered anew behind those
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")  # PEFT computes others
 def test_prompt_tuning_streams_its_virtual_tokens_as_sinks():
-    """PEFT puts embeddings before the prompt, and calls the model with those."""
+    """PEFT prepends embeddings to the prompt and calls the model with these."""
     peft = pytest.importorskip("peft")
     tuned = peft.get_peft_model(llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=S)).eval()
     prompt = tokens(5)
@@ -240,7 +240,7 @@ def test_prompt_tuning_streams_its_virtual_tokens_as_sinks():
     virtual = tuned.get_prompt(batch_size=1)
     embeds = tuned.get_input_embeddings()(out.sequences)
     with torch.no_grad():
-        recent = embeds[:, -(W - S) - 1 : -1]  # the last token is not fed any more
+        recent = embeds[:, -(W - S) - 1 : -1]  # the last token is not fed
         wanted = tuned.get_base_model()(inputs_embeds=torch.cat((virtual, recent), dim=1), use_cache=False).logits
     assert relative_error(out.logits[-1], wanted[:, -1]) <= TOLERANCE
 
@@ -249,7 +249,7 @@ def test_prompt_tuning_streams_its_virtual_tokens_as_sinks():
 
 
 class Int8Linear(nn.Module):
-    """A linear layer whose weights are bytes, one scale for each of its outputs."""
+    """A linear layer with int8 weights and one scale for each output."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -262,7 +262,7 @@ class Int8Linear(nn.Module):
         return nn.functional.linear(inputs, self.weight * self.scale, self.bias)
 
 
-def with_bytes(model: PreTrainedModel) -> None:
+def with_int8(model: PreTrainedModel) -> None:
     for layer in model.model.layers:
         for part in (layer.self_attn, layer.mlp):
             for name, linear in list(part.named_children()):
@@ -291,7 +291,7 @@ def with_bitsandbytes(model: PreTrainedModel) -> None:
                 setattr(layer.mlp, name, quantised.to("cpu"))
 
 
-QUANTISED = {"bytes": with_bytes, "quanto": with_quanto, "torchao": with_torchao, "bitsandbytes": with_bitsandbytes}
+QUANTISED = {"int8": with_int8, "quanto": with_quanto, "torchao": with_torchao, "bitsandbytes": with_bitsandbytes}
 
 
 @pytest.mark.parametrize("kind", QUANTISED)
@@ -300,13 +300,13 @@ def test_a_quantised_model_equals_its_own_oracle(kind):
     with torch.no_grad():
         QUANTISED[kind](model)
         before, after = (one(STREAM, use_cache=False).logits for one in (plain, model))
-    assert relative_error(after, before) > 1e-3  # it is another model now
+    assert relative_error(after, before) > 1e-3  # quantisation has changed the model
     assert error(model) <= TOLERANCE
     assert generated(model).shape == (1, 5 + 4 * W)
 
 
 def test_weights_of_half_precision_are_probed_and_stream():
-    """A key and what it is turned to are rounded by themselves."""
+    """A key and its rotated copy are rounded separately."""
     for dtype in (torch.bfloat16, torch.float16):
         assert error(llama().to(dtype)) < 0.03
 
@@ -319,6 +319,6 @@ def test_weights_of_half_precision_are_probed_and_stream():
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*return_lse is deprecated:FutureWarning")
 def test_flex_attention_equals_the_oracle():
-    """Not compiled: inductor takes ten seconds for it."""
+    """Not compiled, because inductor takes ten seconds for it."""
     with torch.compiler.set_stance("force_eager"):
         assert error(tiny("llama", attention="flex_attention", max_position_embeddings=CONTEXT)) <= TOLERANCE

@@ -1,6 +1,6 @@
-"""On a GPU: right, through CUDA graphs, and without a step that waits for the device.
+"""On a GPU: right logits, also through CUDA graphs, and no step that waits for the device.
 
-Their counterparts for CPUs are test_oracle, test_ragged, test_compiled, test_beams, test_drafts and test_storage.
+The same is tested on a CPU in test_oracle, test_ragged, test_compiled, test_beams, test_drafts and test_files.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def text(count, rows=1, seed=0):
 
 
 @contextmanager
-def nothing_waits():
+def no_synchronisation():
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -44,14 +44,14 @@ def nothing_waits():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
 @pytest.mark.parametrize("model_type", ["llama", "cohere", "phi", "gptj"])
-def test_each_forward_is_the_oracles(model_type, dtype, tolerance):
+def test_the_logits_of_each_forward_equal_the_oracle(model_type, dtype, tolerance):
     settings = {"attention": "eager", "n_positions": CONTEXT, "n_ctx": CONTEXT} if model_type == "gptj" else {}
     model = on_gpu(model_type, dtype, **settings)
     assert worst_error(model, text(sum(SCHEDULE)), SCHEDULE, W, S) < tolerance
 
 
 @torch.no_grad()
-def test_rows_of_different_lengths_are_those_alone():
+def test_rows_of_different_lengths_equal_each_row_alone():
     model, stream = on_gpu(layers=2), text(60, rows=2)
     mask = torch.ones(2, 20, dtype=torch.long, device="cuda")
     mask[1, :13] = 0
@@ -68,13 +68,13 @@ def test_rows_of_different_lengths_are_those_alone():
 @pytest.mark.parametrize("padding", [0, 9], ids=["rows in step", "rows of different lengths"])
 @pytest.mark.parametrize("kinds", [{"layers": 2}, TWO_KINDS], ids=["one kind", "two kinds"])
 def test_no_token_waits_for_the_device(kinds, padding):
-    """The window fills, the ring wraps and the clock is set back meanwhile; masks by sdpa would ask the device."""
+    """The window fills, the ring wraps, the clock is set back. With sdpa, transformers' masks wait for the device."""
     model = on_gpu("gemma3_text" if kinds is TWO_KINDS else "llama", attention="eager", **kinds)
     cache, mask = SinkCache(W, S, model=model), torch.ones(2, 10, dtype=torch.long, device="cuda")
     mask[1, :padding] = 0
     token = model(text(10, rows=2), attention_mask=mask, past_key_values=cache).logits[:, -1:].argmax(-1)
-    token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)  # what is made once is made
-    with nothing_waits():
+    token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)  # some tensors are created once
+    with no_synchronisation():
         for _ in range(3 * CONTEXT):
             token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
     assert cache.get_seq_length() == 11 + 3 * CONTEXT
@@ -132,12 +132,12 @@ def test_cuda_graphs_are_compiled_once_and_right(kinds, fresh_graphs):
     assert fresh_graphs["stats"]["unique_graphs"] == 1
     assert not fresh_graphs["graph_break"]
     assert fresh_graphs["inductor"]["cudagraph_skips"] == 0
-    assert cudagraph_trees.get_manager(0, create_if_none_exists=False).roots  # something was recorded
+    assert cudagraph_trees.get_manager(0, create_if_none_exists=False).roots  # a CUDA graph was recorded
 
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore::UserWarning:torch._inductor", "ignore:.*TensorFloat32:UserWarning")
-def test_each_replay_of_a_cuda_graph_is_the_oracles(fresh_graphs):
+def test_each_replay_of_a_cuda_graph_equals_the_oracle(fresh_graphs):
     model, stream = on_gpu(), text(8 * W)
     cache = SinkCache(W, S, model=model)
     with torch._dynamo.config.patch(error_on_recompile=False):  # fresh forwards have shapes of their own

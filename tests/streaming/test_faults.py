@@ -1,4 +1,4 @@
-"""Forwards that fail at any point: the cache is as before, or says that it is spoilt. Never a wrong text."""
+"""Forwards that fail at any point: the cache is as before, or refuses further forwards. The text is never wrong."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Run:
-    """A stream that nothing disturbs: what is fed in each forward, and the logits that come back."""
+    """A stream without faults: what is fed in each forward, and its logits."""
 
     model: PreTrainedModel
     pieces: tuple[torch.Tensor, ...]
@@ -67,7 +67,7 @@ class Run:
         return self.model(self.pieces[number], **given).logits
 
 
-def undisturbed(model: PreTrainedModel, steps: list[int], *, padded: bool) -> Run:
+def run_without_faults(model: PreTrainedModel, steps: list[int], *, padded: bool) -> Run:
     stream = tokens(sum(steps), rows=2)
     mask = torch.ones_like(stream)
     mask[1, : steps[0] - 1] = 0
@@ -76,14 +76,14 @@ def undisturbed(model: PreTrainedModel, steps: list[int], *, padded: bool) -> Ru
     run, logits, modules = Run(model, stream.split(steps, dim=1), masks, (), ()), [], []
     cache = SinkCache(W, S, model=model)
     for number in range(len(steps)):
-        with called(model) as names:
+        with recorded_modules(model) as names:
             logits.append(run.forward(cache, number))
         modules.append(tuple(dict.fromkeys(names)))
     return Run(model, run.pieces, masks, tuple(logits), tuple(modules))
 
 
 @contextlib.contextmanager
-def called(model: nn.Module) -> Iterator[list[str]]:
+def recorded_modules(model: nn.Module) -> Iterator[list[str]]:
     """The names of the modules that run."""
     names: list[str] = []
     handles = [
@@ -107,11 +107,11 @@ def schedule(seed: int, model: PreTrainedModel) -> list[int]:
 @functools.cache
 def run_of(model_type: str, seed: int) -> Run:
     model = MODELS[model_type]()
-    return undisturbed(model, schedule(seed, model), padded=seed % 2 == 1)
+    return run_without_faults(model, schedule(seed, model), padded=seed % 2 == 1)
 
 
-def drawn(rng: random.Random, run: Run, cache_faults: int) -> Fault:
-    """A fault anywhere; that of the model itself after its forward has ended is a matter of its own."""
+def random_fault(rng: random.Random, run: Run, cache_faults: int) -> Fault:
+    """A fault at a random point, but not after the forward of the whole model, which has a test of its own."""
     forward = rng.randrange(len(run.pieces) - 1)
     where, point = rng.choice(run.modules[forward]), rng.choice(POINTS)
     if rng.randrange(4) == 0:
@@ -123,7 +123,7 @@ def drawn(rng: random.Random, run: Run, cache_faults: int) -> Fault:
 
 @contextlib.contextmanager
 def injected(model: PreTrainedModel, cache: SinkCache, fault: Fault) -> Iterator[None]:
-    """Inside, the point of the fault is reached once."""
+    """Inside, the fault is raised when its point is reached."""
     if fault.where.startswith("ring "):
         rings = [ring for layer in cache.layers for ring in getattr(layer, "rings", ())]
         ring = rings[int(fault.where.removeprefix("ring "))]
@@ -149,10 +149,10 @@ def injected(model: PreTrainedModel, cache: SinkCache, fault: Fault) -> Iterator
     handle.remove()
 
 
-def unless_refused(again: Callable[[], torch.Tensor]) -> torch.Tensor | None:
-    """What comes back; None where the cache refuses, and says what to do."""
+def unless_refused(repeat: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+    """The logits; None if the cache refuses the forward and says to reset it."""
     try:
-        return again()
+        return repeat()
     except CacheStateError as refusal:
         if "reset()" in str(refusal):
             return None
@@ -160,7 +160,7 @@ def unless_refused(again: Callable[[], torch.Tensor]) -> torch.Tensor | None:
 
 
 def outcome(run: Run, fault: Fault) -> str:
-    """What becomes of a stream after a fault: "repeated" or "refused"; anything else is an assertion that fails."""
+    """What happens to a stream after a fault: "repeated" or "refused"; anything else fails the test."""
     cache = SinkCache(W, S, model=run.model)
     for number in range(fault.forward):
         run.forward(cache, number)
@@ -168,7 +168,7 @@ def outcome(run: Run, fault: Fault) -> str:
         run.forward(cache, fault.forward)
     found = unless_refused(lambda: run.forward(cache, fault.forward))
     if found is None:
-        assert unless_refused(lambda: run.forward(cache, fault.forward)) is None, fault  # and so it stays
+        assert unless_refused(lambda: run.forward(cache, fault.forward)) is None, fault  # it refuses again
         cache.reset()
         for number in range(2):
             assert torch.equal(run.forward(cache, number), run.logits[number]), fault
@@ -185,13 +185,13 @@ def test_after_a_fault_a_forward_may_be_repeated_or_is_refused(model_type):
     rng, outcomes = random.Random(model_type), Counter()
     for number in range(FAULTS):
         run = run_of(name, 2 * (number % 3) + bool(padded))
-        outcomes[outcome(run, drawn(rng, run, cache_faults=2 if name == "qwen3_next" else 4))] += 1
+        outcomes[outcome(run, random_fault(rng, run, cache_faults=2 if name == "qwen3_next" else 4))] += 1
     assert min(outcomes["repeated"], outcomes["refused"]) >= 3, outcomes
     assert outcomes.total() == FAULTS
 
 
-def turning(model: PreTrainedModel, cache: SinkCache) -> int:
-    """The number of the next single token that sets the clock back, from here on; the ones before it are fed."""
+def tokens_until_the_clock_is_set_back(model: PreTrainedModel, cache: SinkCache) -> int:
+    """Feeds single tokens until one of them sets the clock back; returns its number, from 0."""
     turned: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         turn = Ring.turn
@@ -208,10 +208,11 @@ def turning(model: PreTrainedModel, cache: SinkCache) -> int:
 @pytest.mark.parametrize("ring", range(2))
 @pytest.mark.parametrize("point", POINTS)
 @torch.no_grad()
-def test_a_clock_that_was_not_set_back_to_the_end_spoils_the_cache(ring, point, kind, monkeypatch):
-    """Some keys are turned by then, and others are not. Only the keys turn: one ring in each of two layers."""
+def test_a_fault_while_the_clock_is_set_back_makes_the_cache_unusable(ring, point, kind, monkeypatch):
+    """Some keys are rotated by then, and others are not. Two layers have one ring of keys each."""
     model = MODELS["llama"]()
-    last, cache, turn, count = turning(model, SinkCache(W, S, model=model)), SinkCache(W, S, model=model), Ring.turn, []
+    last = tokens_until_the_clock_is_set_back(model, SinkCache(W, S, model=model))
+    cache, turn, count = SinkCache(W, S, model=model), Ring.turn, []
     for number in range(last):
         model(tokens(1, rows=2, seed=number), past_key_values=cache)
 
@@ -240,8 +241,8 @@ def test_a_clock_that_was_not_set_back_to_the_end_spoils_the_cache(ring, point, 
         assert torch.equal(one, other)
 
 
-class Listener(StoppingCriteria):
-    """The text so far, as a caller with a streamer knows it."""
+class TextRecorder(StoppingCriteria):
+    """Records the text so far, as a streamer does."""
 
     def __init__(self, text: torch.Tensor):
         self.text = text
@@ -258,7 +259,7 @@ def generate(model: PreTrainedModel, cache: SinkCache, ids: torch.Tensor, new: i
 
 @contextlib.contextmanager
 def failing_once(module: nn.Module, call: int, kind: Callable[[], BaseException], point: str) -> Iterator[None]:
-    """Inside, the module fails in that one of its calls, counted from 0."""
+    """Inside, the module fails in the call with this number, from 0."""
     calls = itertools.count()
 
     def fail(*_: Any) -> None:
@@ -270,12 +271,12 @@ def failing_once(module: nn.Module, call: int, kind: Callable[[], BaseException]
     handle.remove()
 
 
-def tried_again(again: Callable[[SinkCache], torch.Tensor], wanted: torch.Tensor, cache: SinkCache) -> str:
-    """The outcome, as above; a cache that refuses is as good as new once it is reset."""
-    found = unless_refused(lambda: again(cache))
+def outcome_of_another_try(repeat: Callable[[SinkCache], torch.Tensor], wanted: torch.Tensor, cache: SinkCache) -> str:
+    """The outcome, as above; a cache that refuses works again after a reset."""
+    found = unless_refused(lambda: repeat(cache))
     if found is None:
         cache.reset()
-        assert torch.equal(again(cache), again(SinkCache(W, S)))
+        assert torch.equal(repeat(cache), repeat(SinkCache(W, S)))
         return "refused"
     assert torch.equal(found, wanted)
     return "repeated"
@@ -284,8 +285,8 @@ def tried_again(again: Callable[[SinkCache], torch.Tensor], wanted: torch.Tensor
 END = 40
 
 
-def go_on(model: PreTrainedModel, text: torch.Tensor, cache: SinkCache, *, history: bool) -> torch.Tensor:
-    """The whole text, by a `generate` that gets what there is of it, or what the cache has not read of that."""
+def rest_of_the_text(model: PreTrainedModel, text: torch.Tensor, cache: SinkCache, *, history: bool) -> torch.Tensor:
+    """The whole text; `generate` gets the text so far, or the part of it that the cache has not read."""
     ids = text if history else text[:, cache.get_seq_length() :]
     out = generate(model, cache, ids, END - text.shape[1], attention_mask=torch.ones_like(text))
     return torch.cat((text, out[:, ids.shape[1] :]), dim=1)
@@ -293,50 +294,50 @@ def go_on(model: PreTrainedModel, text: torch.Tensor, cache: SinkCache, *, histo
 
 @pytest.mark.parametrize("history", [True, False], ids=["history", "new tokens"])
 @pytest.mark.parametrize("model_type", MODELS)
-def test_generate_goes_on_after_a_fault_or_is_refused(model_type, history):
-    """Interrupted in any of its forwards, in any module; the caller goes on from the text that came until then."""
+def test_generate_continues_after_a_fault_or_is_refused(model_type, history):
+    """Interrupted in any of its forwards, in any module; the caller continues with the text that was generated."""
     model, rng, outcomes = MODELS[model_type](), random.Random(model_type), Counter()
     prompt = tokens(9, rows=2)
-    wanted = go_on(model, prompt, SinkCache(W, S), history=True)
+    wanted = rest_of_the_text(model, prompt, SinkCache(W, S), history=True)
     run = run_of(model_type, 0)
     single = next(number for number, piece in enumerate(run.pieces) if piece.shape[1] == 1)
     names = [name for name in run.modules[single] if name]
     for number in range(21):
-        kind, cache, heard = KINDS[number % 3], SinkCache(W, S, model=model), Listener(prompt)
+        kind, cache, recorded = KINDS[number % 3], SinkCache(W, S, model=model), TextRecorder(prompt)
         fault = failing_once(model.get_submodule(rng.choice(names)), rng.randrange(25), kind, rng.choice(POINTS))
         with fault, pytest.raises(type(kind())):
-            generate(model, cache, prompt, END - 9, stopping_criteria=[heard])
-        assert cache.get_seq_length() in (0, heard.text.shape[1] - 1)
-        again = functools.partial(go_on, model, heard.text, history=history)
-        outcomes[tried_again(again, wanted, cache)] += 1
+            generate(model, cache, prompt, END - 9, stopping_criteria=[recorded])
+        assert cache.get_seq_length() in (0, recorded.text.shape[1] - 1)
+        repeat = functools.partial(rest_of_the_text, model, recorded.text, history=history)
+        outcomes[outcome_of_another_try(repeat, wanted, cache)] += 1
     assert len(outcomes) == 2, outcomes
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("module", ["model.embed_tokens", "model.layers.1.mlp"])
-def test_a_prompt_that_failed_between_its_pieces_goes_on_or_is_refused(module, kind):
+def test_a_prompt_that_failed_between_its_pieces_continues_or_is_refused(module, kind):
     """Before a layer has stored anything of a piece, and after one has overwritten old tokens."""
     model, prompt = MODELS["llama"](), tokens(60, rows=2)
     pieces = {"prefill_chunk_size": 7, "attention_mask": torch.ones_like(prompt)}
 
-    def again(cache: SinkCache) -> torch.Tensor:
+    def repeat(cache: SinkCache) -> torch.Tensor:
         return generate(model, cache, prompt, 20, **pieces)
 
-    wanted = again(SinkCache(W, S))
-    for call in (0, 4, 8):  # 60 = 8 * 7 + 4: the last one is of transformers itself
+    wanted = repeat(SinkCache(W, S))
+    for call in (0, 4, 8):  # 60 = 8 * 7 + 4: the last piece is fed by transformers itself
         outcome = "repeated" if call == 0 or "embed" in module else "refused"
         cache = SinkCache(W, S, model=model)
         with failing_once(model.get_submodule(module), call, kind, "before"), pytest.raises(type(kind())):
-            again(cache)
+            repeat(cache)
         assert streams_of(cache).call is None
         assert cache.get_seq_length() == 7 * call
-        assert tried_again(again, wanted, cache) == outcome
+        assert outcome_of_another_try(repeat, wanted, cache) == outcome
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_a_decoder_begins_a_forward_of_its_own_after_one_of_the_model_was_broken_off(kind):
-    """As a part of that one, were it still under way, it would leave all to it."""
+def test_a_decoder_begins_a_new_forward_after_one_of_the_model_failed(kind):
+    """If the forward of the model still counted as in progress, the decoder would not begin one."""
     model, token = MODELS["llama"](), tokens(1)
     cache, wanted = SinkCache(W, S, model=model), SinkCache(W, S, model=model)
     for one in (cache, wanted):
@@ -348,8 +349,8 @@ def test_a_decoder_begins_a_forward_of_its_own_after_one_of_the_model_was_broken
     assert cache.get_seq_length() == 31
 
 
-class Unwilling:
-    """A hook of the user's own, that raises in one forward."""
+class RaisingHook:
+    """A hook of a user that raises in one forward."""
 
     def __init__(self, forward: int):
         self.forward, self.calls = forward, 0
@@ -357,33 +358,33 @@ class Unwilling:
     def __call__(self, *_: Any) -> None:
         self.calls += 1
         if self.calls == self.forward + 1:
-            raise ValueError("the user's own")
+            raise ValueError("raised by the hook of a user")
 
 
 @pytest.mark.parametrize("forward", [0, 3, 15])
 @pytest.mark.parametrize("first", [True, False], ids=["before ours", "after ours"])
 @pytest.mark.parametrize("place", ["", "model"], ids=["model", "decoder"])
-def test_a_hook_of_the_users_that_refuses_a_forward_leaves_all_as_it_was(place, first, forward):
+def test_a_hook_of_a_user_that_raises_before_a_forward_changes_nothing(place, first, forward):
     model, run = MODELS["llama"](), run_of("llama", 0)
     cache = SinkCache(W, S, model=model)
-    handle = model.get_submodule(place).register_forward_pre_hook(Unwilling(forward), prepend=first)
+    handle = model.get_submodule(place).register_forward_pre_hook(RaisingHook(forward), prepend=first)
     for number, wanted in enumerate(run.logits):
         if number == forward:
-            with pytest.raises(ValueError, match="own"):
+            with pytest.raises(ValueError, match="hook of a user"):
                 run.forward(cache, number)
         assert torch.equal(run.forward(cache, number), wanted)
     handle.remove()
 
 
 @pytest.mark.parametrize("forward", [0, 3, 15])
-def test_a_hook_that_raises_behind_the_model_finds_the_forward_done(forward):
-    """The tokens of such a forward are in the cache, which says so, and the stream goes on behind them."""
+def test_after_a_hook_raised_behind_the_model_the_forward_is_complete(forward):
+    """The tokens of such a forward are in the cache and counted, and the stream continues after them."""
     model, run = MODELS["llama"](), run_of("llama", 0)
     cache = SinkCache(W, S, model=model)
-    handle = model.register_forward_hook(Unwilling(forward))
+    handle = model.register_forward_hook(RaisingHook(forward))
     for number, wanted in enumerate(run.logits):
         if number == forward:
-            with pytest.raises(ValueError, match="own"):
+            with pytest.raises(ValueError, match="hook of a user"):
                 run.forward(cache, number)
         else:
             assert torch.equal(run.forward(cache, number), wanted)

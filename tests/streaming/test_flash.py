@@ -1,7 +1,7 @@
-"""Flash attention, which is given no masks but which tokens are padding: transformers' own path to it.
+"""Flash attention through transformers' own code, which gets no mask but only the padding.
 
-On a CPU its kernels are a few lines of torch that do what those of flash-attn 2 do. On a GPU they are those in torch,
-and those of flash-attn 2, 3 and 4 where they are installed.
+On a CPU the kernels are replaced by a few lines of torch that compute the same as those of flash-attn 2. On a GPU they
+are those in torch, and those of flash-attn 2, 3 and 4 if they are installed.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ SCHEDULES = {
     "a short prompt": [7, 3, 1, 1, W - S, 1, 1, 1, 1, W, *[1] * 3 * W],
     "a long prompt": [2 * W, 1, 1, 4, *[1] * 3 * W, W + 2, 1, 1],
 }
-# tokens of two rows in each forward; there is padding before the fewer ones
+# new tokens of two rows in each forward; the row with fewer tokens is padded to the left
 RAGGED = [(9, 4), *[(1, 1)] * 5, (5, 2), *[(1, 1)] * 3 * W, (3, W - S), (1, 1), (W + 2, 5), *[(1, 1)] * W]
 
 
-# Kernels that do what those of flash-attn 2 do.
+# Kernels that compute the same as those of flash-attn 2.
 
 
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool, window: Sequence[int], softcap: float
 ) -> torch.Tensor:
-    """Of one row, all tensors [tokens, heads, head size]: the last query stands at the last key."""
+    """Attention of one row, all tensors [tokens, heads, head size]; the last query is the newest token."""
     k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     queries, keys = (torch.arange(count, device=q.device) for count in scores.shape[1:])
-    back = (queries + len(keys) - len(queries))[:, None] - keys  # how far behind the query a key is
+    back = (queries + len(keys) - len(queries))[:, None] - keys  # distance from the key to the query
     left, right = window[0], 0 if causal else window[1]
     seen = ((back <= left) | (left < 0)) & ((-back <= right) | (right < 0))
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
@@ -128,16 +128,16 @@ PACKAGE: dict[str, dict[str, Any]] = {
         "unpad_input": unpad_input,
     },
     "flash_attn.layers": {},
-    "flash_attn.layers.rotary": {"apply_rotary_emb": None},  # old versions of transformers import it, for others
+    "flash_attn.layers.rotary": {"apply_rotary_emb": None},  # imported by old versions of transformers
 }
 
 
-# Where they come from.
+# The kernels that are tested.
 
 
 @dataclass(frozen=True)
 class Flash:
-    """Flash attention, as transformers calls it, and what it computes with."""
+    """The name of the attention in transformers, and the device and dtype of a test."""
 
     attention: str
     device: str = "cuda"
@@ -146,9 +146,10 @@ class Flash:
     is_installed: bool = True
 
     def model(self, model_type: str, layers: int = 1) -> PreTrainedModel:
-        """A model of the test's own."""
+        """A model that a test may change."""
         settings = {"max_position_embeddings": CONTEXT, "sliding_window": LOCAL.get(model_type, 128)}
-        built = self.attention if self.is_installed else "eager"  # which transformers allows without the package
+        # without the package, transformers refuses to build a model with flash attention
+        built = self.attention if self.is_installed else "eager"
         model = copy.deepcopy(tiny(model_type, layers=layers, attention=built, **settings))
         model.config._attn_implementation = self.attention
         return model.to(self.device, self.dtype)
@@ -156,7 +157,7 @@ class Flash:
 
 @pytest.fixture
 def package(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Ours in place of flash-attn 2; transformers imports it on loading, or when it is first used."""
+    """The functions above as the package flash_attn, which transformers imports at its own import or at first use."""
     for name, content in PACKAGE.items():
         module = importlib.util.module_from_spec(ModuleSpec(name, None))
         vars(module).update(content)
@@ -183,14 +184,14 @@ def in_torch(package: None) -> Flash:
     return Flash("flash_attention_2", is_installed=False)
 
 
-_GPU = (pytest.mark.gpu, pytest.mark.filterwarnings("ignore"))  # whatever a package or its compiler warns of
+_GPU = (pytest.mark.gpu, pytest.mark.filterwarnings("ignore"))  # of packages and compilers
 _ON_GPU = ("in_torch", "flash_attn_2", "flash_attn_3", "flash_attn_4")
 KERNELS = ["on_cpu", *(pytest.param(name, marks=_GPU) for name in _ON_GPU)]
 
 
 @pytest.fixture(params=KERNELS)
 def flash(request: pytest.FixtureRequest) -> Flash:
-    """By each of the kernels that there are."""
+    """Each of the kernels that is available."""
     name = request.param
     if name != "on_cpu" and not torch.cuda.is_available():
         pytest.skip("flash attention runs on a GPU alone, and there is none")
@@ -202,7 +203,7 @@ def flash(request: pytest.FixtureRequest) -> Flash:
     return Flash(f"flash_attention_{name[-1]}")
 
 
-# What it gives.
+# Tests.
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -230,12 +231,12 @@ def worst_error_of_rows(model: PreTrainedModel) -> float:
             wanted = model(new[row][None], past_key_values=cache).logits[0, -1]
             errors.append(relative_error(found[row], wanted))
         seen = [start + count for start, count in zip(seen, counts, strict=True)]
-    return torch.tensor(errors).max().item()  # which is NaN where one of them is
+    return torch.tensor(errors).max().item()  # NaN if one of them is
 
 
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("model_type", MODELS)
-def test_rows_of_different_lengths_equal_themselves_alone(flash, model_type, layers):
+def test_rows_of_different_lengths_equal_each_row_alone(flash, model_type, layers):
     assert worst_error_of_rows(flash.model(model_type, layers=layers)) <= flash.tolerance
 
 

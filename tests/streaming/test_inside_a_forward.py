@@ -1,4 +1,4 @@
-"""What may come between two forwards only raises in the middle of one, and that forward is as if nothing was asked."""
+"""Calls that are allowed only between two forwards raise during a forward, which is not disturbed by them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.tiny import tiny, tokens
 W, S = 12, 3
 BETWEEN_FORWARDS: dict[str, Callable[[SinkCache, Any], object]] = {
     "crop": lambda cache, path: cache.crop(-1),
-    "crop of nothing": lambda cache, path: cache._take_back(0, "0"),  # what crop(0) means depends on the version
+    "crop of nothing": lambda cache, path: cache._take_back(0, "0"),  # the meaning of crop(0) depends on the version
     "reset": lambda cache, path: cache.reset(),
     "reorder_cache": lambda cache, path: cache.reorder_cache(torch.tensor([0])),
     "batch_select_indices": lambda cache, path: cache.batch_select_indices(torch.tensor([0])),
@@ -36,14 +36,14 @@ def model() -> Any:
     return tiny("llama", layers=2, max_position_embeddings=64)
 
 
-def asking(module: nn.Module, ask: Callable[[], object], found: list[str]) -> Any:
-    """A hook that asks for something once, and takes what is raised."""
+def calling_once(module: nn.Module, call: Callable[[], object], found: list[str]) -> Any:
+    """Register a hook that calls `call` once and records the error in `found`."""
 
     def hook(*_: Any) -> None:
         if not found:
             found.append("nothing was raised")
             try:
-                ask()
+                call()
             except CacheStateError as refusal:
                 found[0] = str(refusal)
 
@@ -58,13 +58,15 @@ def feed(one: Any, cache: SinkCache, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("fed", [5, 20], ids=["window not full", "window full"])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", BETWEEN_FORWARDS)
-def test_it_raises_and_the_forward_goes_on(name, place, fed, tmp_path):
+def test_each_call_raises_and_the_forward_continues(name, place, fed, tmp_path):
     one, stream = model(), tokens(30)
     cache, undisturbed = (SinkCache(W, S, model=one) for _ in range(2))
     for each in (cache, undisturbed):
         feed(one, each, stream[:, :fed])
     found: list[str] = []
-    handle = asking(one.model.get_submodule(PLACES[place]), lambda: BETWEEN_FORWARDS[name](cache, tmp_path), found)
+    handle = calling_once(
+        one.model.get_submodule(PLACES[place]), lambda: BETWEEN_FORWARDS[name](cache, tmp_path), found
+    )
     for start, stop in ((fed, fed + 2), (fed + 2, fed + 3), (fed + 3, fed + 4)):
         logits, wanted = (feed(one, each, stream[:, start:stop]) for each in (cache, undisturbed))
         assert torch.equal(logits, wanted)
@@ -74,25 +76,25 @@ def test_it_raises_and_the_forward_goes_on(name, place, fed, tmp_path):
 
 
 @pytest.mark.parametrize("name", BETWEEN_FORWARDS)
-def test_so_it_does_in_a_call_of_generate(name, tmp_path):
+def test_each_call_raises_in_generate(name, tmp_path):
     one, ids, found = model(), tokens(6), []
     cache = SinkCache(W, S, model=one)
     asked = {"max_new_tokens": 20, "do_sample": False}
-    handle = asking(one.model.layers[1].mlp, lambda: BETWEEN_FORWARDS[name](cache, tmp_path), found)
+    handle = calling_once(one.model.layers[1].mlp, lambda: BETWEEN_FORWARDS[name](cache, tmp_path), found)
     text = one.generate(ids, past_key_values=cache, **asked)
     handle.remove()
     assert "in the middle of a forward" in found[0]
     assert torch.equal(text, one.generate(ids, past_key_values=SinkCache(W, S), **asked))
 
 
-def test_so_it_does_from_another_thread():
-    """Who looks at the frames of its own thread alone takes the forward for one that was interrupted."""
+def test_a_call_from_another_thread_raises():
+    """A check of the stack frames of one thread alone would take the forward for an interrupted one."""
     one, stream, found = model(), tokens(12), []
     cache = SinkCache(W, S, model=one)
     feed(one, cache, stream[:, :5])
 
     def elsewhere() -> None:
-        thread = threading.Thread(target=lambda: found.append(refusal_of(cache.reset)))
+        thread = threading.Thread(target=lambda: found.append(error_of(cache.reset)))
         thread.start()
         thread.join()
 
@@ -103,21 +105,21 @@ def test_so_it_does_from_another_thread():
     assert cache.get_seq_length() == 7
 
 
-def refusal_of(ask: Callable[[], object]) -> str:
+def error_of(call: Callable[[], object]) -> str:
     try:
-        ask()
+        call()
     except CacheStateError as refusal:
         return str(refusal)
     return "nothing was raised"
 
 
-def test_so_it_does_while_a_graph_decodes():
+def test_a_call_raises_in_compiled_decoding():
     one, ids, found = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=64), tokens(6), []
     cache = SinkCache(W, S, model=one)
     config = CompileConfig(backend="eager", mode=None, fullgraph=False, dynamic=False)
     config._compile_all_devices = True
     handle = one.model.norm.register_forward_pre_hook(
-        torch.compiler.disable(lambda *_: found.append(refusal_of(cache.reset)))
+        torch.compiler.disable(lambda *_: found.append(error_of(cache.reset)))
     )
     torch._dynamo.reset()
     asked = {"max_new_tokens": 6, "do_sample": False}
@@ -131,15 +133,15 @@ def test_so_it_does_while_a_graph_decodes():
 
 @pytest.mark.parametrize("entry", ["the model", "its decoder"])
 def test_a_forward_inside_a_forward_raises(entry):
-    """Its tokens would take the place of those that the outer one is storing."""
+    """Its tokens would overwrite those that the outer forward is storing."""
     one, stream, found = model(), tokens(30), []
     cache, undisturbed = (SinkCache(W, S, model=one) for _ in range(2))
     for each in (cache, undisturbed):
         feed(one, each, stream[:, :20])
     called = one if entry == "the model" else one.model
     with torch.no_grad():
-        ask = {"input_ids": stream[:, 20:21], cache_name(called): cache}
-        handle = asking(one.model.layers[0].mlp, lambda: called(**ask), found)
+        call = {"input_ids": stream[:, 20:21], cache_name(called): cache}
+        handle = calling_once(one.model.layers[0].mlp, lambda: called(**call), found)
         logits = feed(one, cache, stream[:, 20:22])
         handle.remove()
     assert "in the middle of a forward" in found[0]
@@ -148,8 +150,8 @@ def test_a_forward_inside_a_forward_raises(entry):
 
 
 @pytest.mark.parametrize("name", BETWEEN_FORWARDS)
-def test_after_an_interrupt_it_is_as_after_any_forward_that_failed(name, tmp_path):
-    """No hook runs then, so that the forward is still said to be in progress: whoever comes next finds out."""
+def test_after_an_interrupt_each_call_works(name, tmp_path):
+    """No hook runs after an interrupt, so the forward still counts as in progress; the next call must notice."""
     one, stream = model(), tokens(30)
     cache = SinkCache(W, S, model=one)
     feed(one, cache, stream[:, :5])
@@ -163,5 +165,5 @@ def test_after_an_interrupt_it_is_as_after_any_forward_that_failed(name, tmp_pat
     handle.remove()
     if name == "crop":
         cache.activate_past_recording()
-    BETWEEN_FORWARDS[name](cache, tmp_path)  # nothing was lost
+    BETWEEN_FORWARDS[name](cache, tmp_path)  # no token was overwritten
     assert cache.get_seq_length() == {"reset": 0, "crop": 4}.get(name, 5)

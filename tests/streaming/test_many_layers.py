@@ -53,7 +53,7 @@ def schedule(seed: int, window: int, *, long_prompt: bool) -> list[int]:
 
 @contextmanager
 def newest_positions(model: PreTrainedModel) -> Iterator[list[int]]:
-    """The last of the `position_ids` that each forward of the decoder is given."""
+    """The newest of the `position_ids` of each forward of the decoder."""
     seen: list[int] = []
     hook = decoder_of(model).register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(int(kwargs["position_ids"].max())), with_kwargs=True
@@ -97,7 +97,7 @@ def test_every_forward_of_ten_windows_equals_the_naive_cache(name, attention):
             error = worst_error(model, window, steps, tokens(sum(steps), rows=2, seed=seed), padding=(0, 0))
         assert error <= TOLERANCE, (window, error)
         set_back = sum(later < earlier for earlier, later in itertools.pairwise(positions))
-        assert set_back >= 3, positions  # else this shows less than it says
+        assert set_back >= 3, positions  # else the test does not cover it
 
 
 @pytest.mark.parametrize("padding", [(0, 5), (11, 2)])

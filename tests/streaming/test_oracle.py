@@ -14,14 +14,14 @@ from tests.support.oracle import worst_error
 from tests.support.tiny import FAMILIES, tiny, tokens, variants
 
 TOLERANCE = 1e-5
-WINDOWS = 6  # how many of them a stream is long
-CONTEXT = 48  # so short that the clock is set back in each stream; families with a table of angles keep theirs
-EXAMPLES = 170 if is_newest() else 50  # what schedules bring to light does not depend on transformers
+WINDOWS = 6  # length of a stream in windows
+CONTEXT = 48  # short, so that the clock is set back in each stream; families with a table of angles keep their own
+EXAMPLES = 170 if is_newest() else 50  # what random schedules find does not depend on transformers
 CASES = [(model_type, name, config) for model_type in FAMILIES for name, config in variants(model_type)]
 
 
 def schedule(seed: int, window: int, sinks: int) -> list[int]:
-    """Single tokens, chunks below and above what the ring holds, and now and then a first forward past the window."""
+    """Single tokens, chunks shorter and longer than the ring, and sometimes a first forward longer than the window."""
     rng, length = random.Random(seed), WINDOWS * window
     steps, total = [rng.choice([1, 3, window, window + rng.randint(1, 9)])], 0
     while True:
@@ -42,7 +42,7 @@ def test_each_family_equals_the_oracle(model_type, name, config, attention):
     for seed, (window, sinks) in enumerate([(12, 3), (64, 4), (9, 0), (8, 7)]):
         local = config.get("sliding_window") if "short" in name else None
         steps = schedule(seed, window, sinks)
-        if sink_patch.families()[model_type].whole_prompts:  # on this transformers
+        if sink_patch.families()[model_type].whole_prompts:  # with the installed transformers
             steps = [steps[0], *[1] * (WINDOWS * window - steps[0])]
         stream = tokens(WINDOWS * window, seed=seed)
         error = worst_error(model, stream, steps, window, sinks, local_window=local)
@@ -69,6 +69,6 @@ def streams(draw):
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_schedule_is_a_counterexample(model_type, stream):
     window, sinks, steps, context, tail = stream
-    model = tiny(model_type, attention="sdpa", max_position_embeddings=context)  # a short context forces the clock back
+    model = tiny(model_type, attention="sdpa", max_position_embeddings=context)  # a short context sets the clock back
     steps = [*steps, *[1] * (tail * window)]
     assert worst_error(model, tokens(sum(steps)), steps, window, sinks) <= TOLERANCE

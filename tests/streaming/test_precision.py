@@ -1,12 +1,12 @@
-"""Cached keys do not drift: after 10,000 decode steps in 16 bits they are what they would be if computed now.
+"""Cached keys do not drift: after 10,000 decode steps in 16 bits they equal freshly computed ones.
 
-One layer, so a key depends on its own token and its position alone, and can be computed afresh. What the cache shows
-for a token is held against three computations of its key at the position where it is shown:
+The model has one layer, so that a key depends on its own token and position alone, and can be computed again. The key
+that the cache shows for a token is compared with three computations of it at the position where it is shown:
 
-* exact: the key as the model makes it in 16 bits before rotation, rotated in float64. What the cache is off by are
-  the roundings of the model's own rotation and of ours. This is what "two roundings" is measured against.
+* exact: the key as the model computes it in 16 bits before rotation, rotated in float64. The error of the cache is then
+  that of the model's own rotation and of ours: the "two roundings" below.
 * float32: the whole model in float32, with the same (16-bit) weights; the roundings of its norm and projection as well.
-* model: the key that the model itself would make now, in 16 bits. It is off by its own rounding, so that one is added.
+* model: the key that the model would compute now, in 16 bits, with a rounding error of its own.
 
 Measured on a CPU, at the end of the stream, when nearly all keys of the ring have been turned back once; u is one
 rounding, 2^-8 = 3.9e-3 in bfloat16 and 2^-11 = 4.9e-4 in float16; per key vector, norm of the error to norm of the key:
@@ -16,7 +16,7 @@ rounding, 2^-8 = 3.9e-3 in bfloat16 and 2^-11 = 4.9e-4 in float16; per key vecto
     ring, float32         6.5e-3  4.2e-3          8.2e-4  5.1e-4
     ring, model           6.0e-3  3.3e-3          8.1e-4  4.3e-4
     sinks, exact          3.2e-3  2.5e-3          5.7e-4  3.2e-4
-    model, exact          4.0e-3  2.5e-3          5.3e-4  3.4e-4    (what the model's own fresh keys are off by)
+    model, exact          4.0e-3  2.5e-3          5.3e-4  3.4e-4    (the error of the model's own fresh keys)
 
 The largest error of one element, to the largest element of its vector: 7.1e-3 and 1.0e-3 for ring, exact.
 """
@@ -47,7 +47,7 @@ DTYPES = pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 
 @dataclass(frozen=True)
 class Shown:
-    """What the cache shows at the end, oldest first: sinks, then ring; all of one row."""
+    """The keys that the cache shows at the end, oldest first: sinks, then ring; all of one row."""
 
     model: PreTrainedModel
     tokens: torch.Tensor  # [W]
@@ -102,46 +102,46 @@ def exactly_rotated(model: PreTrainedModel, keys: torch.Tensor, positions: torch
 
 
 def exact_keys(shown: Shown) -> torch.Tensor:
-    """At position 0 nothing is turned: there the model tells its keys before rotation."""
+    """At position 0 nothing is rotated, so that the model computes its keys before rotation."""
     unrotated = keys_of(shown.model, shown.tokens, torch.zeros_like(shown.positions))
     return exactly_rotated(shown.model, unrotated, shown.positions)
 
 
-def off(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Norm of the error to norm of the key, [tokens, heads]."""
+def relative_errors(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Relative errors: norm of the error to norm of the key, [tokens, heads]."""
     return (found.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
 
 
 @pytest.mark.slow
 @DTYPES
-def test_after_10000_steps_cached_keys_are_off_by_two_roundings_at_most(dtype):
+def test_after_10000_steps_cached_keys_have_an_error_of_at_most_two_roundings(dtype):
     shown, u = shown_after_10000_steps(dtype), ROUNDING[dtype]
     assert shown.times_set_back == (STEPS - W - 1) // (W + 1)
-    assert shown.positions[0] < 4  # the clock has just been set back: nearly all keys of the ring were turned
+    assert shown.positions[0] < 4  # the clock has just been set back: nearly all keys of the ring were rotated
     exact = exact_keys(shown)
     in_float32 = keys_of(copy.deepcopy(shown.model).float(), shown.tokens, shown.positions).double()
-    assert off(shown.keys, exact).max() <= 2 * u
-    assert off(shown.keys, in_float32).max() <= 2 * u
+    assert relative_errors(shown.keys, exact).max() <= 2 * u
+    assert relative_errors(shown.keys, in_float32).max() <= 2 * u
     largest = (shown.keys - exact).abs().amax(dim=-1) / exact.abs().amax(dim=-1)  # [tokens, heads]
-    assert largest.max() <= 3 * u  # a single element feels the roundings of both elements of its pair
+    assert largest.max() <= 3 * u  # an element has the roundings of both elements of its pair
 
 
 @pytest.mark.slow
 @DTYPES
-def test_after_10000_steps_cached_keys_are_hardly_worse_than_those_that_the_model_would_make_now(dtype):
+def test_after_10000_steps_cached_keys_are_hardly_worse_than_fresh_ones(dtype):
     shown, u = shown_after_10000_steps(dtype), ROUNDING[dtype]
     fresh = keys_of(shown.model, shown.tokens, shown.positions).double()
-    assert off(shown.keys, fresh).max() <= 3 * u  # two of the cached key, and that of the fresh one
+    assert relative_errors(shown.keys, fresh).max() <= 3 * u  # two of the cached key, and that of the fresh one
     exact = exact_keys(shown)
-    assert off(shown.keys, exact).mean() <= 1.5 * off(fresh, exact).mean()
+    assert relative_errors(shown.keys, exact).mean() <= 1.5 * relative_errors(fresh, exact).mean()
 
 
 @pytest.mark.slow
 @DTYPES
-def test_after_10000_steps_sinks_are_as_the_model_made_them_turned_exactly_and_rounded_once(dtype):
+def test_after_10000_steps_sinks_are_exactly_rotated_and_rounded_once(dtype):
     shown, u = shown_after_10000_steps(dtype), ROUNDING[dtype]
     made = torch.cat([keys_of(shown.model, shown.tokens[[sink]], torch.tensor([sink])) for sink in range(S)])
     exact = exactly_rotated(shown.model, made, shown.positions[:S] - torch.arange(S))
-    # element by element; what is added is float32's rounding, which shows where the two terms nearly cancel
+    # for each element; the second term is the rounding of float32, which matters where two terms nearly cancel
     allowed = u * exact.abs() + 1e-6 * exact.norm(dim=-1, keepdim=True)
     assert ((shown.keys[:S] - exact).abs() <= allowed).all()

@@ -1,4 +1,4 @@
-"""Rows of different lengths in one batch: each equals itself alone, whatever the others do."""
+"""Rows of different lengths in one batch: each gives the same logits as alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.replay import cache_name
 from tests.support.tiny import tiny, tokens
 
 TOLERANCE = 1e-5
-# a state that decays enlarges what rounding differs by, now and then: as much so with transformers' own cache
+# recurrent states sometimes amplify rounding errors, as much with transformers' own cache
 TOLERANCE_OF_STATES = 1e-4
 WINDOWS = 5
 CONTEXT = 40  # short, so that the clocks of the rows are set back, at different times
@@ -48,12 +48,12 @@ MODELS = {
     "bloom": lambda: zoo.build("bloom"),
     "qwen3_next": lambda: zoo.build("qwen3_next"),
 }
-STATES = ("qwen3_next",)  # padding that comes later would enter them
+STATES = ("qwen3_next",)  # padding in a later forward would change them
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a batch is fed: for each forward, how many of its columns are tokens of each row (the last ones)."""
+    """The input of a batch: for each forward, how many of its last columns are tokens of each row."""
 
     window: int
     sinks: int
@@ -66,13 +66,13 @@ class Plan:
 
 
 def a_plan(seed: int, *, first_alone: bool, pieces: bool, sliding: bool) -> Plan:
-    """Five windows for three rows: rows of any length, some of which still fill while others stream.
+    """Five windows for three rows of any length; some rows still fill their window while others evict tokens.
 
     Args:
-        first_alone: all padding is in the first forward.
+        first_alone: whether all padding is in the first forward.
         pieces: whether forwards of several tokens come after the first.
-        sliding: whether there are sliding windows. One mask cannot say what rows bring to those and to other layers
-            where it is more than either holds, and not the same for all rows (the error says so).
+        sliding: whether the model has sliding windows. One mask cannot describe new tokens for these and for other
+            layers, if they are more than either holds and their number differs between rows (which raises).
     """
     rng = random.Random(seed)
     window = rng.randint(5, 14)
@@ -92,7 +92,7 @@ def a_plan(seed: int, *, first_alone: bool, pieces: bool, sliding: bool) -> Plan
 
 
 def padded(rows: list[torch.Tensor], columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask of one forward, [rows, columns]: each row's tokens to the right, arbitrary ids for padding."""
+    """Ids and mask of one forward, [rows, columns]: rows are padded to the left with arbitrary ids."""
     ids, mask = tokens(columns, rows=len(rows), seed=99), torch.zeros(len(rows), columns, dtype=torch.long)
     for row, new in enumerate(rows):
         ids[row, columns - len(new) :], mask[row, columns - len(new) :] = new, 1
@@ -101,7 +101,7 @@ def padded(rows: list[torch.Tensor], columns: int) -> tuple[torch.Tensor, torch.
 
 @torch.no_grad()
 def worst_error(model: PreTrainedModel, plan: Plan) -> float:
-    """Largest relative error of the last logits of any row, in any forward that brings it tokens."""
+    """Largest relative error of the last logits of any row, in any forward that has tokens of it."""
     name = cache_name(model)
     together, *alone = (SinkCache(plan.window, plan.sinks, model=model) for _ in range(plan.rows + 1))
     texts = tokens(sum(map(max, plan.forwards)), rows=plan.rows, seed=plan.seed)
@@ -122,7 +122,7 @@ def worst_error(model: PreTrainedModel, plan: Plan) -> float:
 
 @pytest.mark.parametrize("model_type", MODELS)
 @given(seed=st.integers(0, 10**6))
-@example(seed=24)  # the longest row brings nothing to a forward of one column, which 4.52's Gemma 3 gave a wrong mask
+@example(seed=24)  # the longest row has no token in a forward of one column, for which 4.52's Gemma 3 made a wrong mask
 @settings(
     max_examples=EXAMPLES,
     deadline=None,
@@ -145,14 +145,14 @@ def prompts(model: PreTrainedModel) -> tuple[list[torch.Tensor], dict[str, Any]]
 
 
 def run(model: PreTrainedModel, **asked: Any) -> torch.Tensor:
-    """What `generate` adds to its prompt, by a sink cache: [sequences, new tokens]."""
+    """The new tokens of `generate` with a sink cache: [sequences, new tokens]."""
     columns = asked["input_ids"].shape[1] if "input_ids" in asked else 0
     return model.generate(**{"do_sample": False, "max_new_tokens": 45, **SINK, **asked})[:, columns:]
 
 
 @pytest.mark.parametrize("mode", [{}, {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "bloom"])
-def test_a_padded_batch_generates_what_each_row_does_alone(model_type, mode):
+def test_a_padded_batch_generates_the_same_as_each_row_alone(model_type, mode):
     model = MODELS[model_type]()
     rows, batch = prompts(model)
     alone = [run(model, input_ids=row, attention_mask=torch.ones_like(row), pad_token_id=0, **mode) for row in rows]
@@ -161,8 +161,8 @@ def test_a_padded_batch_generates_what_each_row_does_alone(model_type, mode):
 
 @pytest.mark.parametrize("pieces", [{}, {"prefill_chunk_size": 5}], ids=["at once", "in pieces"])
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
-def test_padded_embeddings_generate_what_their_tokens_do(model_type, pieces):
-    """In pieces of five, the first ones are padding only in two of the rows."""
+def test_padded_embeddings_generate_the_same_as_their_tokens(model_type, pieces):
+    """In pieces of five, the first pieces are all padding in two of the rows."""
     model = MODELS[model_type]()
     rows, batch = prompts(model)
     wanted = torch.cat([run(model, input_ids=row, attention_mask=torch.ones_like(row), **pieces) for row in rows])
@@ -175,7 +175,7 @@ WRONG = {
     "right padding": [1, 1, 1, 1, 1, 0, 0, 0],
     "one token of padding to the right": [1, 1, 1, 1, 1, 1, 1, 0],
     "a hole": [1, 1, 0, 0, 1, 1, 1, 1],
-    "a hole behind padding": [0, 1, 1, 1, 0, 1, 1, 1],
+    "a hole after padding": [0, 1, 1, 1, 0, 1, 1, 1],
 }
 
 
@@ -191,10 +191,10 @@ def test_padding_that_is_not_to_the_left_is_refused(model_type, mask):
     with pytest.raises(SinkArgumentError, match=match):
         model(ids, **{cache_name(model): cache}, **masked)
     assert cache.get_seq_length() == 0
-    model(ids, **{cache_name(model): cache})  # nothing of it has stayed
+    model(ids, **{cache_name(model): cache})  # the refused forward has left no trace
 
 
-def test_right_padding_is_refused_where_transformers_makes_the_mask_itself():
+def test_right_padding_is_refused_if_transformers_makes_the_mask():
     ids = tokens(8, rows=2)
     ids[1, 5:] = 0
     with pytest.raises(SinkArgumentError, match="padding to the right of a token"):
@@ -204,7 +204,7 @@ def test_right_padding_is_refused_where_transformers_makes_the_mask_itself():
 @pytest.mark.parametrize("size", [3, 4, 5, 8])
 @pytest.mark.parametrize("mask", WRONG.values(), ids=WRONG)
 def test_padding_that_is_not_to_the_left_is_refused_in_pieces_too(mask, size):
-    """Whole pieces of it too: the logits behind them would be those of padding."""
+    """Also if a whole piece is padding: its logits would be those of padding."""
     masked = {"attention_mask": torch.tensor([[1] * 8, mask]), "prefill_chunk_size": size}
     with pytest.raises(SinkArgumentError, match="padding to the right of a token"):
         run(llama(), input_ids=tokens(8, rows=2), pad_token_id=0, **masked)
@@ -212,12 +212,12 @@ def test_padding_that_is_not_to_the_left_is_refused_in_pieces_too(mask, size):
 
 @pytest.mark.parametrize("pieces", [{}, {"prefill_chunk_size": 2}], ids=["at once", "in pieces"])
 def test_a_row_without_a_token_in_a_later_turn_is_refused(pieces):
-    """There is nothing that its next token could follow."""
+    """It has no new token from which its next token could be predicted."""
     model, cache = llama(), SinkCache(W, S)
     first = model.generate(tokens(5, rows=2), past_key_values=cache, do_sample=False, max_new_tokens=20)
     whole = torch.cat((first, tokens(4, rows=2, seed=1)), dim=1)
     mask = torch.ones_like(whole)
-    mask[1, -5:] = 0  # the last token of its answer, which the cache has not read, and four new ones
+    mask[1, -5:] = 0  # the last token of the answer, which was not fed, and four new ones
     fed = cache.get_seq_length()
     with pytest.raises(SinkArgumentError, match="padding"):
         model.generate(whole, attention_mask=mask, past_key_values=cache, max_new_tokens=3, pad_token_id=0, **pieces)

@@ -1,4 +1,4 @@
-"""Tokens that are taken back (`crop`), and the ones that had left the window for them and come back."""
+"""`crop` removes the newest tokens, and the tokens that had left the window for them return."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from tests.support.oracle import relative_error, visible_tokens
 from tests.support.tiny import tiny, tokens
 
 W, S = 12, 3
-CONTEXT = 48  # so short that the clock is set back in each stream
+CONTEXT = 48  # short, so that the clock is set back in each stream
 TOLERANCE = 1e-5
 
 
 def take_back(cache, count):
-    """`crop` in words that mean the same in all versions."""
+    """`crop` with an argument that has the same meaning in all versions."""
     if count:
         cache.crop(-count)
 
 
 @torch.no_grad()
 def worst_error(model, window, sinks, steps, *, local_window=None, rows=1, margin=0):
-    """Largest error of the last logits over forwards (columns, how many of the newest are then taken back)."""
+    """Largest error of the last logits over forwards; steps: (columns, how many of them are then cropped)."""
     cache = SinkCache(window, sinks, model=model)
     cache.activate_past_recording(margin)
     stream, worst = torch.empty(rows, 0, dtype=torch.long), 0.0
@@ -38,10 +38,10 @@ def worst_error(model, window, sinks, steps, *, local_window=None, rows=1, margi
         stream = torch.cat((stream, new), dim=1)
         found = model(new, past_key_values=cache).logits[:, -1]
         if local_window is not None:
-            standing_for = stream[:, -local_window:]
+            visible = stream[:, -local_window:]
         else:
-            standing_for = visible_tokens(stream, seen, columns, window, sinks)
-        worst = max(worst, relative_error(found, model(standing_for, use_cache=False).logits[:, -1]))
+            visible = visible_tokens(stream, seen, columns, window, sinks)
+        worst = max(worst, relative_error(found, model(visible, use_cache=False).logits[:, -1]))
         take_back(cache, rejected)
         stream = stream[:, : stream.shape[1] - rejected]
     return worst
@@ -86,7 +86,7 @@ def test_any_part_of_the_newest_forward_can_be_taken_back(model_type, draft):
     max_examples=60 if is_newest() else 15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_several_forwards_can_be_taken_back_at_once(window, draft):
-    """As by an assistant, which feeds its draft token by token."""
+    """An assistant feeds its draft token by token, for example."""
     model = tiny("llama", max_position_embeddings=CONTEXT)
     steps = [(window + 5, 0)]
     for count, rejected in draft:
@@ -147,7 +147,7 @@ def test_rows_of_different_lengths_are_taken_back_together():
 
 
 @torch.no_grad()
-def test_what_is_gone_does_not_come_back():
+def test_tokens_that_are_gone_cannot_return():
     model, cache = tiny("llama"), SinkCache(W, S)
     with pytest.raises(CacheStateError, match="not bound to a model"):
         cache.activate_past_recording()
@@ -156,7 +156,7 @@ def test_what_is_gone_does_not_come_back():
     cache.activate_past_recording(4)
     assert cache.is_croppable
     with pytest.raises(CacheStateError, match="is gone"):
-        cache.crop(-1)  # it was fed before
+        cache.crop(-1)  # fed before recording began
     for token in tokens(30).T:
         model(token[None], past_key_values=cache)
     spare = cache.layers[0].kind.spare
@@ -169,7 +169,7 @@ def test_what_is_gone_does_not_come_back():
 
 
 @torch.no_grad()
-def test_a_cache_gives_the_room_back_and_streams_on():
+def test_a_cache_frees_the_spare_slots_and_continues():
     model, stream = tiny("llama", layers=2), tokens(60)
     cache, plain = (SinkCache(W, S, model=model) for _ in range(2))
     for one in (cache, plain):
@@ -191,7 +191,7 @@ def test_a_cache_gives_the_room_back_and_streams_on():
 
 
 @torch.no_grad()
-def test_a_forward_that_fails_while_the_past_is_recorded_overwrites_nothing_that_is_seen():
+def test_a_forward_that_fails_while_the_past_is_recorded_overwrites_no_visible_token():
     model, stream = tiny("llama", layers=2), tokens(60)
     cache, plain = (SinkCache(W, S, model=model) for _ in range(2))
     cache.activate_past_recording(16)
@@ -203,7 +203,7 @@ def test_a_forward_that_fails_while_the_past_is_recorded_overwrites_nothing_that
         model(stream[:, 50:54], past_key_values=cache)
     handle.remove()
     with pytest.raises(CacheStateError, match="is gone"):
-        cache.crop(-13)  # the failed forward lies where the oldest of them were
+        cache.crop(-13)  # the failed forward has overwritten the oldest of them
     cache.crop(-12)
     for start in range(38, 50):
         found, wanted = (model(stream[:, start : start + 1], past_key_values=one).logits for one in (cache, plain))
@@ -212,9 +212,9 @@ def test_a_forward_that_fails_while_the_past_is_recorded_overwrites_nothing_that
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [ZeroDivisionError, KeyboardInterrupt])
-def test_a_spoilt_cache_stays_spoilt_whatever_is_asked_of_its_past(kind):
+def test_an_unusable_cache_stays_unusable_after_any_call(kind):
     model = tiny("llama", layers=2)
-    for ask in (
+    for call in (
         lambda cache: cache.activate_past_recording(4),
         lambda cache: cache.deactivate_past_recording(),
         lambda cache: cache.crop(-1),
@@ -226,13 +226,13 @@ def test_a_spoilt_cache_stays_spoilt_whatever_is_asked_of_its_past(kind):
         with pytest.raises(kind):
             model(tokens(4), past_key_values=cache)
         with contextlib.suppress(CacheStateError):
-            ask(cache)
+            call(cache)
         with pytest.raises(CacheStateError, match=r"failed half-way.*reset\(\)"):
             model(tokens(1), past_key_values=cache)
 
 
 @torch.no_grad()
-def test_after_an_interrupt_no_more_is_taken_back_than_is_there():
+def test_after_an_interrupt_only_tokens_that_are_stored_can_be_cropped():
     model = tiny("llama", layers=2)
     cache = SinkCache(W, S, model=model)
     cache.activate_past_recording(16)

@@ -1,4 +1,4 @@
-"""One model, several threads: streams do not meet, and the first binding happens once."""
+"""One model, several threads: streams are independent, and the model is probed and hooked once."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from sink_patch.models.probe import readings as probe
 from tests.support.tiny import tiny, tokens
 
 SIZES = [(12, 3), (31, 5)]
-PATIENCE = 30  # seconds that threads wait for each other before a test fails
+TIMEOUT = 30  # seconds that threads wait for each other before a test fails
 
 
 @pytest.fixture(autouse=True)
 def eager_switching() -> Iterator[None]:
-    """Threads give way after every few bytecodes, so that shared state shows."""
+    """Switch threads after every few bytecodes, so that races on shared state show."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -38,11 +38,11 @@ def model():
 
 
 def together(work: list[Callable[[], Any]]) -> list[Any]:
-    """The results of jobs that start at the same moment, each in a thread of its own."""
+    """The results of jobs that start at the same time, each in its own thread."""
     start = threading.Barrier(len(work))
 
     def run(job: Callable[[], Any]) -> Any:
-        start.wait(PATIENCE)
+        start.wait(TIMEOUT)
         return job()
 
     with ThreadPoolExecutor(len(work)) as pool:
@@ -57,7 +57,7 @@ def generated(model, window: int, sinks: int, seed: int) -> torch.Tensor:
 
 
 def looped(model, window: int, sinks: int, seed: int) -> torch.Tensor:
-    """The logits of a bare loop over a stream, first in one piece and then token by token: [rows, columns, vocab]."""
+    """The logits of a loop over a stream, first in one piece and then token by token: [rows, columns, vocab]."""
     stream, cache = tokens(100, rows=2, seed=seed), SinkCache(window, sinks, model=model)
     pieces = [stream[:, :9], *stream[:, 9:].split(1, dim=1)]
     with torch.no_grad():
@@ -69,26 +69,26 @@ def jobs(stream: Callable[..., torch.Tensor], model) -> list[Callable[[], torch.
 
 
 @pytest.mark.parametrize("stream", [generated, looped])
-def test_two_threads_stream_as_each_does_alone(stream, model):
+def test_two_threads_give_the_same_as_each_alone(stream, model):
     alone = [job() for job in jobs(stream, model)]
     for _ in range(2):
         assert all(map(torch.equal, together(jobs(stream, model)), alone))
 
 
 @pytest.mark.parametrize("stream", [generated, looped])
-def test_forwards_that_are_under_way_at_once_do_not_meet(stream, model):
+def test_forwards_at_the_same_time_are_independent(stream, model):
     alone = [job() for job in jobs(stream, model)]
     meeting = threading.Barrier(2)
 
     def meet(*_: Any) -> None:
-        meeting.wait(PATIENCE)
+        meeting.wait(TIMEOUT)
 
-    for layer in model.model.layers:  # both threads are past the hook of the model, and before the same layer
+    for layer in model.model.layers:  # both threads are after the hook of the model, and before the same layer
         layer.register_forward_pre_hook(meet)
     assert all(map(torch.equal, together(jobs(stream, model)), alone))
 
 
-def test_a_thread_without_a_sink_cache_is_left_alone(model):
+def test_a_thread_without_a_sink_cache_is_not_changed(model):
     ids = tokens(7)
 
     def plain() -> torch.Tensor:
@@ -103,7 +103,7 @@ def test_the_probe_runs_once_when_two_threads_bind_a_model_for_the_first_time(mo
 
     def slow(*args: Any, **more: Any) -> Any:
         probed.append(args)
-        time.sleep(0.05)  # the other thread arrives meanwhile
+        time.sleep(0.05)  # the other thread starts meanwhile
         return read(*args, **more)
 
     monkeypatch.setattr(probe, "read", slow)
@@ -118,7 +118,7 @@ def test_the_hooks_are_installed_once_when_two_threads_bind_a_model_for_the_firs
             register = getattr(module, name)
 
             def slow(*args: Any, register: Callable[..., Any] = register, **kwargs: Any) -> Any:
-                time.sleep(0.05)  # the other thread looks for the hooks meanwhile
+                time.sleep(0.05)  # the other thread checks for hooks meanwhile
                 return register(*args, **kwargs)
 
             setattr(module, name, slow)

@@ -1,4 +1,4 @@
-"""Caches of transformers' own, made on every version in the way that it has."""
+"""Caches of transformers, created in the way of the installed version, and readings of ours."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from sink_patch.streaming.streams import streams_of
 
 
 def default_cache(model: PreTrainedModel, rows: int = 1, longest: int = 256) -> Any:
-    """What `generate` would give a model that asks for nothing, for `rows` streams of `longest` tokens."""
+    """The cache that `generate` creates by default, for `rows` streams of up to `longest` tokens."""
     config = model.config.get_text_config(decoder=True)
-    if getattr(config, "cache_implementation", None) == "hybrid":  # models that cut their masks for no other cache
+    if (
+        getattr(config, "cache_implementation", None) == "hybrid"
+    ):  # these models cut their masks to size for this cache only
         return cache_utils.HybridCache(config, max_batch_size=rows, max_cache_len=longest, dtype=model.dtype)
     return installed_shim().probe_cache(config)
 
 
 class BareCache(cache_utils.Cache):
-    """A cache with nothing in it, for tests that bring all of it themselves."""
+    """An empty cache: a base class for the caches of tests."""
 
     is_compileable = False
 
     def __init__(self, layers: list[Any] | None = None) -> None:
-        asked = inspect.signature(cache_utils.Cache.__init__).parameters
-        if "layers" in asked:
+        parameters = inspect.signature(cache_utils.Cache.__init__).parameters
+        if "layers" in parameters:
             super().__init__(layers=layers or [])
-        elif "layer_classes" in asked:
+        elif "layer_classes" in parameters:
             super().__init__(layer_classes=cache_utils.DynamicLayer)
             self.layers = []
         else:
@@ -40,7 +42,7 @@ class BareCache(cache_utils.Cache):
         return 0
 
     def get_max_cache_shape(self, layer_idx: int = 0) -> None:
-        """4.52 asks any cache: there is no end."""
+        """None: no limit. 4.52 calls this on any cache."""
 
 
 def pristine_sinks(cache: SinkCache, which: int) -> list[torch.Tensor | None]:

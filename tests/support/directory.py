@@ -1,4 +1,4 @@
-"""A model directory as users have them: weights, a tokenizer with a chat template, a generation_config.json."""
+"""A model directory like that of a user: weights, a tokenizer with a chat template, a generation_config.json."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """One word, one token: "w5" is 5."""
     words = Tokenizer(models.WordLevel({f"w{token}": token for token in range(VOCAB)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    names = ["input_ids", "attention_mask"]  # in 4.x there would be token types, too
+    names = ["input_ids", "attention_mask"]  # without this, 4.x returns token types, too
     settings = {"unk_token": "w0", "chat_template": _TEMPLATE, "model_input_names": names}
     return PreTrainedTokenizerFast(tokenizer_object=words, **settings)
 

@@ -1,4 +1,4 @@
-"""Run a snippet in an interpreter that has imported nothing yet: switching on is decided at import time."""
+"""Run a snippet in a new interpreter, because the patch is applied when modules are imported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SWITCHES = ("SINK_PATCH_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD", "PYTHONWARN
 STRICT = ("-W", "error::UserWarning")
 NO_ENTRY_POINT = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
-# A model whose context (64) and window (12) a stream of 103 tokens leaves behind.
+# A stream of 103 tokens: longer than the model's context (64) and than the window (12).
 STREAM = """
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -29,7 +29,8 @@ assert made.sequences.shape == (1, 103) and made.past_key_values.get_seq_length(
 assert ours() == [1, 1] and CHOICES().count("sink") == 1
 """
 
-# ours(): how many layers of sink_patch lie around each method that it wraps; CHOICES(): what a config may ask for.
+# ours(): how many wrappers of sink_patch are around each wrapped method; CHOICES(): the values of
+# cache_implementation that a config accepts; refused(): whether transformers refuses "sink".
 _PRELUDE = """
 def ours():
     from transformers.generation.utils import GenerationMixin
@@ -51,8 +52,8 @@ def refused():
     try:
         GenerationConfig(cache_implementation="sink")
     except ValueError as refusal:
-        said = str(refusal).replace("[", "(")  # a list, and later a tuple
-        return said.startswith("Invalid `cache_implementation` (sink). Choose one of: ('static', ")
+        message = str(refusal).replace("[", "(")  # a list, and later a tuple
+        return message.startswith("Invalid `cache_implementation` (sink). Choose one of: ('static', ")
     return False
 """
 
@@ -64,7 +65,7 @@ class Result:
 
 
 def environment(path: Sequence[Path] = (), **extra: str) -> dict[str, str]:
-    """This process's environment without our switches, offline, with folders put first on the import path."""
+    """The environment variables of this process without those that switch the patch, offline, with an import path."""
     kept = {name: value for name, value in os.environ.items() if name not in _SWITCHES}
     first = [*map(str, path), *filter(None, [kept.get("PYTHONPATH")])]
     return {**kept, "PYTHONPATH": os.pathsep.join(first), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **extra}
@@ -73,15 +74,17 @@ def environment(path: Sequence[Path] = (), **extra: str) -> dict[str, str]:
 def fresh(
     *snippets: str, path: Sequence[Path] = (), flags: Sequence[str] = STRICT, timeout: float = 300, **extra: str
 ) -> Result:
-    """Run the snippets one after the other; fails with what they printed unless all goes well.
+    """Run the snippets one after the other. If they fail, the test fails with their output.
 
     Args:
-        path: folders to put first on the import path.
+        path: folders that come first on the import path.
         flags: of the interpreter; by default a `UserWarning` is an error.
         extra: environment variables.
     """
     code = "\n".join(map(textwrap.dedent, (_PRELUDE, *snippets)))
-    with tempfile.TemporaryDirectory() as elsewhere:  # "" is on the path: nothing of the checkout may be found there
+    with (
+        tempfile.TemporaryDirectory() as elsewhere
+    ):  # the working directory is on sys.path, and must not be the checkout
         done = subprocess.run(
             [sys.executable, *flags, "-c", code],
             env=environment(path, **extra),

@@ -1,6 +1,6 @@
-"""What a version of transformers truly lacks, and so the tests that cannot be run on it: one row for each reason.
+"""Tests that cannot run on some versions of transformers, because these versions lack a feature.
 
-A test that fails where something is there, and we do not serve it, has no place here.
+A test that fails because sink_patch does not support a feature that transformers has does not belong here.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from transformers import CONFIG_MAPPING
 
 from sink_patch.compat.table import NEWEST
 
-INSTALLED = Version(Version(transformers.__version__).base_version)  # a release candidate is like its release
+INSTALLED = Version(Version(transformers.__version__).base_version)  # a release candidate counts as its release
 
 
 @dataclass(frozen=True)
-class Lack:
+class KnownGap:
     """Tests that are skipped on some versions.
 
     Args:
         versions: of transformers.
-        tests: a test's node id, such as `tests/serving/test_serve.py::test_a*`, where `*` and `?` stand for anything; brackets
-            are meant as they are. A path without `::` is a whole file, which is not even imported.
+        tests: node ids of tests, such as `tests/serving/test_serve.py::test_a*`. `*` and `?` are wildcards; brackets
+            have no special meaning. A path without `::` is a whole file, which is not imported.
         reason: what the versions lack.
     """
 
@@ -39,27 +39,27 @@ class Lack:
     def is_file(self) -> bool:
         return "::" not in self.tests
 
-    def holds(self, version: Version = INSTALLED) -> bool:
+    def applies_to(self, version: Version = INSTALLED) -> bool:
         return self.versions.contains(version)
 
-    def names(self, nodeid: str) -> bool:
+    def matches(self, nodeid: str) -> bool:
         return fnmatchcase(nodeid, self.tests.replace("[", "[[]"))
 
 
-_NO_CONFIG = "a config with a cache_config and no cache_implementation is refused by transformers itself"
-_CUT_MASKS = "masks of sliding windows are cut for whole prompts and for single tokens only"
-_STATES_APART = "recurrent states are kept in caches of kinds of their own, and models that have them are refused"
-_NO_GEMMA3N = "Gemma 3n is refused, as some of its layers read the cache by themselves"
-_NO_MAMBA = "transformers fails with a Granite 4 that has attention alone, whatever the cache"
-_ONE_MASK = "models take no mask for each kind of layer, which the naive cache gives them"
+_NO_CONFIG = "transformers itself refuses a config with a cache_config and no cache_implementation"
+_CUT_MASKS = "masks of sliding windows are cut only for whole prompts and for single tokens"
+_STATES_APART = "recurrent states are stored in caches of other classes, and models that have them are refused"
+_NO_GEMMA3N = "Gemma 3n is refused, because some of its layers read the cache directly"
+_NO_MAMBA = "transformers fails with any cache for a Granite 4 that has attention layers alone"
+_ONE_MASK = "models do not take one mask for each kind of layer, as the naive cache passes them"
 
 
-def _rows(versions: str, reason: str, *tests: str) -> tuple[Lack, ...]:
-    return tuple(Lack(SpecifierSet(versions), f"tests/{test}", reason) for test in tests)
+def _rows(versions: str, reason: str, *tests: str) -> tuple[KnownGap, ...]:
+    return tuple(KnownGap(SpecifierSet(versions), f"tests/{test}", reason) for test in tests)
 
 
-LACKS: tuple[Lack, ...] = (
-    *_rows(">=4.53", "transformers has no SinkCache of its own any more", "cache/test_native_sink_cache.py"),
+KNOWN_GAPS: tuple[KnownGap, ...] = (
+    *_rows(">=4.53", "transformers has removed its own SinkCache", "cache/test_native_sink_cache.py"),
     *_rows("<4.53", "there is no continuous batching", "generation/test_generate.py::test_continuous_batching*"),
     *_rows(
         "<4.54",
@@ -79,7 +79,7 @@ LACKS: tuple[Lack, ...] = (
     ),
     *_rows(
         "<4.53",
-        "a model that trains with gradient checkpointing stores keys as ever",
+        "models store keys in training with gradient checkpointing, too",
         "generation/test_bad_input.py::test_gradient_checkpointing_stores_nothing",
     ),
     *_rows(
@@ -97,12 +97,12 @@ LACKS: tuple[Lack, ...] = (
     *_rows("<4.53", _CUT_MASKS, "streaming/test_ragged.py::test_padded_embeddings*[gemma3_text-in pieces]"),
     *_rows(
         "<4.53",
-        "flex attention has masks for whole prompts alone",
+        "flex attention has masks for whole prompts only",
         "serving/test_surroundings.py::test_flex_attention*",
     ),
     *_rows(
         ">=5.24",
-        "PEFT does not know what a cache is called now",
+        "PEFT does not know the new name of the cache argument",
         "serving/test_surroundings.py::test_prompt_tuning*",
     ),
     *_rows(
@@ -113,7 +113,7 @@ LACKS: tuple[Lack, ...] = (
     *_rows(">=5.5,<5.7", _NO_MAMBA, "models/test_coverage.py::*the_oracle_in_each_kind_of_layer[granitemoehybrid]"),
     *_rows(
         "<4.57",
-        "its methods have other parameters than those of the newest version, for which it is made to pass",
+        "its methods have other parameters than the newest version, which the test pretends that it is",
         "patching/test_autoload.py::test_a_newer_transformers_breaks_no_import_even_where_warnings_are_errors",
         "patching/test_unsupported_transformers.py::test_a_version_is_complained_of_once_and_never_breaks_the_import[99.1-True]",
     ),
@@ -144,7 +144,7 @@ LACKS: tuple[Lack, ...] = (
     ),
     *_rows(
         "<4.56",
-        "flash attention sees one token more than a sliding window holds",
+        "flash attention sees one token more than the sliding window",
         "streaming/test_flash.py::*mistral*",
     ),
     *_rows(
@@ -154,7 +154,7 @@ LACKS: tuple[Lack, ...] = (
     ),
     *_rows(
         ">=4.54,<4.56",
-        "a model cannot make a cache of transformers' own inside one graph",
+        "a model cannot create transformers' default cache inside one graph",
         "generation/test_compiled.py::test_a_graph_that_is_called_by_hand*",
     ),
     *_rows(
@@ -172,29 +172,32 @@ LACKS: tuple[Lack, ...] = (
 )
 
 
-def here(version: Version = INSTALLED) -> Iterator[Lack]:
-    """The rows for a version."""
-    return (lack for lack in LACKS if lack.holds(version))
+def gaps_of(version: Version = INSTALLED) -> Iterator[KnownGap]:
+    """The rows that apply to a version."""
+    return (gap for gap in KNOWN_GAPS if gap.applies_to(version))
 
 
 def is_newest(version: Version = INSTALLED) -> bool:
-    """Whether it is the newest transformers that we know, or a newer one."""
+    """Whether it is the newest supported transformers, or a newer one."""
     return version >= Version(NEWEST)
 
 
-def skip_what_is_to_come(model_type: str) -> None:
-    """Skip the running test where the installed transformers is not the newest, and does not have these models yet."""
+def skip_if_model_is_newer(model_type: str) -> None:
+    """Skip the running test if the installed transformers is an older one that does not have this model yet."""
     if model_type not in CONFIG_MAPPING and not is_newest():
         pytest.skip(f"transformers has no {model_type} yet")
 
 
-def of(nodeid: str, version: Version = INSTALLED) -> str | None:
-    """Why a test, or a file, cannot be run on a version; None where it can."""
-    return next((lack.reason for lack in here(version) if lack.names(nodeid)), None)
+skip_what_is_to_come = skip_if_model_is_newer  # the old name, in tests/models/test_vision.py
 
 
-class LackingFile(pytest.Module):
-    """A file that is skipped before it is imported: what it imports may not be there."""
+def reason_to_skip(nodeid: str, version: Version = INSTALLED) -> str | None:
+    """Why a test, or a whole file, cannot run on a version; None: it can."""
+    return next((gap.reason for gap in gaps_of(version) if gap.matches(nodeid)), None)
+
+
+class SkippedFile(pytest.Module):
+    """A test file that is skipped without being imported, because its imports may fail."""
 
     def collect(self) -> list:
-        pytest.skip(of(self.nodeid) or "", allow_module_level=True)
+        pytest.skip(reason_to_skip(self.nodeid) or "", allow_module_level=True)

@@ -1,4 +1,4 @@
-"""How many layers of sink_patch lie around the methods of transformers that it wraps."""
+"""Count and remove the wrappers of sink_patch around methods of transformers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ METHODS = ("_prepare_generation_config", "_prepare_cache_for_generation")
 
 
 def ours(name: str) -> int:
-    """Counted along the whole chain: other libraries may have put layers of theirs around ours, or below."""
+    """How many wrappers of sink_patch a method has. Other libraries may have wrapped it before or after."""
     function, count = vars(GenerationMixin)[name], 0
     while function is not None:
         count += getattr(getattr(function, "_self_wrapper", None), "__module__", "").startswith("sink_patch")
@@ -21,7 +21,7 @@ def ours(name: str) -> int:
 
 
 def peel(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The methods as transformers wrote them, for the time of a test."""
+    """Replace the wrapped methods by transformers' originals during a test; returns the originals."""
     originals = {name: inspect.unwrap(vars(GenerationMixin)[name]) for name in METHODS}
     for name, original in originals.items():
         monkeypatch.setattr(GenerationMixin, name, original)

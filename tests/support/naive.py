@@ -1,8 +1,8 @@
-"""A sink cache without any cleverness, in float64: an independent computation to hold the product against.
+"""A simple sink cache in float64: an independent computation that the product is compared with.
 
-It keeps the key of every token for ever, un-rotated. Each forward picks the tokens that DESIGN.md, section 3, makes
-visible, rotates their keys with the model's own functions to the positions that they have in this forward, and gives
-the model explicit masks and positions. No ring, no clock, no rotation of ours; nothing of `sink_patch` is imported.
+It keeps the un-rotated key of every token. Each forward selects the visible tokens by the four rules
+(sink_patch/README.md), rotates their keys with the model's own functions to their positions in this forward, and gives
+the model explicit masks and positions. It has no ring and no clock, and imports nothing of `sink_patch`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def visible_past(seen: int, new: int, window_length: int, num_sink_tokens: int) 
 
 
 class NaiveCache(BareCache):
-    """One stream through a float64 copy of `model`; `forward` is all there is to it."""
+    """One stream through a float64 copy of `model`, fed by `forward`."""
 
     def __init__(self, model: PreTrainedModel, window_length: int, num_sink_tokens: int):
         super().__init__()
         config = copy.deepcopy(model.config)
-        # made anew: a deep copy would take along the hooks that the product has put on the model
+        # a new model, because a deep copy would include the hooks that sink_patch has registered
         self.model: PreTrainedModel = type(model)._from_config(config, attn_implementation="eager").eval()
         self.model.load_state_dict(model.state_dict())
         self.model.double()
@@ -71,7 +71,7 @@ class NaiveCache(BareCache):
         return logits
 
     def crop(self, count: int) -> None:
-        """Forget the newest `count` tokens."""
+        """Remove the newest `count` tokens."""
         self.seen -= count
         for layer_idx, states in self.stored.items():
             keys, values = (tensor[:, :, : self.seen] for tensor in states)
@@ -102,7 +102,7 @@ class NaiveCache(BareCache):
 
 
 def decoder_of(model: PreTrainedModel) -> Any:
-    """What lies below the head; up to 4.57, Gemma 3's `base_model` is the whole."""
+    """The model without its head; up to 4.57, Gemma 3's `base_model` is the whole model."""
     return getattr(model, "model", model.base_model)
 
 

@@ -1,7 +1,7 @@
-"""The one-layer oracle (DESIGN.md, section 3): what a forward must give, by a fresh forward without a cache.
+"""The one-layer oracle: the right logits of a forward, by a fresh forward without a cache.
 
-In a model with one layer a key depends on its own token alone, so the cache may be replaced by the tokens that it
-stands for.
+In a model with one layer, a key depends on its own token alone. So a forward with a cache must give the same logits as
+a forward over the tokens that it sees by the four rules (sink_patch/README.md).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sink_patch import SinkCache
 
 
 def visible_tokens(stream: torch.Tensor, seen: int, new: int, window_length: int, num_sink_tokens: int) -> torch.Tensor:
-    """The tokens [rows, visible] that a forward of `new` tokens after `seen` ones stands for, by the four rules."""
+    """The tokens [rows, visible] that a forward of `new` tokens after `seen` ones sees, by the four rules."""
     total = seen + new
     if total <= window_length or seen == 0:  # rules 1 and 2
         return stream[:, :total]
@@ -27,7 +27,7 @@ def visible_tokens(stream: torch.Tensor, seen: int, new: int, window_length: int
 
 
 def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Infinite where something is not a number, which a maximum over errors would pass over."""
+    """Norm of the difference to norm of `wanted`; infinite if it is NaN, which `max` over errors would ignore."""
     error = ((found - wanted).norm() / wanted.norm()).item()
     return math.inf if math.isnan(error) else error
 
@@ -47,17 +47,18 @@ def worst_error(
     """Largest relative error of the last logits over a schedule of forwards.
 
     Args:
-        use_cache: whether the fresh forwards have a cache, without which some layers do not share keys (Gemma 3n).
-        local_window: the layer's own sliding window where it is shorter than the cache's: then it has no sinks.
+        local_window: the layer's own sliding window, if it is shorter than the cache's: then it has no sinks.
+        cache: None: a new one.
+        use_cache: whether the fresh forwards have a cache, which some layers need to share keys (Gemma 3n).
     """
     cache = SinkCache(window_length, num_sink_tokens, model=model) if cache is None else cache
     worst, seen = 0.0, 0
     for new in schedule:
         found = model(stream[:, seen : seen + new], past_key_values=cache).logits[:, -1]
         if local_window is not None:
-            standing_for = stream[:, max(0, seen + new - local_window) : seen + new]
+            visible = stream[:, max(0, seen + new - local_window) : seen + new]
         else:
-            standing_for = visible_tokens(stream, seen, new, window_length, num_sink_tokens)
-        worst = max(worst, relative_error(found, model(standing_for, use_cache=use_cache).logits[:, -1]))
+            visible = visible_tokens(stream, seen, new, window_length, num_sink_tokens)
+        worst = max(worst, relative_error(found, model(visible, use_cache=use_cache).logits[:, -1]))
         seen += new
     return worst

@@ -1,8 +1,8 @@
-"""A naive sink cache for any model: keeps every token of every layer, and lays out what each forward sees afresh.
+"""A naive sink cache for any model: it keeps every token of every layer, and selects what each forward sees.
 
-It shares the adapters with the product (the probe has checked them against the model), and nothing else: no ring, no
-walking sinks, no clock. Each forward selects by the rules of DESIGN.md, section 3, turns each key from the position at
-which the model made it to the one at which it is seen, in float64, and numbers positions from 0.
+It shares with the product only the adapters, which the probe has checked against the model; it has no ring, no walking
+sinks and no clock. Each forward selects tokens by the four rules (sink_patch/README.md), rotates each key in float64
+from the position at which the model computed it to the one at which it is seen, and numbers positions from 0.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ReplayCache(BareCache):
         self.seen = self.new = 0
 
     def start(self, new: int) -> dict[str, Any]:
-        """What the model is to get for a forward of `new` tokens."""
+        """The arguments of the model for a forward of `new` tokens."""
         self.new = new
         start, columns = len(self.full_past()), torch.arange(self.past_columns(), self.past_columns() + new)
         explicit = self.explicit_mask
@@ -43,7 +43,7 @@ class ReplayCache(BareCache):
         return {**positions, **mask, **coordinates}
 
     def past_columns(self) -> int:
-        """Mask coordinate of the first new token: behind what the layer that sees most sees."""
+        """Mask coordinate of the first new token: the number of past tokens in the layer that sees the most."""
         attention = [index for index, facts in enumerate(self.facts) if facts.entry.attention]
         return max((len(self.past(index)) for index in attention), default=0)
 
@@ -77,7 +77,7 @@ class ReplayCache(BareCache):
         return torch.cat([*keys, key_states], dim=2), torch.cat([*values, value_states], dim=2)
 
     def update_indexer(self, indexer_key_states, layer_idx):
-        """Real keys of the tokens that are seen, though not turned: all are chosen, whatever they say."""
+        """The keys of the visible tokens, not rotated: the indexer selects all tokens, whatever their keys are."""
         kept = self.index_keys.setdefault(layer_idx, [])
         past = [kept[index] for index in self.past(layer_idx)]
         kept += indexer_key_states.split(1, dim=1)

@@ -1,4 +1,4 @@
-"""Tiny random models of every family, seeded; weights large enough that attention is far from uniform."""
+"""Tiny random models of every family, seeded, with weights so large that attention is far from uniform."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tests.support.known_gaps import skip_what_is_to_come
-from tests.support.versions import NotInThisVersion, make_config, say_layers
+from tests.support.known_gaps import skip_if_model_is_newer
+from tests.support.versions import NotInThisVersion, layer_settings, make_config
 from tests.support.weights import seeded
 
 VOCAB = 97
@@ -33,7 +33,7 @@ _EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, 
 _FULL, _SLIDING = ("full_attention",), ("sliding_attention",)
 _GPTJ = {"n_embd": 64, "n_head": 4, "n_positions": 192, "n_ctx": 192, "rotary_dim": 8}
 
-# model_type -> what differs from _COMMON; "layers": the layer types to try one by one, where there are several
+# model_type -> what differs from _COMMON; "layers": the layer types, if there are several, which are tested one by one
 _FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"layers": (_FULL, _SLIDING), "use_sliding_window": True},
@@ -80,12 +80,12 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "seed_oss": {},
 }
 
-# those that the installed transformers has
+# only those that the installed transformers has
 FAMILIES = {name: spec for name, spec in _FAMILIES.items() if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
 
 
 def variants(model_type: str) -> list[tuple[str, dict[str, Any]]]:
-    """(name, settings of a one-layer config) for each kind of layer of a family that can be alone in a model."""
+    """(name, settings of a one-layer config) for each kind of layer that a one-layer model of a family can have."""
     spec = FAMILIES[model_type]
     made = []
     for types in filter(functools.partial(can_have, model_type), spec.get("layers", ())):
@@ -102,7 +102,7 @@ def variants(model_type: str) -> list[tuple[str, dict[str, Any]]]:
 def can_have(model_type: str, types: Sequence[str]) -> bool:
     """Whether the installed transformers can make a model of this family with these layer types."""
     try:
-        say_layers(CONFIG_MAPPING[model_type], types)
+        layer_settings(CONFIG_MAPPING[model_type], types)
     except NotInThisVersion:
         return False
     return True
@@ -121,12 +121,12 @@ def _model(model_type: str, settings: str, attention: str, seed: int) -> PreTrai
 def tiny(
     model_type: str, *, layers: int = 1, attention: str = "eager", seed: int = 0, **settings: Any
 ) -> PreTrainedModel:
-    """A tiny model, made once and shared: tests must not change it.
+    """A tiny model, which is made once and shared by all tests: they must not change it.
 
     Raises:
         NotInThisVersion: the installed transformers cannot make a model of these `layer_types`.
     """
-    skip_what_is_to_come(model_type)
+    skip_if_model_is_newer(model_type)
     return _model(model_type, repr({"num_hidden_layers": layers, **settings}), attention, seed)
 
 

@@ -1,4 +1,4 @@
-"""Random weights by which attention is far from uniform, so that every parameter matters."""
+"""Random weights with which attention is far from uniform, so that every parameter matters."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from transformers.pytorch_utils import Conv1D
 
 from tests.support.versions import PreTrainedConfig
 
-_DECAYS = ("A_log",)  # must stay decays, even where they are written as a matrix
-_SCALES = (".temp",)  # of keys (zaya): zero at first, which makes attention uniform
+_DECAYS = ("A_log",)  # must stay decays, also where they are a matrix
+_SCALES = (".temp",)  # of keys (zaya): initialised to zero, which makes attention uniform
 
-# transformers up to 4.53 starts these at 1 as it does others, though they add 1 themselves
+# transformers up to 4.53 initialises these to 1, although they add 1 to their weight
 _START_AT_ZERO = frozenset({"GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"})
 
 
 def seeded(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, attn_implementation: str, seed: int
 ) -> PreTrainedModel:
-    """A model for inference that is made by its config and seed alone."""
+    """A model in eval mode whose weights depend on its config and the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class._from_config(config, attn_implementation=attn_implementation).eval()
@@ -31,9 +31,9 @@ def seeded(
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int) -> None:
-    """Draw embeddings with deviation 1 and matrices with 1.3 over the root of their width; nudge all others.
+    """Draw embeddings with deviation 1 and matrices with 1.3 over the root of their width; change all others a little.
 
-    Each parameter is drawn by its name, so that it is the same on every version of transformers that calls it so.
+    The random numbers of a parameter depend on its name and the seed, so that they are the same on all versions.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     transposed = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}

@@ -1,15 +1,17 @@
-"""What differs between versions of transformers in how a config says what a model is.
+"""Differences between versions of transformers in how a config describes a model.
 
-Tests speak the words of the newest version. All that is read here is what a config class can be told, never a version.
+Tests use the names of the newest version. The code here reads which settings a config class has, never the version.
 """
 
 from __future__ import annotations
 
 from tests.support.versions.caches import caches_need_states, families_have_caches
 from tests.support.versions.fields import ConfigClass, PreTrainedConfig, as_part, default_of, fields, parts, stored
-from tests.support.versions.layers import NotInThisVersion, hear_layers, say_layers
+from tests.support.versions.layers import NotInThisVersion, default_layer_types, layer_settings
 from tests.support.versions.making import make_config
-from tests.support.versions.rope import say_rope
+from tests.support.versions.rope import rope_settings
+
+say_rope = rope_settings  # the old name, in tests/models/test_vision.py
 
 __all__ = [
     "ConfigClass",
@@ -17,13 +19,14 @@ __all__ = [
     "PreTrainedConfig",
     "as_part",
     "caches_need_states",
+    "default_layer_types",
     "default_of",
     "families_have_caches",
     "fields",
-    "hear_layers",
+    "layer_settings",
     "make_config",
     "parts",
-    "say_layers",
+    "rope_settings",
     "say_rope",
     "stored",
 ]

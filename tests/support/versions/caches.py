@@ -1,4 +1,4 @@
-"""What the default caches of models with states beside keys can hold, and what they cannot do without."""
+"""What the default caches of models with recurrent states can hold, and what they need."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ except ImportError:  # masks were made in each model
 
 
 def families_have_caches() -> bool:
-    """Such families have a class of cache each, which looks for a layer with states."""
+    """Whether each family with states has a cache class of its own, which needs a layer with states."""
     return not hasattr(cache_utils, "LinearAttentionLayer")
 
 
 def caches_need_states() -> bool:
-    """Models ask the cache that all families share whether there are states, and it refuses where no layer has any."""
+    """Whether models ask the shared cache class for states, which raises if no layer has any."""
     return not families_have_caches() and not hasattr(masking_utils, "create_recurrent_attention_mask")
 
 
 def caches_have_place_for(layer_type: str) -> bool:
-    """Layers without attention were given a place in the cache one after the other: experts first, then plain MLPs."""
+    """Whether the cache has a layer class for this type: that for experts is older than that for plain MLPs."""
     places = getattr(cache_utils, "DYNAMIC_LAYER_TYPE_MAPPING", {})
     return layer_type != "mlp" or "mlp" in places or "moe" not in places

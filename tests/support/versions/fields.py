@@ -1,4 +1,4 @@
-"""What a config class can be told, and the configs inside it: dataclass fields, or arguments of `__init__` before."""
+"""The settings of a config class, and the configs inside it: dataclass fields, or arguments of an old `__init__`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _dataclass_fields(config_class: ConfigClass) -> tuple[dataclasses.Field[Any]
 
 
 def _arguments(owner: type) -> dict[str, inspect.Parameter]:
-    """The named arguments of an `__init__` that was written by hand; a generated one has fields instead."""
+    """The named arguments of a hand-written `__init__`; a generated one has fields instead."""
     if "__init__" not in vars(owner) or "__dataclass_fields__" in vars(owner):
         return {}
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -39,14 +39,14 @@ def _arguments(owner: type) -> dict[str, inspect.Parameter]:
 
 
 def flags(config_class: ConfigClass) -> dict[str, Any]:
-    """Defaults that a class must be told, as it refuses its own: flags that it takes for numbers."""
+    """Flags whose field has the type int, as numbers: such a class refuses its own default."""
     return {
         name: int(default) for name in _numbers(config_class) if isinstance(default := fields(config_class)[name], bool)
     }
 
 
 def typed(config_class: ConfigClass, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings, with numbers for flags that the class takes for numbers."""
+    """The settings, with flags as numbers where the field has the type int."""
     numbers = _numbers(config_class)
     return {
         name: int(value) if name in numbers and isinstance(value, bool) else value for name, value in settings.items()
@@ -62,23 +62,23 @@ def _numbers(config_class: ConfigClass) -> frozenset[str]:
 def _default(config_class: ConfigClass) -> PreTrainedConfig | None:
     try:
         return config_class(**flags(config_class))
-    except Exception:  # some composite configs need to be told their parts
+    except Exception:  # some composite configs cannot be made without their parts
         return None
 
 
 def stored(config_class: ConfigClass) -> Mapping[str, Any]:
-    """What the default config holds, properties left out."""
+    """The attributes of the default config, without properties."""
     return vars(_default(config_class)) if _default(config_class) else {}
 
 
 def default_of(config_class: ConfigClass, name: str) -> Any:
-    """What the default config says of a setting; None where it says nothing."""
+    """The value of a setting in the default config; None: it has no such setting."""
     return copy.deepcopy(getattr(_default(config_class), name, None))
 
 
 @functools.cache
 def parts(config_class: ConfigClass) -> Mapping[str, ConfigClass]:
-    """The configs inside a config; those that are optional are left out."""
+    """The classes of the configs inside a config, by name, without optional ones."""
     if specs := getattr(config_class, "sub_configs_defaults", None):
         return {key: _class_of(spec) for key, spec in specs.items() if not spec.optional}
     named = {key: part for key, part in config_class.sub_configs.items() if issubclass(part, PreTrainedConfig)}
@@ -86,12 +86,12 @@ def parts(config_class: ConfigClass) -> Mapping[str, ConfigClass]:
 
 
 def as_part(config_class: ConfigClass, part: PreTrainedConfig) -> PreTrainedConfig | dict[str, Any]:
-    """A config for a place inside one of this class; an `__init__` that was written by hand takes what a file holds."""
+    """A config as an argument of this class: a hand-written `__init__` takes a dict, as from a file."""
     return part.to_diff_dict() if _arguments(config_class) else part
 
 
 def _class_of(spec: Any) -> ConfigClass:
-    """An `AutoConfig` goes by a model type."""
+    """The config class; for an `AutoConfig`, that of its model type."""
     if issubclass(spec.config_class, PreTrainedConfig):
         return spec.config_class
     return CONFIG_MAPPING[spec.model_type]

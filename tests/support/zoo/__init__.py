@@ -1,4 +1,4 @@
-"""A tiny random model of every entry of transformers' table of causal language models, as a decoder of text."""
+"""A tiny random model for each entry of transformers' table of causal language models, as a decoder of text."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tests.support.known_gaps import skip_what_is_to_come
+from tests.support.known_gaps import skip_if_model_is_newer
 from tests.support.weights import seeded
-from tests.support.zoo.configs import decoder_of, kinds_of, least_stack, tiny_config
+from tests.support.zoo.configs import decoder_of, kinds_of, smallest_stack, tiny_config
 from tests.support.zoo.families import Stack
 from tests.support.zoo.reasons import NO_DEFAULT_CACHE, NOT_BUILT
 
@@ -17,7 +17,7 @@ __all__ = ["NOT_BUILT", "NO_DEFAULT_CACHE", "CannotBuild", "build", "entries", "
 
 
 class CannotBuild(Exception):
-    """No model of this type can be made, with the reason."""
+    """No model of this type can be built; the message says why."""
 
 
 def entries() -> list[str]:
@@ -38,8 +38,8 @@ def layer_types_of(model_type: str) -> Stack:
 def one_layer(
     model_type: str, layer: str, *, attn_implementation: str = "eager", seed: int = 0, **overrides: Any
 ) -> PreTrainedModel:
-    """A model with a single layer, of this kind, or with as few layers as its family lets it have."""
-    stack = least_stack(decoder_of(CONFIG_MAPPING[model_type]), layer)
+    """A model with a single layer of this kind, or with as few layers as the family allows."""
+    stack = smallest_stack(decoder_of(CONFIG_MAPPING[model_type]), layer)
     return _build(model_type, stack, attn_implementation, seed, overrides)
 
 
@@ -48,12 +48,12 @@ def _build(
 ) -> PreTrainedModel:
     if reason := NOT_BUILT.get(model_type):
         raise CannotBuild(f"{model_type}: {reason}")
-    skip_what_is_to_come(model_type)
+    skip_if_model_is_newer(model_type)
     try:
         config_class = CONFIG_MAPPING[model_type]
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
         if model_class.config_class is decoder_of(config_class):
-            config_class = model_class.config_class  # a decoder alone, without the towers around it
+            config_class = model_class.config_class  # the decoder alone, without vision or audio towers
         config = tiny_config(config_class, stack, **overrides)
         return seeded(model_class, config, attn_implementation, seed)
     except Exception as error:

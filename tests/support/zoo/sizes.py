@@ -1,4 +1,4 @@
-"""What every size-like setting of a config becomes in a tiny model, by its name, whatever the family."""
+"""The value of every setting that is a size in a tiny model, by its name, for all families."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _NAMES_BY_SIZE: dict[int, str] = {
         hidden_size_per_layer_input kv_lora_rank q_lora_rank o_lora_rank index_head_dim prompt_mid_dim
         classifier_proj_size pronunciation_vocab_size shape_vocab_size position_bias_num_buckets num_buckets
         image_size crop_size codebook_size""",
-    # index_n_heads: of a few index heads all may be silent for a token, and the choice among such tokens arbitrary
+    # index_n_heads: with few index heads, all may give 0 for a token, and the selection among such tokens is arbitrary
     HEAD_DIM: """
         head_dim swa_head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim dim_head attention_head_size kv_channels
         d_head d_kv query_pre_attn_scalar linear_key_head_dim linear_value_head_dim linear_head_dim index_n_heads
@@ -69,18 +69,18 @@ DEPTHS = (
     "num_blocks",
 )
 
-# a setting without a default is derived from others, or switched off; these two are better set
+# a setting without a default is derived from others, or switches something off; these two are set nevertheless
 ALSO_WHERE_UNSET = frozenset({"num_key_value_heads", "head_dim"})
 
 TOKEN_IDS = frozenset({"pad_token_id", "bos_token_id", "eos_token_id"})
 
-# no sizes, and not to be left as they are
+# no sizes, but their defaults do not fit
 ALWAYS: dict[str, Any] = {
     "pad_token_id": 0,
     "pad_index": 0,
     "bos_token_id": 1,
-    "eos_token_id": None,  # a test says itself where its text ends
-    "is_decoder": True,  # the encoders among the entries, too
-    "use_mamba_kernels": False,  # from a package that tests do not have
-    "attention_multiplier": HEAD_DIM**-0.5,  # meant for other head sizes
+    "eos_token_id": None,  # tests choose where a text ends
+    "is_decoder": True,  # also for encoders in the table
+    "use_mamba_kernels": False,  # of a package that is not installed
+    "attention_multiplier": HEAD_DIM**-0.5,  # the default is for other head sizes
 }

@@ -1,4 +1,4 @@
-"""Stand-ins for towers that need libraries which the tests do not have; a text never reaches them."""
+"""Replacements for vision towers that need libraries which are not installed; text never runs through them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.zoo.sizes import WIDTH
 
 
 def no_vision_tower() -> dict[str, PreTrainedConfig]:
-    """Settings by which gemma3n, whose vision tower is one of timm's, has none."""
+    """Settings with which gemma3n, whose vision tower comes from timm, has no vision tower."""
     return {"vision_config": _no_vision_config()(hidden_size=WIDTH)}
 
 
@@ -23,10 +23,10 @@ def _no_vision_config() -> ConfigClass:
         model_type = "zoo_no_vision"
 
     class NoVision(PreTrainedModel):
-        """Sees nothing."""
+        """An empty vision tower."""
 
         config_class = NoVisionConfig
-        _supports_sdpa = True  # it has no attention to stand in the way of any
+        _supports_sdpa = True  # it has no attention, so it supports any
 
     AutoModel.register(NoVisionConfig, NoVision, exist_ok=True)
     return NoVisionConfig
