@@ -1,7 +1,7 @@
 """A layer taken apart into a record and tensors, which have the names of their places (unpacking.py is the way back).
 
-What a stream changes is written, and nothing else: the rings of our layers, and known attributes of the layers of states
-of transformers (`LinearAttentionLayer` and its kin, cache_utils.py).
+What a stream changes is written, and nothing else: the rings of our layers, and known attributes of the layers of
+states of transformers (`LinearAttentionLayer` and its kin, cache_utils.py).
 """
 
 from __future__ import annotations

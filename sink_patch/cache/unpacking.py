@@ -16,7 +16,7 @@ from sink_patch.buffers.layers import SinkLayer
 from sink_patch.buffers.rings import Ring
 from sink_patch.buffers.sinks import Sinks
 from sink_patch.cache.header import Held, LayerRecord, Packed, RingRecord, RowRecord, Value
-from sink_patch.cache.packing import OF_A_STATE, RINGS, UNCHANGED, Tensors, attributes
+from sink_patch.cache.packing import OF_A_STATE, RINGS, UNCHANGED, Tensors, attributes, tensors_in
 from sink_patch.errors import CacheFileError
 from sink_patch.rules.kinds import LayerKind
 
@@ -103,15 +103,20 @@ class Unpacker:
     def _fill_states(self, layer: object, held: Held, name: str, device: torch.device) -> None:
         fresh = attributes(layer)
         found = {key: value for key, value in held.entries if key not in _WRITTEN_BEFORE}
+        names = sorted(key for key, _ in held.entries if key not in _WRITTEN_BEFORE)
         optional = _SET_LATER if "conv_states" in fresh else frozenset()
         known = fresh.keys() <= found.keys() <= fresh.keys() | optional
-        self.check(known and len(found) == len(held.entries), f"{name} holds {sorted(found)}")
+        self.check(known and names == sorted(found), f"{name} holds {names}, and {sorted(fresh)} in this model")
         made = {key: self._attribute(value, key, fresh.get(key), name, device) for key, value in found.items()}
-        for what in ("conv_states", "recurrent_states"):
-            there = _each(made.get(what), lambda state: state is not None)
-            self.check(what not in made or made.get(f"is_{what}_initialized") == there, f"{name}.{what} is not whole")
-        lengths = _each(made.get("conv_states"), lambda state: None if state is None else state.shape[-1])
-        self.check(made.get("conv_kernel_size") == lengths, f"{name}.conv_states are of another length")
+        for what in made.keys() & {"conv_states", "recurrent_states"}:
+            there = _each(made[what], lambda state: state is not None)
+            self.check(made.get(f"is_{what}_initialized") == there, f"{name}.{what} is not whole")
+        conv_states = made.get("conv_states")
+        lengths = _each(conv_states, lambda state: None if state is None else state.shape[-1])
+        self.check(made.get("conv_kernel_size") == lengths, f"{name}.conv_states is of another length")
+        begun = next(tensors_in(conv_states), None) is not None
+        placed = [made.get(what) is not None for what in ("device", "dtype")]
+        self.check(placed == [begun, begun], f"{name}.conv_states has another device or dtype")
         if made:
             vars(layer).update(made)
 
