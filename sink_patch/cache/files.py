@@ -1,145 +1,146 @@
-"""A `SinkCache` in a file: tensors by safetensors, and all else as JSON in its header.
+"""A `SinkCache` in a file: tensors by safetensors, and all else as JSON in its header (header.py).
 
-Nothing in it is code, so a file from anywhere may be opened. Keys and values are the same in every version of
-transformers; recurrent and convolution states lie in layers of its own, and go on in the version that wrote them.
+Nothing in it is code, and `load` takes nothing in it for granted, so a file from anywhere may be opened. Keys and
+values are the same in every version of transformers; recurrent and convolution states lie in layers of its own, and go
+on in the version that wrote them.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import uuid
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 import transformers
+from msgspec import structs
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from sink_patch import __version__
 from sink_patch.arguments import Sizes
-from sink_patch.buffers.layers import SinkLayer
 from sink_patch.cache.binding import new_streams
 from sink_patch.cache.fingerprint import differences, fingerprint
-from sink_patch.cache.packing import pack, unpack
-from sink_patch.errors import CacheFileError
+from sink_patch.cache.header import FORMAT, Header, RowRecord, decode, encode
+from sink_patch.cache.packing import Tensors, pack_layer
+from sink_patch.cache.unpacking import Unpacker
+from sink_patch.errors import CacheFileError, SinkArgumentError
 from sink_patch.models.entries import decoder_of
 from sink_patch.models.examine import examine
 from sink_patch.models.facts import ModelFacts
-from sink_patch.rules.kinds import LayerKind
 from sink_patch.rules.rows import Row
 from sink_patch.streaming.streams import Streams
 
-FORMAT = 1
-"""Goes up whenever a file of before cannot be read any more."""
+_KEY = "sink_patch"  # of our header among the metadata of the file
 
-_KEY = "sink_patch"  # in the header
-_FROM_THE_MODEL = frozenset({"kind", "kind_index", "rings", "is_sliding"})  # what layers do not have from the stream
-_RINGS = ("keys", "values")
-
-Path_ = str | os.PathLike[str]
-Tensors = dict[str, torch.Tensor]
-_Record = TypeVar("_Record", Row, LayerKind)
+PathLike = str | os.PathLike[str]
 
 
-def write(path: Path_, model: nn.Module, streams: Streams) -> None:
-    """Write what `read` reads. A file that is there already is replaced at the end, or left as it was."""
+def write(path: PathLike, model: nn.Module, streams: Streams) -> None:
+    """Write what `load` reads. A file that is there already is replaced at the end, or left as it was.
+
+    Raises:
+        CacheStateError: a layer holds something of which nothing is known.
+        CacheFileError: the file cannot be written.
+    """
     tensors: Tensors = {}
-    window_length, num_sink_tokens = streams.sizes.window_length, streams.sizes.num_sink_tokens
-    sinks = streams.store.sinks
-    header = {
-        "format": FORMAT,
-        "sink_patch": __version__,
-        "transformers": transformers.__version__,
-        "window_length": window_length,
-        "num_sink_tokens": num_sink_tokens,
-        "rows": None if streams.rows is None else [asdict(row) for row in streams.rows],
-        "columns": streams.columns,
-        "recording": streams.recording,
-        "layers": [
-            _pack_layer(layer, f"layers.{index}", sinks, tensors) for index, layer in enumerate(streams.store.layers)
-        ],
-        "model": fingerprint(model, streams.facts, window_length, num_sink_tokens),
-    }
+    header = _header(model, streams, tensors)
     target = Path(path).resolve()  # where it is a link, what it points to is replaced
+    if target.is_dir():
+        raise CacheFileError(f"{target} could not be written: it is a directory. Give the path of a file.")
     unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     held = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(held, unfinished, metadata={_KEY: json.dumps(header)})
+        save_file(held, unfinished, metadata={_KEY: encode(header)})
         unfinished.replace(target)
-    except SafetensorError as error:
-        raise CacheFileError(f"{target} could not be written: {error}.") from error
+    except (SafetensorError, OSError) as error:
+        raise CacheFileError(
+            f"{target} could not be written: {error}. Give the path of a file in a directory that is there."
+        ) from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where it could not be begun, there is nothing to remove
+            unfinished.unlink(missing_ok=True)
 
 
-def read(path: Path_) -> Saved:
-    """What is in a file.
+def load(path: PathLike, model: nn.Module) -> tuple[Sizes, Streams]:
+    """The sizes and the streams of a cache that `write` has written, for the same model; the model is not changed.
 
     Raises:
-        CacheFileError: it was not written by `write`, or by one of another format, or is not whole.
+        CacheFileError: the file holds no whole cache, or one of another model.
+        FileNotFoundError: there is no such file.
+        UnsupportedModelError: the model cannot stream.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = _header(path, file.metadata())
-            return Saved(Path(path), header, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except SafetensorError as error:
-        raise CacheFileError(f"{path} holds no SinkCache, or has been cut short: {error}.") from error
-
-
-def load(path: Path_, model: nn.Module) -> tuple[Sizes, Streams]:
-    saved = read(path)
+    saved = _read(path)
     facts = examine(model)
-    saved.check(model, facts)
-    sizes = Sizes(*saved.sizes)
-    streams = new_streams(model, sizes, facts)
+    saved.check_model(model, facts)
+    sizes = Sizes(saved.header.window_length, saved.header.num_sink_tokens)
+    try:
+        streams = new_streams(model, sizes, facts)
+    except SinkArgumentError as error:
+        raise CacheFileError(f"{path} is of a cache that this model cannot have: {error}") from error
     saved.fill(streams, model)
-    saved.set(streams)
     return sizes, streams
 
 
-def _header(path: Path_, metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    if _KEY not in (metadata or {}):
-        raise CacheFileError(f"{path} holds no SinkCache. Load a file that cache.save(path) has written.")
-    header: dict[str, Any] = json.loads((metadata or {})[_KEY])
-    if header["format"] != FORMAT:
+def _header(model: nn.Module, streams: Streams, tensors: Tensors) -> Header:
+    store = streams.store
+    window_length, num_sink_tokens = streams.sizes.window_length, streams.sizes.num_sink_tokens
+    return Header(
+        format=FORMAT,
+        sink_patch=__version__,
+        transformers=transformers.__version__,
+        window_length=window_length,
+        num_sink_tokens=num_sink_tokens,
+        rows=None if streams.rows is None else [RowRecord(**asdict(row)) for row in streams.rows],
+        columns=streams.columns,
+        recording=streams.recording,
+        layers=[pack_layer(layer, f"layers.{index}", store.sinks, tensors) for index, layer in enumerate(store.layers)],
+        model=fingerprint(model, streams.facts, window_length, num_sink_tokens),
+    )
+
+
+def _read(path: PathLike) -> _Saved:
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_KEY)
+            if text is None:
+                raise CacheFileError(f"{path} holds no SinkCache. Load a file that cache.save(path) has written.")
+            header = decode(path, text)
+            return _Saved(Path(path), header, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except FileNotFoundError:
+        raise
+    except SafetensorError as error:
         raise CacheFileError(
-            f"{path} is of format {header['format']}, written by sink_patch {header['sink_patch']}; sink_patch "
-            f"{__version__} reads format {FORMAT}. Load it with that version, or feed the text again."
-        )
-    return header
+            f"{path} holds no SinkCache, or has been cut short: {error}. Load a file that cache.save(path) has written."
+        ) from error
+    except OSError as error:
+        why = "it is a directory" if Path(path).is_dir() else str(error)
+        raise CacheFileError(
+            f"{path} could not be read: {why}. Give the path of a file that cache.save(path) has written."
+        ) from error
 
 
 @dataclass(frozen=True)
-class Saved:
-    """What is in a file; its tensors may lie there still."""
+class _Saved:
+    """What is in a file."""
 
     path: Path
-    header: dict[str, Any]
+    header: Header
     tensors: Tensors
 
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """`window_length` and `num_sink_tokens`."""
-        return self.header["window_length"], self.header["num_sink_tokens"]
-
-    def check(self, model: nn.Module, facts: ModelFacts) -> None:
-        """Whether a model can go on with it.
-
-        Raises:
-            CacheFileError: it cannot, with what is not the same.
-        """
-        found = differences(self.header["model"], fingerprint(model, facts, *self.sizes))
+    def check_model(self, model: nn.Module, facts: ModelFacts) -> None:
+        """Raise a CacheFileError if a model cannot go on with it, with what is not the same."""
+        header = self.header
+        found = differences(header.model, fingerprint(model, facts, header.window_length, header.num_sink_tokens))
         if found:
             raise CacheFileError(
                 f"{self.path} was saved with another model than this {facts.model_class}; not the same: "
                 f"{', '.join(found)}. Load it with the model that it was saved with."
             )
-        wrote, have = self.header["transformers"], transformers.__version__
+        wrote, have = header.transformers, transformers.__version__
         if wrote != have and any(layer.entry.state for layer in facts.layers):
             raise CacheFileError(
                 f"{self.path} holds recurrent or convolution states of transformers {wrote}, and this is {have}. Load "
@@ -148,57 +149,22 @@ class Saved:
 
     @torch.inference_mode(False)  # else the cache could not be written to outside it
     def fill(self, streams: Streams, model: nn.Module) -> None:
-        """Put into fresh layers what those of the cache held, each on the device of the model's layer."""
-        devices = _devices(model)
-        for index, (layer, packed) in enumerate(zip(streams.store.layers, self.header["layers"], strict=True)):
-            self._fill_layer(layer, packed, streams.store.sinks, devices.get(index, _device_of(model)))
-        streams.store.note_kinds()
-
-    def set(self, streams: Streams) -> None:
-        """Let the rows stand where they stood."""
-        rows = self.header["rows"]
-        streams.rows = None if rows is None else [self._made(Row, row) for row in rows]
-        streams.columns, streams.recording = self.header["columns"], self.header["recording"]
-
-    def _fill_layer(self, layer: Any, packed: dict[str, Any], sinks: Any, device: torch.device) -> None:
-        vars(layer).update(unpack(packed["held"], self.tensors, device))
-        if not isinstance(layer, SinkLayer):
-            return
-        layer.kind = self._made(LayerKind, packed["kind"])
-        for ring, name in zip(layer.rings, _RINGS, strict=True):
-            held = unpack(packed[name], self.tensors, device)
-            self._check_names("Ring", held.keys(), ("buffer", "pristine"))
-            ring.buffer = held["buffer"]
-            if held["pristine"] is not None:
-                sinks.put(ring, held["pristine"])
-
-    def _made(self, record: type[_Record], held: dict[str, Any]) -> _Record:
-        self._check_names(record.__name__, held.keys(), {field.name for field in fields(record)})
-        as_they_were: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in held.items()
-        }
-        return record(**as_they_were)
-
-    def _check_names(self, what: str, saved: Any, known: Any) -> None:
-        if set(saved) != set(known):
-            raise CacheFileError(
-                f"{self.path} was written by sink_patch {self.header['sink_patch']}, whose {what} holds "
-                f"{sorted(saved)}; that of sink_patch {__version__} holds {sorted(known)}. Load it with that version, "
-                "or feed the text again."
-            )
-
-
-def _pack_layer(layer: Any, name: str, sinks: Any, tensors: Tensors) -> dict[str, Any]:
-    packed: dict[str, Any] = {"held": pack(_held(layer), name, tensors)}
-    if isinstance(layer, SinkLayer):
-        packed["kind"] = asdict(layer.kind)
-        for ring, what in zip(layer.rings, _RINGS, strict=True):
-            packed[what] = pack({"buffer": ring.buffer, "pristine": sinks.pristine_of(ring)}, f"{name}.{what}", tensors)
-    return packed
-
-
-def _held(thing: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(thing).items() if name not in _FROM_THE_MODEL}
+        """Put into fresh streams what those of the cache held, each layer on the device of the model's layer."""
+        header, store, devices = self.header, streams.store, _devices(model)
+        unpacker = Unpacker(self.path, self.tensors, header.rows)
+        unpacker.check(len(header.layers) == len(store.layers), f"it has {len(header.layers)} layers")
+        for index, (layer, record) in enumerate(zip(store.layers, header.layers, strict=True)):
+            device = devices.get(index, _device_of(model))
+            unpacker.fill(layer, record, f"layers.{index}", store.sinks, device)
+        unpacker.check_all_used()
+        store.note_kinds()
+        spare, fewest = store.slots.spare, store.slots.fewest
+        unpacker.check(all(kind.spare == spare for kind in store.kinds), "its layers have different numbers of slots")
+        for row in header.rows or ():
+            right = row.recallable <= spare and (not row.complete or row.seen <= fewest)
+            unpacker.check(right, f"{row} does not go with {fewest} slots, {spare} of them to spare")
+        streams.rows = None if header.rows is None else [Row(**structs.asdict(row)) for row in header.rows]
+        streams.columns, streams.recording = header.columns, header.recording
 
 
 def _devices(model: nn.Module) -> dict[int, torch.device]:

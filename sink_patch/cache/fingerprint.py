@@ -7,10 +7,12 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 
 from sink_patch.buffers.rotation import Rotation
+from sink_patch.cache.header import Fingerprint, KindRecord, Turning
 from sink_patch.models.facts import LayerFacts, ModelFacts
 
 _SAMPLES = 64  # of each parameter: enough to tell weights apart, and some milliseconds for billions of them
@@ -18,28 +20,25 @@ _STEP = 0x9E3779B1  # a prime: steps of it, modulo any size, go through rows and
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # for any dtype of so many bytes
 _SHORT = 40
 
-Fingerprint = dict[str, Any]
-"""JSON, by what is compared, in words for people."""
-
 
 def fingerprint(model: nn.Module, facts: ModelFacts, window_length: int, num_sink_tokens: int) -> Fingerprint:
     """Of a model, as a cache of this size sees it; the same on any device."""
-    return {
-        "class": facts.model_class,
-        "model_type": facts.model_type,
-        "family": facts.family,
-        "positions": [facts.context.length, facts.context.limit],
-        "number of layers": len(facts.layers),
-        "kinds of layers": [_kind(layer, window_length, num_sink_tokens) for layer in facts.layers],
-        "rotations": [[_turns(layer.adapter.keys), _turns(layer.adapter.values)] for layer in facts.layers],
-        "weights": _digest(model),
-    }
+    return Fingerprint(
+        model_class=facts.model_class,
+        model_type=facts.model_type,
+        family=facts.family,
+        positions=(facts.context.length, facts.context.limit),
+        number_of_layers=len(facts.layers),
+        kinds_of_layers=[_kind(layer, window_length, num_sink_tokens) for layer in facts.layers],
+        rotations=[(_turning(layer.adapter.keys), _turning(layer.adapter.values)) for layer in facts.layers],
+        weights=_digest(model),
+    )
 
 
 def differences(saved: Fingerprint, found: Fingerprint) -> list[str]:
     """What is not the same, in words."""
-    names = [name for name in found if not _same(saved.get(name), found[name])]
-    return [_difference(name, str(saved.get(name)), str(found[name])) for name in names]
+    then, now = (msgspec.json.decode(msgspec.json.encode(one)) for one in (saved, found))
+    return [_difference(name, str(then[name]), str(now[name])) for name in now if not _same(then[name], now[name])]
 
 
 def _difference(name: str, saved: str, found: str) -> str:
@@ -57,13 +56,13 @@ def _same(one: Any, two: Any) -> bool:
     return bool(one == two)
 
 
-def _kind(layer: LayerFacts, window_length: int, num_sink_tokens: int) -> list[Any]:
-    entry = layer.entry
-    return [entry.attention, entry.state, asdict(layer.kind(window_length, num_sink_tokens))]
+def _kind(layer: LayerFacts, window_length: int, num_sink_tokens: int) -> tuple[bool, bool, KindRecord]:
+    kind = KindRecord(**asdict(layer.kind(window_length, num_sink_tokens)))
+    return layer.entry.attention, layer.entry.state, kind
 
 
-def _turns(rotation: Rotation | None) -> list[Any] | None:
-    return None if rotation is None else [rotation.pairing, rotation.start, rotation.sign, rotation.inv_freq.tolist()]
+def _turning(rotation: Rotation | None) -> Turning | None:
+    return None if rotation is None else (rotation.pairing, rotation.start, rotation.sign, rotation.inv_freq.tolist())
 
 
 def _digest(model: nn.Module) -> str:

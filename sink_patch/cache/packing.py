@@ -1,53 +1,67 @@
-"""What an object holds, taken apart into tensors with names and JSON, and put together again."""
+"""A layer taken apart into a record and tensors, which have the names of their places (unpacking.py is the way back).
+
+What a stream changes is written, and nothing else: the rings of our layers, and known attributes of the layers of
+states of transformers (`LinearAttentionLayer` and its kin, cache_utils.py).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from sink_patch.buffers.layers import SinkLayer
+from sink_patch.buffers.rings import Ring
+from sink_patch.buffers.sinks import Sinks
+from sink_patch.cache.header import Held, KindRecord, LayerRecord, Packed, RingRecord, TensorName, Value
 from sink_patch.errors import CacheStateError
 
-_PLAIN = (type(None), bool, int, float, str)
-_SEQUENCES = {"list": list, "tuple": tuple}
+Tensors = dict[str, torch.Tensor]
+
+RINGS = ("keys", "values")
+OF_A_STATE = {
+    "conv_states": torch.Tensor,
+    "recurrent_states": torch.Tensor,
+    "is_conv_states_initialized": bool,
+    "is_recurrent_states_initialized": bool,
+    "has_previous_state": bool,
+    "conv_kernel_size": int,
+    "max_batch_size": int,
+    "device": torch.device,
+    "dtype": torch.dtype,
+}
+"""What a stream changes in a layer of states: one value, or a dict of one for each state; None where there is none."""
+
+UNCHANGED = frozenset({"number_of_states", "record_past", "is_initialized", "keys", "values"})
+"""What is written too, and is always as in a fresh layer."""
+
+_FROM_THE_MODEL = frozenset({"kind", "kind_index", "rings", "is_sliding"})  # in our layers
 
 
-def pack(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """JSON for a value; the tensors in it go into `tensors`, under names that begin with `name`.
+def pack_layer(layer: object, name: str, sinks: Sinks, tensors: Tensors) -> LayerRecord:
+    """The record of a layer; its tensors go into `tensors`, under names that begin with `name`.
 
     Raises:
-        CacheStateError: it is of a type, or holds something of a type, of which nothing is known.
+        CacheStateError: it holds something of which nothing is known.
     """
-    if type(value) in _PLAIN:
-        return value
-    if isinstance(value, torch.Tensor):
-        tensors[name] = value
-        return {"tensor": name}
-    if type(value) is dict:
-        return {"dict": [[pack(key, name, tensors), pack(one, f"{name}.{key}", tensors)] for key, one in value.items()]}
-    if type(value) in _SEQUENCES.values():
-        return {type(value).__name__: [pack(one, f"{name}.{index}", tensors) for index, one in enumerate(value)]}
-    if isinstance(value, (torch.dtype, torch.device)):
-        return {type(value).__name__: str(value).removeprefix("torch.")}
-    raise CacheStateError(
-        f"This cache cannot be saved: {name} is a {type(value).__name__}, which sink_patch cannot write to a file. "
-        "Keep the cache in memory (clone() copies it)."
+    held = attributes(layer)
+    packed = Held([(key, _pack(value, f"{name}.{key}", tensors)) for key, value in held.items()])
+    for key in held.keys() - OF_A_STATE.keys() - UNCHANGED:
+        raise _unknown(f"{name}.{key}", held[key])
+    if not isinstance(layer, SinkLayer):
+        return LayerRecord(packed)
+    keys, values = (
+        _pack_ring(ring, sinks.pristine_of(ring), f"{name}.{what}", tensors)
+        for ring, what in zip(layer.rings, RINGS, strict=True)
     )
+    return LayerRecord(packed, KindRecord(**asdict(layer.kind)), keys, values)
 
 
-def unpack(packed: Any, tensors: dict[str, torch.Tensor], device: torch.device) -> Any:
-    """The value again; its tensors are copies on `device`, and so are devices that it names."""
-    if not isinstance(packed, dict):
-        return packed
-    ((what, held),) = packed.items()
-    if what == "tensor":
-        return tensors[held].to(device=device, copy=True)
-    if what == "dict":
-        return {key: unpack(one, tensors, device) for key, one in held}
-    if what in _SEQUENCES:
-        return _SEQUENCES[what](unpack(one, tensors, device) for one in held)
-    return device if what == "device" else getattr(torch, held)
+def attributes(layer: object) -> dict[str, Any]:
+    """What a layer holds beside rings and what it has from the model; nothing, where the model has no such layer."""
+    return {} if layer is None else {key: held for key, held in vars(layer).items() if key not in _FROM_THE_MODEL}
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
@@ -57,3 +71,32 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (dict, list, tuple)):
         for one in value.values() if isinstance(value, dict) else value:
             yield from tensors_in(one)
+
+
+def _pack_ring(ring: Ring, pristine: torch.Tensor | None, name: str, tensors: Tensors) -> RingRecord:
+    held = {f"{name}.buffer": ring.buffer, f"{name}.pristine": pristine}
+    tensors.update({place: tensor for place, tensor in held.items() if tensor is not None})
+    buffer, sinks = (None if tensor is None else TensorName(place) for place, tensor in held.items())
+    return RingRecord((("buffer", buffer), ("pristine", sinks)))
+
+
+def _pack(value: object, name: str, tensors: Tensors) -> Value:
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value
+        return Packed(tensor=name)
+    if isinstance(value, torch.dtype):
+        return Packed(dtype=str(value).removeprefix("torch."))
+    if isinstance(value, torch.device):
+        return Packed(device=str(value))
+    if isinstance(value, dict) and all(isinstance(key, int) for key in value):
+        return Packed(entries=[(key, _pack(one, f"{name}.{key}", tensors)) for key, one in value.items()])
+    raise _unknown(name, value)
+
+
+def _unknown(name: str, value: object) -> CacheStateError:
+    return CacheStateError(
+        f"This cache cannot be saved: {name} is a {type(value).__name__}, which sink_patch cannot write to a file. "
+        "Keep the cache in memory (clone() copies it)."
+    )

@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from sink_patch.arguments import Sizes
 from sink_patch.cache import files
 from sink_patch.cache.binding import bind, check_holds_nothing, new_streams, tie
-from sink_patch.cache.copies import copied
+from sink_patch.cache.packing import attributes, tensors_in
 from sink_patch.cache.transformers_cache import TransformersCache
 from sink_patch.errors import CacheStateError, UnboundCacheError, UnpicklableCacheError
 from sink_patch.models.entries import unwrapped
@@ -79,7 +80,7 @@ class SinkCache(TransformersCache):
         check_holds_nothing(self, model)
         new_streams(model, self.sizes)
 
-    def save(self, path: files.Path_) -> None:
+    def save(self, path: files.PathLike) -> None:
         """Write the cache to a safetensors file, from which `load` goes on where it stands.
 
         A file that is there already is replaced when the new one is whole.
@@ -102,7 +103,7 @@ class SinkCache(TransformersCache):
         files.write(path, model, streams)
 
     @classmethod
-    def load(cls, path: files.Path_, *, model: nn.Module) -> Self:
+    def load(cls, path: files.PathLike, *, model: nn.Module) -> Self:
         """A cache from a file that `save` has written, bound to the model.
 
         Raises:
@@ -123,10 +124,18 @@ class SinkCache(TransformersCache):
         """
         return copy.deepcopy(self)
 
+    @torch.inference_mode(False)  # else the copy could not be written to outside it
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy that shares no tensor with the cache, and belongs to the same model."""
         if self._streams is not None:
             self._streams.check_between_forwards("copied")
-        return copied(self, self.layers, memo)
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        # states may hang on the graph of a forward with gradients, and such tensors refuse to be copied as a whole
+        held = [tensor for layer in self.layers for tensor in tensors_in(attributes(layer))]
+        memo.update((id(tensor), tensor.detach().clone()) for tensor in held)
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
     def __copy__(self) -> Self:
         """As deep as any: two caches on the same rings would be of no use."""

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
@@ -19,9 +18,11 @@ import sink_patch
 from sink_patch import CacheFileError, CacheStateError, SinkCache
 from sink_patch.cache import files as storage
 from sink_patch.cache.packing import tensors_in
+from tests.support import saved as saved_files
 from tests.support import zoo
 from tests.support.caches import pristine_sinks
 from tests.support.replay import cache_name
+from tests.support.saved import FORMAT_1, header_of, hooks, steady_model, steady_text, without_hooks
 from tests.support.tiny import tiny, tokens
 
 W, S = 12, 3
@@ -37,19 +38,6 @@ def llama(**settings):
 def gemma3_text():
     types = ["sliding_attention", "full_attention"]
     return tiny("gemma3_text", layers=2, layer_types=types, sliding_window=7, query_pre_attn_scalar=16, **SHORT_CONTEXT)
-
-
-def without_hooks(model):
-    """A copy of a model with which nothing has streamed yet."""
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        module._forward_pre_hooks.clear()
-        module._forward_hooks.clear()
-    return model
-
-
-def hooks(model):
-    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
 
 
 @torch.no_grad()
@@ -74,13 +62,7 @@ def file_of(cache, path):
 
 def rewrite(path, **changes):
     """Say other things in the header of a file."""
-    header = {**header_of(path), **changes}
-    save_file(load_file(path), path, metadata={"sink_patch": json.dumps(header)})
-
-
-def header_of(path):
-    with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["sink_patch"])
+    saved_files.rewrite(path, json.dumps({**header_of(path), **changes}))
 
 
 def by_file(cache, model, path):
@@ -218,6 +200,35 @@ def test_an_equal_model_of_another_process_will_do(tmp_path):
     assert same(feed(other, loaded, stream, AFTER), feed(model, cache, stream, AFTER))
 
 
+def test_a_file_of_the_first_release_goes_on():
+    """See `FORMAT_1`; in whatever version of transformers, as it holds keys and values alone."""
+    model, stream = steady_model(), steady_text(50 + sum(AFTER))
+    loaded = SinkCache.load(FORMAT_1, model=model)
+    anew = SinkCache(W, S, model=model)
+    feed(model, anew, stream, [20, *[1] * 30])
+    for found, wanted in zip(feed(model, loaded, stream, AFTER), feed(model, anew, stream, AFTER), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)  # other machines round otherwise
+
+
+def test_what_is_written_is_what_the_first_release_wrote(tmp_path):
+    model = steady_model()
+    cache = SinkCache(W, S, model=model)
+    feed(model, cache, steady_text(50), [20, *[1] * 30])
+    now, then = header_of(file_of(cache, tmp_path / "cache")), header_of(FORMAT_1)
+    for layer in then["layers"]:
+        layer["held"]["dict"].remove(["kind_index", 0])  # follows from the kinds of the layers
+    for rotation in (rotation for turning in then["model"]["rotations"] for rotation in turning if rotation):
+        rotation[3] = pytest.approx(rotation[3], rel=1e-6)
+    differ = {"sink_patch", "transformers"}
+    assert list(now) == list(then)
+    assert {key for key in now if now[key] != then[key]} <= differ
+    shapes = [
+        {name: (one.shape, one.dtype) for name, one in load_file(file).items()}
+        for file in (tmp_path / "cache", FORMAT_1)
+    ]
+    assert shapes[0] == shapes[1]
+
+
 def test_it_goes_on_in_generate(tmp_path):
     model = llama()
     asked = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
@@ -282,6 +293,27 @@ def test_a_directory_that_is_not_there_is_named(tmp_path):
         SinkCache(W, S, model=llama()).save(tmp_path / "nowhere" / "cache")
 
 
+@pytest.mark.parametrize("holds", [[], ["file"]], ids=["empty", "not empty"])
+def test_a_directory_is_no_file(saved, tmp_path, holds):
+    _, model = saved
+    target = tmp_path / "directory"
+    target.mkdir()
+    for name in holds:
+        (target / name).write_text("")
+    refuses(target, model, r"directory could not be read: it is a directory\. Give the path of a file")
+    with pytest.raises(CacheFileError, match=r"directory could not be written: it is a directory\. Give the path of a"):
+        SinkCache(W, S, model=model).save(target)
+    assert sorted(path.name for path in target.iterdir()) == holds
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "directory"]
+
+
+def test_a_file_is_no_directory(saved):
+    path, model = saved
+    with pytest.raises(CacheFileError, match=r"could not be written: .* Give the path of a file in a directory"):
+        SinkCache(W, S, model=model).save(path / "below")
+    assert SinkCache.load(path, model=model).get_seq_length() == 20
+
+
 def test_only_a_sound_cache_between_forwards_is_saved(tmp_path):
     model, path = copy.deepcopy(llama()), tmp_path / "cache"
     with pytest.raises(sink_patch.UnboundCacheError, match="cannot be saved: it has no model"):
@@ -323,11 +355,13 @@ def test_a_cache_whose_model_is_gone_is_not_saved(tmp_path):
         cache.save(tmp_path / "cache")
 
 
-def test_what_it_does_not_know_in_a_layer_is_not_saved(tmp_path):
+@pytest.mark.parametrize("value", [torch.Generator(), 1])
+def test_what_it_does_not_know_in_a_layer_is_not_saved(tmp_path, value):
+    """It would not be loaded either."""
     model = zoo.build("lfm2")
     cache = SinkCache(W, S, model=model)
-    cache.layers[0].ready = torch.Generator()
-    with pytest.raises(CacheStateError, match=r"layers\.0\.ready is a Generator"):
+    cache.layers[0].ready = value
+    with pytest.raises(CacheStateError, match=rf"layers\.0\.ready is a {type(value).__name__}"):
         cache.save(tmp_path / "cache")
     assert not list(tmp_path.iterdir())
 
@@ -384,7 +418,8 @@ def test_a_file_of_a_sink_patch_that_holds_other_things_is_refused(saved, what):
     else:
         place["news"] = 1
     rewrite(path, **header)
-    refuses(path, model, rf"whose {what} holds .*'news'")
+    found = {"Ring": r"Expected `array` of length 2.* - at `\$\.layers\[1\]\.keys\.dict`"}
+    refuses(path, model, rf"cannot read its header: {found.get(what, 'Object contains unknown field `news`')}")
 
 
 OTHERS = {

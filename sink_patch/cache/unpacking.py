@@ -1,0 +1,162 @@
+"""Layers put together again from the records and tensors of a file, which must fit them.
+
+Every value is held against the layer that it is for: a file sets nothing but known names, each to a value of its type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from msgspec import structs
+
+from sink_patch.buffers.layers import SinkLayer
+from sink_patch.buffers.rings import Ring
+from sink_patch.buffers.sinks import Sinks
+from sink_patch.cache.header import Held, LayerRecord, Packed, RingRecord, RowRecord, Value
+from sink_patch.cache.packing import OF_A_STATE, RINGS, UNCHANGED, Tensors, attributes, tensors_in
+from sink_patch.errors import CacheFileError
+from sink_patch.rules.kinds import LayerKind
+
+_WRITTEN_BEFORE = frozenset({"kind_index"})  # by the first releases; it follows from the kinds
+_SET_LATER = frozenset({"conv_kernel_size", "max_batch_size", "device", "dtype"})  # in transformers up to 5.13
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+_DTYPES_HELD = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Unpacker:
+    """Fills fresh layers with what a file holds.
+
+    Args:
+        path: of the file, for people.
+        tensors: of the file.
+        rows: of the cache; None: it holds nothing.
+    """
+
+    def __init__(self, path: object, tensors: Tensors, rows: Sequence[RowRecord] | None):
+        self._path, self._tensors, self._not_used = path, tensors, set(tensors)
+        self._rows = None if rows is None else len(rows)
+        self._seen = max((row.seen for row in rows or ()), default=0)
+
+    def fill(self, layer: object, record: LayerRecord, name: str, sinks: Sinks, device: torch.device) -> None:
+        """Fill one layer; what it holds will be on `device`.
+
+        Raises:
+            CacheFileError: the record does not fit the layer, or its tensors do not.
+        """
+        self._fill_states(layer, record.held, name, device)
+        kind, keys, values = record.kind, record.keys, record.values
+        if not isinstance(layer, SinkLayer):
+            self.check(kind is keys is values is None, f"{name} has keys and values, and none in this model")
+            return
+        if kind is None or keys is None or values is None:
+            raise self.fault(f"{name} has no keys and values, and has some in this model")
+        found = LayerKind(**structs.asdict(kind))
+        self.check(replace(found, spare=0) == layer.kind, f"{name} is a {found}, and a {layer.kind} in this model")
+        layer.kind = found
+        for ring, packed, what in zip(layer.rings, (keys, values), RINGS, strict=True):
+            self._fill_ring(ring, packed, f"{name}.{what}", found, sinks, device)
+        shapes = [None if ring.buffer is None else ring.buffer.shape[:3] for ring in layer.rings]
+        self.check(shapes[0] == shapes[1], f"keys and values of {name} are of shapes {shapes}")
+
+    def check(self, right: bool, otherwise: str) -> None:
+        """Raise a CacheFileError where the file is not right."""
+        if not right:
+            raise self.fault(otherwise)
+
+    def check_all_used(self) -> None:
+        self.check(not self._not_used, f"its header says nothing of {sorted(self._not_used)}")
+
+    def fault(self, what: str) -> CacheFileError:
+        return CacheFileError(
+            f"{self._path} is not as cache.save(path) writes it: {what}. Save the cache again, or feed the text again."
+        )
+
+    def _fill_ring(
+        self, ring: Ring, record: RingRecord, name: str, kind: LayerKind, sinks: Sinks, device: torch.device
+    ) -> None:
+        (_, buffer), (_, pristine) = record.entries
+        if buffer is None:
+            self.check(not self._seen and pristine is None, f"{name} holds nothing of {self._seen} tokens")
+            return
+        self.check(self._rows is not None, f"{name} holds something, and no tokens were seen")
+        found = self._tensor(buffer.tensor, f"{name}.buffer", device)  # [rows, heads, slots, dim]
+        self._check_states(found, 4, f"{name}.buffer")
+        _, heads, slots, dim = found.shape
+        fewest = max(min(self._seen, kind.slots), kind.num_sink_tokens)
+        turning = 0 if ring.rotation is None else ring.rotation.start + ring.rotation.rotary_dim
+        right = fewest <= slots <= kind.slots and dim >= turning
+        self.check(right, f"{name}.buffer is of shape {list(found.shape)} for {self._seen} tokens in a {kind}")
+        ring.buffer = found
+        if pristine is None:
+            self.check(ring.owner is None or not self._seen, f"{name} has no sinks")
+            return
+        self.check(ring.owner is not None, f"{name} has sinks that turn, and none in this model")
+        found = self._tensor(pristine.tensor, f"{name}.pristine", device)  # [rows, heads, num_sink_tokens, dim]
+        self._check_states(found, 4, f"{name}.pristine")
+        right = found.shape[1:] == (heads, kind.num_sink_tokens, dim)
+        self.check(right, f"{name}.pristine is of shape {list(found.shape)} for {kind.num_sink_tokens} sinks")
+        sinks.put(ring, found)
+
+    def _fill_states(self, layer: object, held: Held, name: str, device: torch.device) -> None:
+        fresh = attributes(layer)
+        found = {key: value for key, value in held.entries if key not in _WRITTEN_BEFORE}
+        names = sorted(key for key, _ in held.entries if key not in _WRITTEN_BEFORE)
+        optional = _SET_LATER if "conv_states" in fresh else frozenset()
+        known = fresh.keys() <= found.keys() <= fresh.keys() | optional
+        self.check(known and names == sorted(found), f"{name} holds {names}, and {sorted(fresh)} in this model")
+        made = {key: self._attribute(value, key, fresh.get(key), name, device) for key, value in found.items()}
+        for what in made.keys() & {"conv_states", "recurrent_states"}:
+            there = _each(made[what], lambda state: state is not None)
+            self.check(made.get(f"is_{what}_initialized") == there, f"{name}.{what} is not whole")
+        conv_states = made.get("conv_states")
+        lengths = _each(conv_states, lambda state: None if state is None else state.shape[-1])
+        self.check(made.get("conv_kernel_size") == lengths, f"{name}.conv_states is of another length")
+        begun = next(tensors_in(conv_states), None) is not None
+        placed = [made.get(what) is not None for what in ("device", "dtype")]
+        self.check(placed == [begun, begun], f"{name}.conv_states has another device or dtype")
+        if made:
+            vars(layer).update(made)
+
+    def _attribute(self, value: Value, key: str, fresh: Any, name: str, device: torch.device) -> Any:
+        """The value of an attribute `key`, which is `fresh` in a fresh layer."""
+        name = f"{name}.{key}"
+        if not isinstance(fresh, dict):
+            return self._one(value, key, fresh, name, device)
+        entries = value.entries if isinstance(value, Packed) else None
+        self.check([one for one, _ in entries or ()] == list(fresh), f"{name} is {value!r}")
+        return {one: self._one(held, key, fresh[one], f"{name}.{one}", device) for one, held in entries or ()}
+
+    def _one(self, value: Value, key: str, fresh: Any, name: str, device: torch.device) -> Any:
+        found: Any = value
+        if isinstance(value, Packed) and value.tensor is not None:
+            found = self._tensor(value.tensor, name, device)
+            self._check_states(found, None, name)
+        elif isinstance(value, Packed):
+            found = device if value.device is not None else _DTYPES.get(str(value.dtype))
+        if key in UNCHANGED or found is None:
+            right = value is None or not isinstance(value, Packed)
+            right = right and type(found) is type(fresh) and found == fresh
+        else:
+            right = type(found) is OF_A_STATE.get(key)
+        self.check(right, f"{name} is {value!r}")
+        return found
+
+    def _tensor(self, named: str, name: str, device: torch.device) -> torch.Tensor:
+        """A copy of the tensor that belongs to the place `name`."""
+        self.check(named == name and name in self._tensors, f"{name} is said to be the tensor {named!r}")
+        self._not_used.discard(name)
+        return self._tensors[name].to(device=device, copy=True)
+
+    def _check_states(self, tensor: torch.Tensor, dims: int | None, name: str) -> None:
+        """Whether a tensor can be what a model has computed for the rows of the cache, [rows, ...]."""
+        right = tensor.dtype in _DTYPES_HELD and tensor.ndim > 0 and dims in (None, tensor.ndim)
+        right = right and self._rows in (None, tensor.shape[0])
+        self.check(right, f"{name} is of shape {list(tensor.shape)} and dtype {tensor.dtype} for {self._rows} rows")
+
+
+def _each(states: Any, of: Callable[[Any], Any]) -> Any:
+    """Something of a state, or of each of several in a dict."""
+    return {key: of(state) for key, state in states.items()} if isinstance(states, dict) else of(states)
