@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -153,54 +154,50 @@ def test_families_can_be_gone_through_while_others_are_registered():
     assert "mine" in sink_patch.families()
 
 
-def test_no_family_is_lost_that_several_threads_register_at_once():
-    def register_many(thread: int) -> None:
-        for number in range(50):
-            sink_patch.register_family(f"mine-{thread}-{number}")(sink_patch.rope())
+def test_no_family_is_lost_where_two_threads_register_at_once(monkeypatch):
+    """Both have looked at what is registered before either adds its own."""
+    check, meeting, met = registry_module._check_clash, threading.Barrier(2), threading.local()
 
-    before, interval = len(sink_patch.families()), sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        for one in [started(lambda thread=thread: register_many(thread)) for thread in range(4)]:
-            one.result(PATIENCE)
-    finally:
-        sys.setswitchinterval(interval)
-    assert len(sink_patch.families()) == before + 200
+    def meet(*args: Any) -> None:
+        check(*args)
+        if not getattr(met, "once", False):
+            met.once = True
+            meeting.wait(PATIENCE)
+
+    monkeypatch.setattr(registry_module, "_check_clash", meet)
+    work = [lambda name=name: sink_patch.register_family(name)(sink_patch.rope()) for name in ("mine", "yours")]
+    for one in [started(job) for job in work]:
+        one.result(PATIENCE)
+    assert {"mine", "yours"} <= set(sink_patch.families())
 
 
-class _Plugins:
-    """Entry points whose modules run code of ours as they are imported."""
+class Plugins:
+    """Entry points of the registry; their modules run some code of a test as they are imported."""
 
-    def __init__(self, monkeypatch, tmp_path):
-        self.folder, self.points = tmp_path, []
-        monkeypatch.syspath_prepend(tmp_path)
-        self.forget = lambda name: monkeypatch.delitem(sys.modules, name, raising=False)
-        self.replace = lambda registry: monkeypatch.setattr(registry_module, "registry", registry)
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        self.folder, self.monkeypatch = folder, monkeypatch
+        self.points: list[EntryPoint] = []
 
     def add(self, name: str, code: str, **names: Any) -> None:
         """A plugin that brings a family, after some code that sees these names."""
-        here = type(sys)(f"names_of_{name}")
-        vars(here).update(names)
-        sys.modules[here.__name__] = here
-        self.forget(here.__name__)  # at the end of the test
-        sys.modules[here.__name__] = here
+        given, module = ModuleType(f"names_of_{name}"), f"plugin_of_{name}"
+        vars(given).update(names)
+        self.monkeypatch.setitem(sys.modules, given.__name__, given)
+        self.monkeypatch.setitem(sys.modules, module, given)  # so that it is forgotten when the test ends
+        self.monkeypatch.delitem(sys.modules, module)
         family = f"FAMILY = sink_patch.Family({name!r}, ({name!r},), sink_patch.rope())"
-        lines = ("import sink_patch", f"from {here.__name__} import *", code, family)
-        (self.folder / f"plugin_{name}.py").write_text("\n".join(lines))
-        importlib.invalidate_caches()
-        self.points.append(EntryPoint(name, f"plugin_{name}:FAMILY", registry_module.ENTRY_POINT_GROUP))
-
-    def register(self) -> None:
-        self.replace(Registry(plugins=lambda: EntryPoints(self.points)))
+        lines = ("import sink_patch", f"from {given.__name__} import *", code, family)
+        (self.folder / f"{module}.py").write_text("\n".join(lines))
+        self.points.append(EntryPoint(name, f"{module}:FAMILY", registry_module.ENTRY_POINT_GROUP))
 
 
 @pytest.fixture
 def plugins(monkeypatch, tmp_path):
-    made = _Plugins(monkeypatch, tmp_path)
-    yield made
-    for point in made.points:
-        sys.modules.pop(point.module, None)
-        sys.modules.pop(f"names_of_{point.name}", None)
+    """Plugins of a registry that has not looked for them yet."""
+    made = Plugins(tmp_path, monkeypatch)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry_module, "registry", Registry(plugins=lambda: EntryPoints(made.points)))
+    return made
 
 
 def test_a_plugin_may_look_up_and_register_families_while_it_is_loaded(plugins):
@@ -210,7 +207,6 @@ def test_a_plugin_may_look_up_and_register_families_while_it_is_loaded(plugins):
         "loaded.append('llama' in sink_patch.families())\nsink_patch.register_family('beside')(sink_patch.rope())",
         loaded=loaded,
     )
-    plugins.register()
     assert {"theirs", "beside", "llama"} <= set(done(sink_patch.families))
     assert loaded == [True]
 
@@ -218,7 +214,6 @@ def test_a_plugin_may_look_up_and_register_families_while_it_is_loaded(plugins):
 def test_a_plugin_that_takes_long_does_not_keep_other_threads_from_registering(plugins):
     loading, go_on = threading.Event(), threading.Event()
     plugins.add("theirs", "loading.set(); go_on.wait(20)", loading=loading, go_on=go_on)
-    plugins.register()
     view = started(sink_patch.families)
     assert loading.wait(PATIENCE)
     done(lambda: sink_patch.register_family("mine")(sink_patch.rope()))
@@ -230,7 +225,6 @@ def test_a_plugin_that_takes_long_does_not_keep_other_threads_from_registering(p
 def test_a_thread_that_comes_while_plugins_are_loaded_misses_none(plugins):
     loading, go_on = threading.Event(), threading.Event()
     plugins.add("theirs", "loading.set(); go_on.wait(20)", loading=loading, go_on=go_on)
-    plugins.register()
     first = started(sink_patch.families)
     assert loading.wait(PATIENCE)
     second = started(sink_patch.families)
@@ -241,7 +235,6 @@ def test_a_thread_that_comes_while_plugins_are_loaded_misses_none(plugins):
 def test_a_plugin_may_examine_a_model_while_it_is_loaded(plugins):
     model, found = model_of("llama"), []
     plugins.add("theirs", "found.append(sink_patch.inspect(model).family)", model=model, found=found)
-    plugins.register()
     assert done(lambda: sink_patch.inspect(model)).family == "llama"
     assert found == ["llama"]
 
