@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from sink_patch.compat.entries import Entry
-from sink_patch.compat.shim import Cached
+from sink_patch.compat.caches import Cached, Entry
 from sink_patch.compat.table import choose_shim, installed_shim
 
 __all__ = ["Cached", "Entry", "choose_shim", "installed_shim"]

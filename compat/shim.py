@@ -9,10 +9,7 @@ from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
-from sink_patch.compat.entries import Entry
-
-Cached = tuple[Any, Any] | None
-"""(keys, values) of one entry of a cache, [rows, heads, tokens, dim] each; None where it holds none."""
+from sink_patch.compat.caches import Cached, Entry
 
 
 @dataclass(frozen=True)

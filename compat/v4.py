@@ -9,7 +9,7 @@ from packaging.specifiers import SpecifierSet
 
 from sink_patch.arguments import CACHE_IMPLEMENTATION
 from sink_patch.compat import caches, places
-from sink_patch.compat.entries import Entry, entries_of_layers, entries_of_types, layer_types_of
+from sink_patch.compat.caches import Entry, entries_of_layers, entries_of_types, layer_types_of
 from sink_patch.compat.shim import Constant, Quirk, Shim
 
 _METHODS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from packaging.specifiers import SpecifierSet
 
 from sink_patch.compat import caches, places
-from sink_patch.compat.entries import dynamic_layers, entries_of_layers
+from sink_patch.compat.caches import dynamic_layers, entries_of_layers
 from sink_patch.compat.shim import Quirk, Shim
 
 _METHODS = (

@@ -9,8 +9,9 @@ from sink_patch.buffers.store import LayerStore
 from sink_patch.cache.transformers_cache import TransformersCache
 from sink_patch.errors import CacheStateError
 from sink_patch.models.entries import text_config
-from sink_patch.models.examine import examine, horizon
+from sink_patch.models.examine import examine
 from sink_patch.models.facts import ModelFacts
+from sink_patch.models.horizon import horizon
 from sink_patch.models.layers import make_layers
 from sink_patch.streaming.hooks import entrances, install
 from sink_patch.streaming.planning import Planner

@@ -12,9 +12,8 @@ from torch import nn
 from sink_patch.arguments import CACHE_IMPLEMENTATION, Sizes
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.errors import UnsupportedGenerationError
-from sink_patch.models.entries import CACHE_NAMES, unwrapped
-from sink_patch.models.examine import examine
-from sink_patch.models.facts import ModelFacts
+from sink_patch.models.claims import Claim, read_claim
+from sink_patch.models.entries import CACHE_NAMES, text_config, unwrapped
 from sink_patch.rules.columns import Columns
 
 MODE = "assisted_generation"
@@ -49,22 +48,25 @@ def check_assistant(given: Mapping[str, Any]) -> None:
 
     Raises:
         UnsupportedGenerationError: with the reason.
+        UnsupportedModelError: it cannot stream at all.
     """
     assistant = given.get("assistant_model")
     if isinstance(assistant, nn.Module):
-        check_takes_tokens_back(examine(unwrapped(assistant)))
+        check_takes_tokens_back(read_claim(unwrapped(assistant)))
 
 
-def check_takes_tokens_back(facts: ModelFacts) -> None:
+def check_takes_tokens_back(claim: Claim) -> None:
     """Refuse a model, or an assistant, that cannot take tokens back.
 
     Raises:
         UnsupportedGenerationError: with the reason.
     """
-    if facts.one_by_one is not None or facts.has_states:
+    if claim.one_by_one is not None or claim.has_states:
+        model = claim.model
         raise UnsupportedGenerationError(
-            f"{facts.model_class} ({facts.model_type}) can neither make drafts nor decode with them: its recurrent "
-            "states, or its masks, cannot take tokens back. Use another assistant_model, or decode without drafts."
+            f"{type(model).__name__} ({text_config(model).model_type}) can neither make drafts nor decode with them: "
+            "its recurrent states, or its masks, cannot take tokens back. Use another assistant_model, or decode "
+            "without drafts."
         )
 
 

@@ -13,6 +13,8 @@ from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.errors import SinkArgumentError, UnsupportedGenerationError
 from sink_patch.generation import drafts
 from sink_patch.generation.request import Request
+from sink_patch.models.claims import read_claim
+from sink_patch.models.entries import unwrapped
 from sink_patch.rules.padding import check_left_padded
 from sink_patch.streaming.inputs import check_text_only
 
@@ -40,6 +42,7 @@ def check_call(model: nn.Module, request: Request, generation_config: Any, model
     Raises:
         SinkArgumentError: arguments that contradict each other.
         UnsupportedGenerationError: what cannot be right with a sink cache.
+        UnsupportedModelError: the model cannot stream, as its config tells.
     """
     if request.refuses_cache:
         raise SinkArgumentError(
@@ -49,8 +52,10 @@ def check_call(model: nn.Module, request: Request, generation_config: Any, model
     _check_options(generation_config)
     mode = generation_config.get_generation_mode().value  # an assistant model, which is not known yet, adds one mode
     check_mode(mode)
+    claim = read_claim(unwrapped(model))
     if mode == drafts.MODE:
         drafts.check_options(generation_config)
+        drafts.check_takes_tokens_back(claim)
     check_rows(model_kwargs.get("attention_mask"))
     check_text_only(model, model_kwargs)
 

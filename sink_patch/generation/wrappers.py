@@ -24,8 +24,9 @@ from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.generation import compiled, drafts, refusals
 from sink_patch.generation.prompt import Prompt
 from sink_patch.generation.request import Request
+from sink_patch.models.claims import read_claim
 from sink_patch.models.entries import cache_argument, unwrapped
-from sink_patch.models.examine import _claimed, examine
+from sink_patch.models.examine import examine
 from sink_patch.streaming.streams import streams_of
 
 Wrapped = Callable[..., Any]
@@ -62,7 +63,6 @@ def prepare_generation_config(
     else:
         refusals.check_no_other_cache(cache)
         generation_config.cache_config = request.sizes().as_dict()
-    _claimed(unwrapped(instance))
     generation_config.use_cache = True  # also of a model whose config has none by default (MPT)
     return generation_config, model_kwargs
 
@@ -80,10 +80,9 @@ def prepare_cache(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], 
     refusals.check_rows(model_kwargs.get("attention_mask"))  # perhaps made from padding tokens in the meantime
     if mode == drafts.MODE:
         drafts.check_options(generation_config)
+        drafts.check_takes_tokens_back(read_claim(unwrapped(instance)))
         drafts.check_assistant(given)
     facts = examine(unwrapped(instance))
-    if mode == drafts.MODE:
-        drafts.check_takes_tokens_back(facts)
     if is_made_here:
         cache = SinkCache(**generation_config.cache_config)
     bind(cache, unwrapped(instance), facts)

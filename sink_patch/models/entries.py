@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from sink_patch.compat import Entry, installed_shim
+from sink_patch.compat import models as transformers_models
 from sink_patch.errors import UnsupportedModelError
 
-CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-"""What transformers calls a cache: from 5.24 on, before, and in models of states alone (Mamba) before."""
+CACHE_NAMES: tuple[str, ...] = transformers_models.CACHE_NAMES
+"""What forwards of transformers call their cache."""
 
 
 def text_config(model: Any) -> Any:
@@ -30,9 +31,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def decoder_of(model: Any) -> nn.Module:
     """The part that takes the cache and builds masks: `get_decoder()`, except where that finds an output head."""
-    found: Any = model.get_decoder() if hasattr(model, "get_decoder") else model
-    if not isinstance(found, nn.Module):
-        found = found()  # in 4.53 and 4.54 some vision-language models return the method of their inner model
+    found: nn.Module = transformers_models.decoder_of(model)
     candidates: list[nn.Module] = [found, getattr(model, "base_model", model), model]
     return next((one for one in candidates if _names_of_cache(one)), model)
 
@@ -58,10 +57,10 @@ def own_layers(config: Any) -> Sequence[Any]:
 
 
 def read_entries(model: nn.Module) -> Sequence[Entry]:
-    """All entries, in order.
+    """All entries of a model's own cache, in order.
 
     Raises:
-        UnsupportedModelError: one of them is of a kind that is not known.
+        UnsupportedModelError: an entry is of an unknown kind.
     """
     entries = installed_shim().read_entries(text_config(model))
     for layer_idx, entry in enumerate(entries):
@@ -69,11 +68,11 @@ def read_entries(model: nn.Module) -> Sequence[Entry]:
             raise UnsupportedModelError(
                 f"{type(model).__name__} cannot stream with attention sinks: layer {layer_idx} of its cache is a "
                 f"{entry.unknown} ({entry.layer_type}); only full and sliding-window attention and recurrent states "
-                "are known."
+                "are known. Use another cache_implementation."
             )
     return entries
 
 
 def input_device(model: Any) -> torch.device:
-    """Where a model wants its inputs; the CPU, where accelerate has put its weights away and takes inputs on."""
+    """The device of a model's inputs; the CPU where accelerate has offloaded the weights, and moves inputs itself."""
     return torch.device("cpu") if model.device.type == "meta" else model.device

@@ -1,4 +1,4 @@
-"""What a model is to a sink cache."""
+"""The records of what a model is to a sink cache; `examine` makes them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,20 @@ from sink_patch.rules.kinds import LayerKind
 
 @dataclass(frozen=True, eq=False)
 class LayerFacts:
-    """One entry of the model's cache, whatever the window: what it holds, and how that turns."""
+    """One entry of the model's cache, whatever the window: what it holds, and how that turns.
+
+    Args:
+        entry: what it holds.
+        adapter: how that turns.
+        ordered: whether keys must lie in the order of the stream, as positions are taken from it (ALiBi).
+    """
 
     entry: Entry
     adapter: Adapter
     ordered: bool = False
 
     def kind(self, window_length: int, num_sink_tokens: int) -> LayerKind:
-        """A sliding window that is shorter than the cache's goes on as the model was trained, without sinks."""
+        """The kind of layer for a window; a sliding window shorter than that stays as it is, without sinks."""
         window = self.entry.sliding_window
         if window is not None and window < window_length:
             return LayerKind(window, 0, local=True, ordered=self.ordered)
@@ -29,16 +35,31 @@ class LayerFacts:
 
 @dataclass(frozen=True, eq=False)
 class ModelFacts:
-    """All that a cache needs to know of a model; holds no reference to it."""
+    """All that a cache needs to know of a model; holds no reference to it.
+
+    Args:
+        model_class, model_type: for messages.
+        family: the name of its family; None: no family claims it, the probe chose the adapters.
+        layers: one for each entry of its cache.
+        context: the positions that may be used.
+        position_source: where its forward takes positions from, see `Family`.
+        one_by_one: after the first forward a text can go in by single tokens only, and why; None: by any number.
+        explicit_mask: whether the model must be given a mask even where every column is visible.
+    """
 
     model_class: str
     model_type: str
-    family: str | None  # None: no family claims it, the probe chose the adapters
+    family: str | None
     layers: tuple[LayerFacts, ...]
     context: Context
     position_source: PositionSource = "position_ids"
     one_by_one: OneByOne | None = None
-    explicit_mask: bool = False  # whether the model must be given a mask even where every column is visible
+    explicit_mask: bool = False
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """One for each layer."""
+        return tuple(layer.adapter for layer in self.layers)
 
     @property
     def has_states(self) -> bool:
@@ -46,7 +67,7 @@ class ModelFacts:
         return any(layer.entry.state for layer in self.layers)
 
     def same_as(self, other: ModelFacts) -> bool:
-        """Whether what was proven for `other` holds for this too."""
+        """Whether what was proven for `other` holds for this, too."""
         same = (self.model_type, self.family, self.context) == (other.model_type, other.family, other.context)
         return (
             same

@@ -1,4 +1,4 @@
-"""The layers of a cache for a model: ours where there is attention, transformers' own where there are states alone."""
+"""The layers of a cache for a model: ours where a layer has attention, transformers' own where it has only states."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from sink_patch.arguments import Sizes
 from sink_patch.buffers.layers import SinkLayer
 from sink_patch.buffers.rotation import Rotation
+from sink_patch.compat.models import state_arguments
 from sink_patch.models.entries import own_layers
 from sink_patch.models.facts import LayerFacts, ModelFacts
 from sink_patch.rules.kinds import LayerKind
@@ -40,7 +41,7 @@ def _layer(layer: LayerFacts, theirs: Any, sizes: Sizes) -> Any:
 
 @functools.cache
 def _layer_with_state() -> Any:
-    """The class of layers with attention and a state side by side; what it derives from is not in every transformers."""
+    """The class of layers with attention and a state side by side; made at first use, as few models need it."""
     from transformers.cache_utils import LinearAttentionLayer
 
     class StatefulSinkLayer(SinkLayer, LinearAttentionLayer):
@@ -55,8 +56,7 @@ def _layer_with_state() -> Any:
             sliding: bool = False,
             number_of_states: int = 1,
         ):
-            several = {"number_of_states": number_of_states} if number_of_states != 1 else {}  # not in all versions
-            LinearAttentionLayer.__init__(self, **several)
+            LinearAttentionLayer.__init__(self, **state_arguments(number_of_states))
             SinkLayer.__init__(self, kind, key_rotation, value_rotation, sliding=sliding)
 
         def select_rows(self, rows: torch.Tensor) -> None:

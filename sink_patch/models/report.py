@@ -10,8 +10,9 @@ from torch import nn
 
 from sink_patch.arguments import Sizes
 from sink_patch.models.entries import unwrapped
-from sink_patch.models.examine import examine, horizon
+from sink_patch.models.examine import examine
 from sink_patch.models.facts import LayerFacts
+from sink_patch.models.horizon import horizon
 
 
 @dataclass(frozen=True)

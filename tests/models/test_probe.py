@@ -10,9 +10,8 @@ import torch
 
 import sink_patch
 from sink_patch import Adapter, AdapterMismatchError, Rotation, SinkCache
-from sink_patch.models import examine as binding
 from sink_patch.models.adapters import rope
-from sink_patch.models.probe import readings as probe
+from sink_patch.models.probe import readings
 from tests.support import zoo
 from tests.support.tiny import FAMILIES, tiny, variants
 
@@ -117,8 +116,8 @@ def test_right_adapters_pass_in_low_precision(model_type, dtype):
 
 def test_it_runs_once_for_a_model_and_again_when_its_frequencies_change(monkeypatch):
     model, runs = copy.deepcopy(tiny("llama")), []
-    read = probe.read
-    monkeypatch.setattr(binding.probe, "read", lambda *args, **more: runs.append(1) or read(*args, **more))
+    read = readings.read
+    monkeypatch.setattr(readings, "read", lambda *args, **more: runs.append(1) or read(*args, **more))
     for _ in range(3):
         SinkCache(model=model)
     assert len(runs) == 1
@@ -172,8 +171,8 @@ def test_error_is_blind_to_no_dim():
     before[..., 3] *= 100
     after = rotation.apply(before, rotation.cos_sin(torch.tensor([50]), before.device))
     wrong = dataclasses.replace(rotation, inv_freq=torch.tensor([0.9, 0.3, 0.1, 0.01], dtype=torch.float64))
-    assert probe.error((before, after), rotation, 50) < 1e-5
-    assert probe.error((before, after), wrong, 50) > 0.05
+    assert readings.error((before, after), rotation, 50) < 1e-5
+    assert readings.error((before, after), wrong, 50) > 0.05
 
 
 def test_nothing_is_proven_by_keys_that_are_zero():

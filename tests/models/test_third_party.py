@@ -83,7 +83,7 @@ def test_an_installed_distribution_brings_its_family_and_a_broken_one_is_named(s
         import sys, warnings
         sys.path[:0] = sys.argv[1:]
         import sink_patch
-        from tests.test_third_party import wave
+        from tests.models.test_third_party import wave
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             report = sink_patch.inspect(wave())

@@ -1,4 +1,4 @@
-"""One model, several threads: streams are independent, and the model is probed and hooked once."""
+"""One model, several threads: streams are independent, also where both are the first to bind the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sink_patch import SinkCache
-from sink_patch.models.probe import readings as probe
+from sink_patch.models.probe import readings
 from tests.support.tiny import tiny, tokens
 
 SIZES = [(12, 3), (31, 5)]
@@ -98,18 +98,18 @@ def test_a_thread_without_a_sink_cache_is_not_changed(model):
     assert torch.equal(together([plain, lambda: generated(model, 12, 3, 0)])[0], wanted)
 
 
-def test_the_probe_runs_once_when_two_threads_bind_a_model_for_the_first_time(model, monkeypatch):
-    read, probed = probe.read, []
+def test_a_model_that_two_threads_bind_for_the_first_time_is_right_in_both(model, monkeypatch):
+    """Both run the probe: neither waits for the other, as the probe runs code of others."""
+    alone = [job() for job in jobs(looped, copy.deepcopy(model))]
+    read, meeting = readings.read, threading.Barrier(2)
 
-    def slow(*args: Any, **more: Any) -> Any:
-        probed.append(args)
-        time.sleep(0.05)  # the other thread starts meanwhile
+    def meet(*args: Any, **more: Any) -> Any:
+        meeting.wait(TIMEOUT)
         return read(*args, **more)
 
-    monkeypatch.setattr(probe, "read", slow)
-    caches = together([functools.partial(SinkCache, *sizes, model=model) for sizes in SIZES])
-    assert len(probed) == 1
-    assert [cache.window_length for cache in caches] == [12, 31]
+    monkeypatch.setattr(readings, "read", meet)
+    assert all(map(torch.equal, together(jobs(looped, model)), alone))
+    assert SinkCache(12, 3, model=model).window_length == 12  # and it has been proven: no probe waits here
 
 
 def test_the_hooks_are_installed_once_when_two_threads_bind_a_model_for_the_first_time(model):

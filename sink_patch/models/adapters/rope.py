@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,9 +10,9 @@ import torch
 from torch import nn
 
 from sink_patch.buffers.rotation import Pairing, Rotation
-from sink_patch.errors import UnsupportedModelError
 from sink_patch.models.adapters.adapter import Adapter, AdapterFactory
-from sink_patch.models.entries import decoder_of, read_entries, text_config
+from sink_patch.models.adapters.frequencies import buffer_of_layer, exact, frequency_buffers
+from sink_patch.models.entries import read_entries, text_config
 
 SkipsPositions = Callable[[Any, int], bool]
 """(text config, layer index) -> whether that layer has no positions (NoPE)."""
@@ -44,9 +43,9 @@ class Rope:
             if not entry.attention or (self.skips is not None and self.skips(config, layer_idx)):
                 result.append(no_positions())
                 continue
-            name = _buffer_of(layer_idx, entry.layer_type, buffers)
+            name = buffer_of_layer(layer_idx, entry.layer_type, buffers)
             if name not in made:
-                rotation = Rotation(_pristine(buffers[name]), self.pairing, start, self.sign)
+                rotation = Rotation(exact(buffers[name]), self.pairing, start, self.sign)
                 made[name] = Adapter(**{self.cached_in: rotation})
             result.append(made[name])
         return result
@@ -61,13 +60,23 @@ class Rope:
 def rope(
     pairing: Pairing = "half", *, sign: int = 1, start: int = 0, skips: SkipsPositions | None = None
 ) -> AdapterFactory:
-    """See `Rope`."""
+    """A family function for models with rotary embeddings and `inv_freq` buffers: pass it to `register_family`.
+
+    Args:
+        pairing: which dims form a pair: "half" is (i, i + rotary_dim / 2), "interleaved" is (2i, 2i + 1).
+        sign: +1, or -1 for a model that turns the other way.
+        start: index of the first rotary dim in the head.
+        skips: (text config, layer index) -> whether that layer has no positions; None: all layers have.
+
+    Returns:
+        From a model to one `Adapter` for each entry of its cache.
+    """
     return Rope(pairing, sign, start, skips)
 
 
 @dataclass(frozen=True)
 class SinusoidalTable:
-    """Adapters of a family that looks its angles up in a table of base 10000 (GPT-J and its kin).
+    """Adapters of a family that looks up its angles in a table of base 10000 (such as GPT-J).
 
     Args:
         dim: text config -> rotary dim.
@@ -80,8 +89,8 @@ class SinusoidalTable:
     def __call__(self, model: nn.Module) -> Sequence[Adapter]:
         config = text_config(model)
         dim = self.dim(config)
-        exponents = torch.arange(0, dim, 2, dtype=torch.int64) / dim  # float32, as in modeling_gptj
-        adapter = Adapter(keys=Rotation(_pristine(1.0 / (10000**exponents)), self.pairing))
+        exponents = torch.arange(0, dim, 2, dtype=torch.int64) / dim  # [dim / 2], float32 as in modeling_gptj
+        adapter = Adapter(keys=Rotation(exact(1.0 / (10000**exponents)), self.pairing))
         return [adapter for _ in read_entries(model)]
 
     def __str__(self) -> str:
@@ -89,7 +98,15 @@ class SinusoidalTable:
 
 
 def sinusoidal_table(dim: Callable[[Any], int], pairing: Pairing = "interleaved") -> AdapterFactory:
-    """See `SinusoidalTable`."""
+    """A family function for models that look up their angles in a table of base 10000, as GPT-J does.
+
+    Args:
+        dim: text config -> rotary dim.
+        pairing: see `rope`.
+
+    Returns:
+        From a model to one `Adapter` for each entry of its cache.
+    """
     return SinusoidalTable(dim, pairing)
 
 
@@ -113,44 +130,3 @@ class Unrotated:
 def no_positions() -> Adapter:
     """The adapter of a layer whose cached tensors do not depend on position."""
     return Adapter()
-
-
-def frequency_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The decoder's `inv_freq` buffers by name; where the rope type changes them as it goes, the original ones."""
-    found = {}
-    for path, module in decoder_of(model).named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name.endswith("inv_freq") and not name.endswith("original_inv_freq"):
-                found[f"{path}.{name}" if path else name] = _in_use_at_first(module, name, buffer)
-    return found
-
-
-def _in_use_at_first(module: nn.Module, name: str, buffer: torch.Tensor) -> torch.Tensor:
-    """The buffer itself, or what its module holds in it for short texts (modeling_rope_utils.dynamic_rope_update)."""
-    original: torch.Tensor = getattr(module, re.sub(r"inv_freq$", "original_inv_freq", name), buffer)
-    if original.is_meta:
-        return buffer  # in 5.x a plain attribute is left without values, so that the model cannot use it
-    if "longrope" in str(getattr(module, "rope_type", "")):
-        return original  # put into the buffer at each forward
-    # in 4.x the original is no buffer, so that casting a model leaves it as it was, and the model does not use it
-    return buffer if torch.equal(original.to(buffer), buffer) else original
-
-
-def _buffer_of(layer_idx: int, layer_type: str | None, buffers: dict[str, torch.Tensor]) -> str:
-    """Which buffer a layer uses: its own module's, else its layer type's, else the common one."""
-    own = [name for name in buffers if f".{layer_idx}." in name]
-    typed = [name for name in buffers if name.endswith((f"{layer_type}_inv_freq", f"{layer_type}.inv_freq"))]
-    common = [name for name in buffers if name.rsplit(".", 1)[-1] == "inv_freq" and not re.search(r"\.\d+\.", name)]
-    # in 4.x, Gemma 3 and its kin have one rotary module for layers with a sliding window, and one for the others
-    local = [name for name in common if ("local" in name) == (layer_type == "sliding_attention")]
-    for names in (own, typed, common, local):
-        if len(names) == 1:
-            return names[0]
-    raise UnsupportedModelError(
-        f"No rotary frequencies were found for layer {layer_idx} ({layer_type}): the model's inv_freq buffers are "
-        f"{sorted(buffers) or 'none'}. Register the family with an adapter of its own: sink_patch.register_family."
-    )
-
-
-def _pristine(inv_freq: torch.Tensor) -> torch.Tensor:
-    return inv_freq.detach().to(device="cpu", dtype=torch.float64, copy=True)

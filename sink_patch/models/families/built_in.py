@@ -68,7 +68,7 @@ def _all_skip_without_mem_rope(config: Any, _layer_idx: int) -> bool:
 
 
 def _nope_dim(config: Any) -> int:
-    """Where in an expanded key the rotated part starts (modeling_deepseek_v3 up to 5.14)."""
+    """Where in an expanded key the rotated part starts (modeling_deepseek_v3 without a latent cache)."""
     return int(config.qk_nope_head_dim)
 
 

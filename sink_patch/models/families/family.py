@@ -47,11 +47,12 @@ class Family:
         model_types: the `model_type`s of the configs that it claims.
         adapters: from a model to one adapter for each entry of its cache, in order.
         refusal: why these models cannot stream; instead of `adapters`.
-        position_limit: how many positions may be used at all, and why; None: as many as one likes.
+        position_limit: how many positions may be used at all, and why; None: there is no limit.
         position_source: where the model's forward takes positions from: "position_ids", or "columns", the order of the
             keys (ALiBi). A function of the text config where it depends.
         explicit_mask: whether its forward is causal only where it is given a mask.
-        formerly: adapters for the same model in an earlier transformers, which cached other tensors; the probe decides.
+        formerly: adapters for the same models where transformers caches other tensors for them (DeepSeek-V3: expanded
+            keys, not the latent cache). The probe decides which of the two hold.
         whole_prompts: why several tokens cannot follow others in one forward (in transformers itself), as a sentence
             without its end; None: they can. Where the model has sliding windows, it is so beyond them.
     """

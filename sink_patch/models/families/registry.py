@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
@@ -18,16 +19,26 @@ from sink_patch.models.families.family import Family, PositionLimit
 
 ENTRY_POINT_GROUP = "sink_patch.families"
 
+_loading: ContextVar[tuple[Registry, ...]] = ContextVar("loading", default=())
+"""The registries whose plugins this thread is loading."""
+
 
 class Registry:
-    """Families by `model_type`. Plugins are loaded at the first look-up, each on its own: one that fails is named."""
+    """Families by `model_type`.
+
+    Plugins (entry points of other distributions) are loaded at the first look-up, each on its own: one that fails is
+    named in a warning. Until they are all loaded, every thread that looks up a family loads them itself. So no thread
+    misses a family, and none waits for another, except in Python's own import of a module; to load a plugin twice is
+    the same as once. A plugin may look up and register families while it is loaded: it finds what is there so far.
+    """
 
     def __init__(
         self, families: Iterable[Family] | None = None, plugins: Callable[[], Iterable[EntryPoint]] | None = None
     ):
-        self._families: dict[str, Family] = {}
+        self._families: dict[str, Family] = {}  # replaced and never changed, so that a view of it stays as it is
+        # held for single reads and writes, never over code of others; reentrant, as the garbage collector may run any
         self._lock = threading.RLock()
-        self._plugins = plugins
+        self._plugins = plugins  # None: they are loaded
         for family in _of_installed(BUILT_IN) if families is None else families:
             self.add(family)
 
@@ -37,28 +48,33 @@ class Registry:
         Raises:
             FamilyClashError: another family claims one of the model types. Nothing is registered then.
         """
-        with self._lock:
-            held = {one: self._families[one] for one in family.model_types if one in self._families}
-            taken = {one: by for one, by in held.items() if by != family and not _redefines(family, by)}
-            if taken:
-                clashes = ", ".join(f"{one!r} is taken by the family {by.name!r}" for one, by in sorted(taken.items()))
-                raise FamilyClashError(
-                    f"The family {family.name!r} cannot be registered: {clashes}. Known model types: "
-                    f"{', '.join(sorted(self._families))}."
-                )
-            self._families.update(dict.fromkeys(family.model_types, family))
+        while True:
+            known = self._families
+            _check_clash(family, known)
+            with self._lock:
+                if self._families is known:  # else another thread was first: look at what it has registered
+                    self._families = {**known, **dict.fromkeys(family.model_types, family)}
+                    return
 
     def view(self) -> Mapping[str, Family]:
-        """All families by `model_type`, read-only and up to date."""
+        """All families by `model_type`, as they are now: read-only, and unchanged by families registered later."""
         self._load_plugins()
         return MappingProxyType(self._families)
 
     def _load_plugins(self) -> None:
+        plugins = self._plugins
+        if plugins is None or self in _loading.get():
+            return
+        token = _loading.set((*_loading.get(), self))
+        try:
+            complaints = [self._load(entry_point) for entry_point in plugins()]
+        finally:
+            _loading.reset(token)
         with self._lock:
-            plugins, self._plugins = self._plugins, None
-            complaints = [] if plugins is None else [self._load(entry_point) for entry_point in plugins()]
-        for complaint in filter(None, complaints):  # when all are loaded, as a warning may be an error
-            warnings.warn(complaint, SinkPatchWarning, stacklevel=3)
+            is_first, self._plugins = self._plugins is not None, None
+        if is_first:  # the others have the same complaints
+            for complaint in filter(None, complaints):  # when all are loaded, as a warning may be an error
+                warnings.warn(complaint, SinkPatchWarning, stacklevel=3)
 
     def _load(self, entry_point: EntryPoint) -> str | None:
         """Register what an entry point holds; returns what is the matter with it, if anything."""
@@ -71,6 +87,17 @@ class Registry:
                 f"{type(failure).__name__}: {failure}"
             )
         return None
+
+
+def _check_clash(family: Family, known: Mapping[str, Family]) -> None:
+    held = {one: known[one] for one in family.model_types if one in known}
+    taken = {one: by for one, by in held.items() if by != family and not _redefines(family, by)}
+    if taken:
+        clashes = ", ".join(f"{one!r} is taken by the family {by.name!r}" for one, by in sorted(taken.items()))
+        raise FamilyClashError(
+            f"The family {family.name!r} cannot be registered: {clashes}. Known model types: "
+            f"{', '.join(sorted(known))}."
+        )
 
 
 def _of_installed(families: Iterable[Family]) -> Iterable[Family]:
@@ -91,7 +118,7 @@ def _of_installed(families: Iterable[Family]) -> Iterable[Family]:
 
 
 def _redefines(new: Family, old: Family) -> bool:
-    """Whether both come from the same function, run again (a cell of a notebook)."""
+    """Whether both come from the same function, defined again (a cell of a notebook that is run twice)."""
     names = [(getattr(one.adapters, "__module__", ""), getattr(one.adapters, "__qualname__", "")) for one in (new, old)]
     return new.name == old.name and names[0] == names[1] and bool(names[0][1]) and "<" not in names[0][1]
 
@@ -132,7 +159,10 @@ def register_family(
 
 
 def families() -> Mapping[str, Family]:
-    """All known families by `model_type`: a read-only view."""
+    """All known families by `model_type`, as they are now.
+
+    The mapping is read-only, and families that are registered later do not come into it: call this again for those.
+    """
     return registry.view()
 
 

@@ -1,1 +1,1 @@
-"""Two forwards of one token that prove how a model's cache turns with position."""
+"""Two forwards of one token prove how a model's cache turns with position."""
