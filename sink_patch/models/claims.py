@@ -47,8 +47,9 @@ class Claim:
         """
         adapters = factory(self.model)
         if len(adapters) != len(self.entries):
+            name = None if self.family is None else self.family.name
             raise UnsupportedModelError(
-                f"The family {self.family and self.family.name!r} gave {len(adapters)} adapters for "
+                f"The family {name!r} gave {len(adapters)} adapters for "
                 f"{type(self.model).__name__}, whose cache has {len(self.entries)} layers. Mend the family's function: "
                 "one adapter for each layer."
             )
