@@ -21,7 +21,7 @@ from sink_patch.errors import CacheFileError
 from sink_patch.rules.kinds import LayerKind
 
 _WRITTEN_BEFORE = frozenset({"kind_index"})  # by the first releases; it follows from the kinds
-_SET_LATER = frozenset({"conv_kernel_size", "max_batch_size", "device", "dtype"})  # in transformers up to 5.13
+_SET_LATER = frozenset({"conv_kernel_size", "max_batch_size", "device", "dtype"})  # by some, in a first forward
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 _DTYPES_HELD = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

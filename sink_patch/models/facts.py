@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from sink_patch.compat import Entry
 from sink_patch.models.adapters.adapter import Adapter
@@ -61,7 +62,7 @@ class ModelFacts:
         """One for each layer."""
         return tuple(layer.adapter for layer in self.layers)
 
-    @property
+    @cached_property
     def has_states(self) -> bool:
         """Whether some layers hold a recurrent or convolution state, which cannot be taken back."""
         return any(layer.entry.state for layer in self.layers)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+import sink_patch
 from sink_patch import SinkArgumentError, SinkCache, UnsupportedGenerationError
 from sink_patch.generation import prompt as prompt_module
 from tests.support.oracle import relative_error, visible_tokens
@@ -199,6 +200,26 @@ def test_padded_rows_give_the_same_text_as_alone():
     together = run(model, ids, attention_mask=mask, pad_token_id=0, **sink).sequences
     for row, start in ((0, 0), (1, 5)):
         assert torch.equal(together[row, start:], run(model, ids[row : row + 1, start:], **sink).sequences[0])
+
+
+@pytest.mark.parametrize("way", ["sink", "a new cache", "a cache that is bound"])
+@pytest.mark.parametrize("drafts", [{}, {"prompt_lookup_num_tokens": 3}], ids=["plain", "drafts"])
+def test_the_model_is_examined_once_in_a_call(way, drafts):
+    model, examined = copy.deepcopy(tiny("llama", layers=1)), []
+
+    @sink_patch.register_family("counted")
+    def counted(model):
+        examined.append(model)
+        return sink_patch.rope("half")(model)
+
+    model.config.model_type = "counted"
+    if way == "sink":
+        asked = {"cache_implementation": "sink"}
+    else:
+        asked = {"past_key_values": SinkCache(model=model if way == "a cache that is bound" else None)}
+    examined.clear()
+    run(model, new=5, eos_token_id=96, pad_token_id=0, **asked, **drafts)
+    assert examined == [model]
 
 
 def test_embeddings_may_be_the_prompt(model):

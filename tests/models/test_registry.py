@@ -170,10 +170,3 @@ def test_a_registered_family_streams():
     sink_patch.register_family("mine")(rope("interleaved"))
     assert worst_error(model, tokens(60), [7, 20, *[1] * 30], 12, 3) < 1e-5
     assert "family   mine" in str(sink_patch.inspect(model, 12, 3))
-
-
-def test_every_public_name_can_be_had():
-    assert set(sink_patch.__all__) <= set(dir(sink_patch))
-    assert all(getattr(sink_patch, name) is not None for name in sink_patch.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = sink_patch.nothing

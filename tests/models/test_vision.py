@@ -9,10 +9,10 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from sink_patch import SinkCache, UnsupportedGenerationError
-from tests.support.known_gaps import skip_what_is_to_come
+from tests.support.known_gaps import skip_if_model_is_newer
 from tests.support.oracle import worst_error
 from tests.support.tiny import tokens
-from tests.support.versions import parts, say_rope
+from tests.support.versions import parts, rope_settings
 
 SECTIONS = {"qwen2_vl": [2, 3, 3], "qwen2_5_vl": [2, 3, 3], "qwen3_vl": [4, 2, 2], "glm4v": [2, 3, 3]}
 _TEXT = {
@@ -48,8 +48,8 @@ _VISION = {
 def model_of(model_type: str) -> PreTrainedModel:
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": SECTIONS[model_type]}
     special = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
-    skip_what_is_to_come(model_type)
-    text = say_rope(parts(CONFIG_MAPPING[model_type])["text_config"], {**_TEXT, "rope_parameters": rope})
+    skip_if_model_is_newer(model_type)
+    text = rope_settings(parts(CONFIG_MAPPING[model_type])["text_config"], {**_TEXT, "rope_parameters": rope})
     config = AutoConfig.for_model(model_type, text_config=text, vision_config=_VISION, **special)
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()

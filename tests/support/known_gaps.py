@@ -189,9 +189,6 @@ def skip_if_model_is_newer(model_type: str) -> None:
         pytest.skip(f"transformers has no {model_type} yet")
 
 
-skip_what_is_to_come = skip_if_model_is_newer  # the old name, in tests/models/test_vision.py
-
-
 def reason_to_skip(nodeid: str, version: Version = INSTALLED) -> str | None:
     """Why a test, or a whole file, cannot run on a version; None: it can."""
     return next((gap.reason for gap in gaps_of(version) if gap.matches(nodeid)), None)

@@ -11,8 +11,6 @@ from tests.support.versions.layers import NotInThisVersion, default_layer_types,
 from tests.support.versions.making import make_config
 from tests.support.versions.rope import rope_settings
 
-say_rope = rope_settings  # the old name, in tests/models/test_vision.py
-
 __all__ = [
     "ConfigClass",
     "NotInThisVersion",
@@ -27,6 +25,5 @@ __all__ = [
     "make_config",
     "parts",
     "rope_settings",
-    "say_rope",
     "stored",
 ]
