@@ -20,7 +20,7 @@ import sink_patch
 Progress = Callable[[range], Iterable[int]]
 """Wraps the range that a way of reading loops over, as `tqdm` does; `iter` shows nothing."""
 
-_CACHE_ARGUMENTS = ("cache", "past_key_values")  # of forwards: from transformers 5.24 on, and before
+_CACHE_ARGUMENTS = ("cache", "past_key_values")  # of forwards, by the version of transformers
 _WINDOWS_AT_ONCE = 4
 
 
