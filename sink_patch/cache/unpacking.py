@@ -49,7 +49,8 @@ class Unpacker:
         self._fill_states(layer, record.held, name, device)
         kind, keys, values = record.kind, record.keys, record.values
         if not isinstance(layer, SinkLayer):
-            self.check(kind is keys is values is None, f"{name} has keys and values, and none in this model")
+            nothing = all(one is None for one in (kind, keys, values))
+            self.check(nothing, f"{name} has keys and values, and none in this model")
             return
         if kind is None or keys is None or values is None:
             raise self.fault(f"{name} has no keys and values, and has some in this model")
