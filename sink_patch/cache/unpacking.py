@@ -49,7 +49,9 @@ class Unpacker:
         self._fill_states(layer, record.held, name, device)
         kind, keys, values = record.kind, record.keys, record.values
         if not isinstance(layer, SinkLayer):
-            self.check(kind is keys is values is None, f"{name} has keys and values, and none in this model")
+            self.check(
+                (kind, keys, values) == (None, None, None), f"{name} has keys and values, and none in this model"
+            )
             return
         if kind is None or keys is None or values is None:
             raise self.fault(f"{name} has no keys and values, and has some in this model")
@@ -104,8 +106,8 @@ class Unpacker:
         fresh = attributes(layer)
         found = {key: value for key, value in held.entries if key not in _WRITTEN_BEFORE}
         names = sorted(key for key, _ in held.entries if key not in _WRITTEN_BEFORE)
-        optional = _SET_LATER if "conv_states" in fresh else frozenset()
-        known = fresh.keys() <= found.keys() <= fresh.keys() | optional
+        later = _SET_LATER if "conv_states" in fresh and "device" not in fresh else frozenset()
+        known = found.keys() in (fresh.keys(), fresh.keys() | later)
         self.check(known and names == sorted(found), f"{name} holds {names}, and {sorted(fresh)} in this model")
         made = {key: self._attribute(value, key, fresh.get(key), name, device) for key, value in found.items()}
         for what in made.keys() & {"conv_states", "recurrent_states"}:
@@ -115,8 +117,8 @@ class Unpacker:
         lengths = _each(conv_states, lambda state: None if state is None else state.shape[-1])
         self.check(made.get("conv_kernel_size") == lengths, f"{name}.conv_states is of another length")
         begun = next(tensors_in(conv_states), None) is not None
-        placed = [made.get(what) is not None for what in ("device", "dtype")]
-        self.check(placed == [begun, begun], f"{name}.conv_states has another device or dtype")
+        placed = {made.get(what) is not None for what in ("device", "dtype", *(made.keys() - fresh.keys()))}
+        self.check(not made or placed == {begun}, f"{name}.conv_states has another device or dtype")
         if made:
             vars(layer).update(made)
 

@@ -187,7 +187,7 @@ WRONG = {
     "no keys": (("layers", 0, "keys", "dict", 0, 1), None, "layers.0.keys holds nothing of 20 tokens"),
     "no sinks": (("layers", 0, "keys", "dict", 1, 1), None, "layers.0.keys has no sinks"),
     "sinks of values": (("layers", 0, "values", "dict", 1, 1), {"tensor": _BUFFER}, "has sinks that turn, and none in"),
-    "states": (("layers", 0, "held", "dict"), [["conv_states", None]], r"layers.0 holds \['conv_states'\]"),
+    "a state": (("layers", 0, "held", "dict"), [["conv_states", None]], r"layers.0 holds \['conv_states'\]"),
 }
 
 
@@ -205,7 +205,8 @@ def test_other_rows_than_those_of_the_tensors_are_refused(saved):
 
 
 def test_a_window_that_the_model_cannot_have_is_refused(tmp_path):
-    saved = save(tiny("gptj", n_positions=32, n_ctx=32), tmp_path / "cache", columns=5)
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    saved = save(tiny("llama", rope_parameters=rope, max_position_embeddings=48), tmp_path / "cache")
     text = json.dumps(saved.header).replace(f'"capacity": {W}', '"capacity": 40')
     rewrite(saved.path, text.replace(f'"window_length": {W}', '"window_length": 40'))
     saved.refused("of a cache that this model cannot have: window_length=40 does not fit")
