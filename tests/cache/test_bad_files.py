@@ -310,7 +310,7 @@ def test_states_of_other_rows_or_dtypes_are_refused(states):
     assert SinkCache.load(states.path, model=states.model).get_seq_length() == SEEN
 
 
-def test_keys_of_a_layer_that_has_none_are_refused(states):
+def test_keys_in_a_layer_of_states_alone_are_refused(states):
     layers = states.header["layers"]
     with_keys = next(layer for layer in layers if "kind" in layer)
     for added in ("kind", "keys", "values"):
