@@ -105,8 +105,8 @@ class Unpacker:
         fresh = attributes(layer)
         found = {key: value for key, value in held.entries if key not in _WRITTEN_BEFORE}
         names = sorted(key for key, _ in held.entries if key not in _WRITTEN_BEFORE)
-        optional = _SET_LATER if "conv_states" in fresh else frozenset()
-        known = fresh.keys() <= found.keys() <= fresh.keys() | optional
+        later = _SET_LATER if "conv_states" in fresh and "device" not in fresh else frozenset()
+        known = found.keys() in (fresh.keys(), fresh.keys() | later)
         self.check(known and names == sorted(found), f"{name} holds {names}, and {sorted(fresh)} in this model")
         made = {key: self._attribute(value, key, fresh.get(key), name, device) for key, value in found.items()}
         for what in made.keys() & {"conv_states", "recurrent_states"}:
@@ -116,8 +116,8 @@ class Unpacker:
         lengths = _each(conv_states, lambda state: None if state is None else state.shape[-1])
         self.check(made.get("conv_kernel_size") == lengths, f"{name}.conv_states is of another length")
         begun = next(tensors_in(conv_states), None) is not None
-        placed = [made.get(what) is not None for what in ("device", "dtype")]
-        self.check(placed == [begun, begun], f"{name}.conv_states has another device or dtype")
+        placed = {made.get(what) is not None for what in ("device", "dtype", *(made.keys() - fresh.keys()))}
+        self.check(not made or placed == {begun}, f"{name}.conv_states has another device or dtype")
         if made:
             vars(layer).update(made)
 

@@ -114,7 +114,7 @@ class MeasuringStreamer(TextStreamer):
 
 
 def sink_cache_in(values: Iterable[Any]) -> sink_patch.SinkCache | None:
-    """The first `SinkCache` among arguments or outputs, whose names are not the same in all versions of transformers."""
+    """The first `SinkCache` among arguments or outputs, whose names differ between versions of transformers."""
     return next((value for value in values if isinstance(value, sink_patch.SinkCache)), None)
 
 

@@ -187,7 +187,7 @@ WRONG = {
     "no keys": (("layers", 0, "keys", "dict", 0, 1), None, "layers.0.keys holds nothing of 20 tokens"),
     "no sinks": (("layers", 0, "keys", "dict", 1, 1), None, "layers.0.keys has no sinks"),
     "sinks of values": (("layers", 0, "values", "dict", 1, 1), {"tensor": _BUFFER}, "has sinks that turn, and none in"),
-    "states": (("layers", 0, "held", "dict"), [["conv_states", None]], r"layers.0 holds \['conv_states'\]"),
+    "a state": (("layers", 0, "held", "dict"), [["conv_states", None]], r"layers.0 holds \['conv_states'\]"),
 }
 
 
@@ -205,7 +205,8 @@ def test_other_rows_than_those_of_the_tensors_are_refused(saved):
 
 
 def test_a_window_that_the_model_cannot_have_is_refused(tmp_path):
-    saved = save(tiny("gptj", n_positions=32, n_ctx=32), tmp_path / "cache", columns=5)
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    saved = save(tiny("llama", rope_parameters=rope, max_position_embeddings=48), tmp_path / "cache")
     text = json.dumps(saved.header).replace(f'"capacity": {W}', '"capacity": 40')
     rewrite(saved.path, text.replace(f'"window_length": {W}', '"window_length": 40'))
     saved.refused("of a cache that this model cannot have: window_length=40 does not fit")
@@ -225,6 +226,7 @@ TENSORS = {
     "three dims": {BUFFER: torch.zeros(ROWS, W, 16)},
     "more rows": {BUFFER: torch.zeros(ROWS + 1, 2, W, 16)},
     "more heads": {BUFFER: torch.zeros(ROWS, 3, W, 16)},
+    "values of more heads": {"layers__0__values__buffer": torch.zeros(ROWS, 3, W, 16)},
     "more slots": {BUFFER: torch.zeros(ROWS, 2, W + 1, 16)},
     "fewer slots": {BUFFER: torch.zeros(ROWS, 2, W - 1, 16)},
     "fewer dims than turn": {BUFFER: torch.zeros(ROWS, 2, W, 8), PRISTINE: torch.zeros(ROWS, 2, S, 8)},
@@ -306,6 +308,26 @@ def test_states_of_other_rows_or_dtypes_are_refused(states):
         states.refused(r"is not as cache\.save\(path\) writes it: .*layers\.0\.conv_states")
     rewrite(states.path, header_text(states.path), **{name.replace(".", "__"): state})
     assert SinkCache.load(states.path, model=states.model).get_seq_length() == SEEN
+
+
+def test_keys_in_a_layer_of_states_alone_are_refused(states):
+    layers = states.header["layers"]
+    with_keys = next(layer for layer in layers if "kind" in layer)
+    for added in ("kind", "keys", "values"):
+        states.say(("layers", 0), {**layers[0], added: with_keys[added]})
+        states.refused(r"layers\.0 has keys and values, and none in this model")
+
+
+def test_tensors_of_a_cache_without_rows_are_refused(saved):
+    rewrite(saved.path, json.dumps({**saved.header, "rows": None, "columns": 0}))
+    saved.refused("layers.0.keys holds something, and no tokens were seen")
+
+
+def test_slots_to_spare_in_one_layer_alone_are_refused(saved):
+    """Its tensors have them too."""
+    slots = {f"layers__0__{what}__buffer": torch.zeros(ROWS, 2, W + 4, 16) for what in ("keys", "values")}
+    rewrite(saved.path, json.dumps(replaced(saved.header, ("layers", 0, "kind", "spare"), 4)), **slots)
+    saved.refused("its layers have different numbers of slots")
 
 
 KEYS = st.sampled_from(["seen", "kind", "dict", "tensor", "format", "model", "news"])

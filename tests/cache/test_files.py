@@ -143,6 +143,15 @@ def test_states_go_on_to_the_bit(model_type, keep, tmp_path):
 
 
 @KEPT
+def test_layers_that_share_the_keys_of_others_hold_nothing(keep, tmp_path):
+    model, stream = zoo.build("gemma3n_text"), tokens(STREAM, rows=2)
+    cache = SinkCache(W, S, model=model)
+    feed(model, cache, stream, [20, 1, 1])
+    kept = keep(cache, model, tmp_path / "cache")
+    assert same(feed(model, kept, stream, AFTER), feed(model, cache, stream, AFTER))
+
+
+@KEPT
 def test_states_that_hang_on_a_graph_are_kept_without_it(keep, tmp_path):
     model, stream = zoo.build("lfm2"), tokens(30)
     cache = SinkCache(W, S, model=model)
