@@ -34,6 +34,7 @@ from sink_patch.errors import UnsupportedModelError
 from sink_patch.models.claims import Claim, read_claim
 from sink_patch.models.facts import ModelFacts
 from sink_patch.models.families.family import Family
+from sink_patch.models.families.registry import families
 from sink_patch.models.probe import choice, distance, proof, readings
 
 _proven: weakref.WeakKeyDictionary[nn.Module, ModelFacts] = weakref.WeakKeyDictionary()
@@ -57,6 +58,7 @@ def examine(model: nn.Module) -> ModelFacts:
             examined by its own family's function.
         AdapterMismatchError: its cache does not turn as its family says.
     """
+    families()  # loads those of other distributions, which may examine this very model as they are imported
     with _not_within_itself(model):
         claim = read_claim(model)
         with _lock:
