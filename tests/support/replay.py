@@ -103,6 +103,12 @@ class ReplayCache(BareCache):
     def finish(self) -> None:
         self.seen += self.new
 
+    def crop(self, count: int) -> None:
+        """Remove the newest `count` tokens."""
+        self.seen -= count
+        for kept in (*self.kept.values(), *self.index_keys.values()):
+            del kept[len(kept) - count :]
+
     def get_seq_length(self, layer_idx: int = 0, *args: Any) -> int:
         return self.past_columns()
 
@@ -130,16 +136,20 @@ def replayed(
 ) -> list[torch.Tensor]:
     """The last logits of each forward of the schedule, [1, vocab]."""
     cache, logits, start = ReplayCache(model, window, sinks), [], 0
-    parameters = inspect.signature(model.forward).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     name = cache_name(model)
     for new in schedule:
-        given = cache.start(new)
-        extra = {key: given[key] for key in given if key in parameters or (takes_any and key != "cache_position")}
+        extra = named_inputs(model, cache.start(new))
         logits.append(model(stream[:, start : start + new], use_cache=True, **{name: cache}, **extra).logits[:, -1])
         cache.finish()
         start += new
     return logits
+
+
+def named_inputs(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments that the forward of a model takes."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return {key: given[key] for key in given if key in parameters or (takes_any and key != "cache_position")}
 
 
 def cache_name(model: nn.Module) -> str:
