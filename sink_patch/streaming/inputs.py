@@ -51,7 +51,8 @@ class Call:
         end = self.columns.stream
         if self.drafting:
             end = inputs.shape[1] if attention_mask is None else attention_mask.shape[-1]
-        return inputs[:, max(0, inputs.shape[1] - (end - read)) :]
+        already_read = inputs.shape[1] - (end - read)  # more than was read: the model puts columns of its own in front
+        return inputs[:, max(0, min(already_read, read)) :]
 
 
 def replaced_inputs(step: Step, facts: ModelFacts, attention_mask: Any) -> dict[str, torch.Tensor | None]:

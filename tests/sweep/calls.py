@@ -15,7 +15,7 @@ DECODING: dict[str, dict[str, Any]] = {
     "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
     "assistant": {"do_sample": False},
 }
-PROMPT = {"short": 5, "past the window": 30, "past the context": 90}
+PROMPT = {"short": 5, "past the window": 30, "up to the context": 58, "past the context": 90}
 """Columns of a prompt."""
 WINDOW, SINKS, CONTEXT = 12, 3, 64
 CHUNK = 4

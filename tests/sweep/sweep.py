@@ -20,9 +20,10 @@ from tests.sweep.lineage import Lineages, tokens_of, worst_error
 
 TOLERANCE = 3e-5
 NEW = 16
-PAD, EOS = 0, None
+PAD, EOS = 0, 500  # no token is the end: prompt lookup wants to know one
 # what bounds the positions of some families: room for a window of ours
 ROOM = {"index_topk": 64, "attention_chunk_size": 64, "floor_scale": 65}
+LENGTHS = ("max_position_embeddings", "original_max_position_embeddings")
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ def build(model_type: str, seed: int = 0) -> PreTrainedModel:
     """A tiny model with each kind of layer of its family, and a context that the longest prompt leaves behind."""
     model = zoo.build(model_type, seed=seed)
     config = model.config.get_text_config(decoder=True)
-    more = {name: value for name, value in ROOM.items() if hasattr(config, name)}
-    if not more and hasattr(config, "max_position_embeddings"):
-        more = {"max_position_embeddings": CONTEXT}
+    more = {name: value for name, value in ROOM.items() if hasattr(config, name)} or {
+        name: CONTEXT for name in LENGTHS if hasattr(config, name)
+    }
     model = zoo.build(model_type, seed=seed, **more)
     model.generation_config.eos_token_id = EOS
     model.generation_config.pad_token_id = PAD
@@ -114,7 +115,7 @@ def _generate(
     mask = torch.ones(len(ids), stream or ids.shape[1], dtype=torch.long)
     for row, count in enumerate(pads):
         mask[row, :count] = 0
-    asked = {**DECODING[call.decoding], "max_new_tokens": NEW, "min_new_tokens": NEW, "return_dict_in_generate": True}
+    asked = {**DECODING[call.decoding], "max_new_tokens": NEW, "return_dict_in_generate": True}
     if cache is not None:
         asked["past_key_values"] = cache
     elif not default:
