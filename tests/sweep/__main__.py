@@ -1,4 +1,4 @@
-"""All families, single changes of a call, and calls at random: `python -m tests.sweep [--random N] [MODEL_TYPE ...]`."""
+"""All families, single changes of a call, and some at random: `python -m tests.sweep [--random N] [MODEL_TYPE ...]`."""
 
 from __future__ import annotations
 
