@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ class LayerStore:
     `kinds` are the different kinds of layers, in the order in which they come; `slots` how many slots they have.
 
     Args:
-        layers: ours (`SinkLayer`), and transformers' own where a layer holds a recurrent state alone.
+        layers: ours (`SinkLayer`), and transformers' own where a layer holds a recurrent state alone, or nothing.
     """
 
     kinds: list[LayerKind]
@@ -30,7 +31,8 @@ class LayerStore:
     def __init__(self, layers: Sequence[Any]):
         self.layers = tuple(layers)
         self.sink_layers = tuple(layer for layer in layers if isinstance(layer, SinkLayer))
-        self._state_layers = tuple(layer for layer in layers if not isinstance(layer, SinkLayer))
+        self._other_layers = tuple(layer for layer in layers if not isinstance(layer, SinkLayer))
+        self._fresh = tuple(copy.deepcopy(vars(layer)) for layer in self._other_layers)
         with_sinks = [layer for layer in self.sink_layers if layer.kind.num_sink_tokens]
         self.sinks = Sinks([ring for layer in with_sinks for ring in layer.rings if ring.rotation is not None])
         self.note_kinds()
@@ -83,12 +85,15 @@ class LayerStore:
         for layer in self.sink_layers:
             layer.select_rows(indices)
         self.sinks.select_rows(indices)
-        for layer in self._state_layers:
+        for layer in self._other_layers:
             layer.reorder_cache(indices)
 
     def reset(self) -> None:
         """Forget all tokens. Layers of which some were laid out anew and others not get the same slots again."""
-        for layer in self.layers:
+        for layer in self.sink_layers:
             layer.reset()
+        for layer, fresh in zip(self._other_layers, self._fresh, strict=True):
+            vars(layer).clear()  # their own `reset` keeps states for so many rows
+            vars(layer).update(copy.deepcopy(fresh))
         self.sinks.reset()
         self.lay_out(self.slots.spare, ())

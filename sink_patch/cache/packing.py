@@ -60,8 +60,8 @@ def pack_layer(layer: object, name: str, sinks: Sinks, tensors: Tensors) -> Laye
 
 
 def attributes(layer: object) -> dict[str, Any]:
-    """What a layer holds beside rings and what it has from the model; nothing, where the model has no such layer."""
-    return {} if layer is None else {key: held for key, held in vars(layer).items() if key not in _FROM_THE_MODEL}
+    """What a layer holds beside rings and what it has from the model."""
+    return {key: held for key, held in vars(layer).items() if key not in _FROM_THE_MODEL}
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:

@@ -1,4 +1,7 @@
-"""The layers of a cache for a model: ours where a layer has attention, transformers' own where it has only states."""
+"""The layers of a cache for a model: ours where a layer has attention, transformers' own where it has none.
+
+Such an entry holds states alone, or nothing: its layer has no attention, or attends to another layer's keys.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,8 @@ def make_layers(facts: ModelFacts, config: Any, sizes: Sizes) -> list[Any]:
     Args:
         config: the model's text config.
     """
-    own = own_layers(config) if facts.has_states else [None] * len(facts.layers)
+    without = any(not layer.entry.attention for layer in facts.layers)
+    own = own_layers(config) if without else [None] * len(facts.layers)
     return [_layer(layer, theirs, sizes) for layer, theirs in zip(facts.layers, own, strict=True)]
 
 
@@ -65,6 +69,7 @@ def _layer_with_state() -> Any:
 
         def reset(self) -> None:
             SinkLayer.reset(self)
-            LinearAttentionLayer.reset(self)
+            # not `LinearAttentionLayer.reset`, which keeps states for so many rows
+            LinearAttentionLayer.__init__(self, **state_arguments(getattr(self, "number_of_states", 1)))
 
     return StatefulSinkLayer

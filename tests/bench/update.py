@@ -53,7 +53,7 @@ def ours(model: LlamaForCausalLM, window: int, device: str) -> Step:
     streams = streams_of(cache)
 
     def feed(columns: int, new: torch.Tensor) -> None:
-        streams.begin(model, torch.zeros(1, columns, dtype=torch.long, device=device), None)
+        streams.begin(model, torch.zeros(1, columns, dtype=torch.long, device=device), None, fixed=False)
         for layer in range(LAYERS):
             cache.update(new, new, layer)
         streams.end(model, completed=True)
@@ -62,7 +62,7 @@ def ours(model: LlamaForCausalLM, window: int, device: str) -> Step:
     token, ids = states(1, device), torch.zeros(1, 1, dtype=torch.long, device=device)
 
     def step() -> None:
-        streams.begin(model, ids, None)
+        streams.begin(model, ids, None, fixed=False)
         for layer in range(LAYERS):
             cache.update(token, token, layer)
         streams.end(model, completed=True)

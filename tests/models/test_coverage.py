@@ -6,37 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 import sink_patch
 from sink_patch import CacheStateError, SinkCache, UnsupportedModelError
 from sink_patch.buffers.layers import SinkLayer
 from tests.support import zoo
+from tests.support.exact import EXACT, VERDICTS, built, forward, with_room
 from tests.support.oracle import relative_error, worst_error
-from tests.support.replay import cache_name, replayed
+from tests.support.replay import replayed
 from tests.support.tiny import tokens
 
 ROOT = Path(__file__).parent.parent.parent
 TOLERANCE = 1e-5
 W, S = 12, 3
 STEPS = [7, *[1] * 15, 4, 9, 1, 1, 11, *[1] * 11]  # each run of single tokens goes once around the ring
-VERDICTS = {verdict.model_type: verdict for verdict in sink_patch.coverage().verdicts}
-EXACT = [model_type for model_type, verdict in VERDICTS.items() if verdict.exact]
-# what bounds the positions of some families: room for a window of ours
-ROOM = {"index_topk": 64, "attention_chunk_size": 64, "floor_scale": 65}
-
-
-def with_room(make, *args, **kwargs) -> PreTrainedModel:
-    model = make(*args, **kwargs)
-    config = model.config.get_text_config(decoder=True)
-    more = {name: value for name, value in ROOM.items() if hasattr(config, name)}
-    return make(*args, **kwargs, **more) if more else model
-
-
-def built(model_type: str, **kwargs) -> PreTrainedModel:
-    if model_type in zoo.NOT_BUILT:
-        pytest.skip(zoo.NOT_BUILT[model_type])
-    return with_room(zoo.build, model_type, **kwargs)
 
 
 def steps_of(model_type: str) -> list[int]:
@@ -169,11 +152,6 @@ def test_a_long_prompt_is_not_cut_where_states_would_start_anew(model_type):
         for extra in ({}, {"cache_implementation": "sink", "window_length": 299, "num_sink_tokens": S})
     )
     assert relative_error(sink.logits[0], plain.logits[0]) < 1e-5
-
-
-def forward(model, cache, ids, **kwargs):
-    """The last logits, [rows, vocab]."""
-    return model(ids, use_cache=True, **{cache_name(model): cache}, **kwargs).logits[:, -1]
 
 
 def test_the_counts_and_the_table_are_those_of_the_readme():

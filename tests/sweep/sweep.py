@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 import sink_patch
 from sink_patch import SinkCache, SinkPatchError
 from tests.support import zoo
+from tests.support.exact import room_in
 from tests.support.tiny import tokens
 from tests.sweep.calls import CHUNK, CONTEXT, DECODING, PROMPT, SINKS, Call
 from tests.sweep.lineage import Lineages, tokens_of, worst_error
@@ -21,8 +22,6 @@ from tests.sweep.lineage import Lineages, tokens_of, worst_error
 TOLERANCE = 3e-5
 NEW = 16
 PAD, EOS = 0, 500  # no token is the end: prompt lookup wants to know one
-# what bounds the positions of some families: room for a window of ours
-ROOM = {"index_topk": 64, "attention_chunk_size": 64, "floor_scale": 65}
 LENGTHS = ("max_position_embeddings", "original_max_position_embeddings")
 
 
@@ -43,9 +42,7 @@ def build(model_type: str, seed: int = 0) -> PreTrainedModel:
     """A tiny model with each kind of layer of its family, and a context that the longest prompt leaves behind."""
     model = zoo.build(model_type, seed=seed)
     config = model.config.get_text_config(decoder=True)
-    more = {name: value for name, value in ROOM.items() if hasattr(config, name)} or {
-        name: CONTEXT for name in LENGTHS if hasattr(config, name)
-    }
+    more = room_in(config) or {name: CONTEXT for name in LENGTHS if hasattr(config, name)}
     model = zoo.build(model_type, seed=seed, **more)
     model.generation_config.eos_token_id = EOS
     model.generation_config.pad_token_id = PAD

@@ -1,0 +1,72 @@
+"""The benchmarks run, each for a moment: their figures are for people, and none is looked at here."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from tests.bench import decode, forever, memory, precision, prefill, profile, stream, update
+from tests.support.known_gaps import is_newest
+from tests.support.tiny import tiny
+
+pytestmark = pytest.mark.skipif(not is_newest(), reason="benchmarks are of the newest transformers")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The number of threads that a benchmark sets does not stay."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def small():
+    return copy.deepcopy(tiny("llama", layers=2, vocab_size=1000))
+
+
+def test_update(monkeypatch):
+    monkeypatch.setattr(update, "WINDOWS", (8, 16))
+    assert [row["W"] for row in update.run("cpu", rounds=1)] == [8, 16]
+
+
+def test_decode(monkeypatch):
+    monkeypatch.setattr(decode, "POINTS", (30,))
+    assert "ours after 30" in decode.run(decode.Bench(small(), 16, compiled=False), 30, 2, 1)["tokens_a_second"]
+
+
+def test_profile():
+    bench = decode.Bench(small(), 16, compiled=False)
+    bench.add_ours(16)
+    bench.add_others()
+    assert profile.measure(bench, "ours")[0]["ms_in_the_cache_profiled"] > 0
+
+
+@pytest.mark.parametrize("peer", memory.PEERS)
+def test_memory(peer):
+    with torch.no_grad():
+        memory.make_step(peer, small(), 16, 30)()
+
+
+def test_prefill():
+    assert len(prefill.run(2, 252)) == 2
+
+
+def test_stream(monkeypatch):
+    monkeypatch.setattr(stream, "BLOCK", 2)
+    monkeypatch.setattr(stream, "STRETCH", 4)
+    assert len(stream.run(8)) == 2
+
+
+def test_forever(monkeypatch):
+    monkeypatch.setattr(forever, "STRETCH", 3)
+    monkeypatch.setattr(forever, "POINTS", 1)
+    model = forever.make_model()
+    made = forever.sink_patch.SinkCache(forever.WINDOW, forever.SINKS, model=model)
+    assert forever.stretch(model, model, made, forever.Stream())["tokens"] == 3
+
+
+def test_precision(monkeypatch):
+    monkeypatch.setattr(precision, "POINTS", (80,))
+    assert precision.run(precision.Ours, torch.float32, 80)[0]["worst_error"] < 1e-4
