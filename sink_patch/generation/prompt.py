@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sink_patch.cache.sink_cache import SinkCache
+from sink_patch.history.turn import check_turn
 from sink_patch.models.entries import cache_argument, input_device
 from sink_patch.rules.columns import Columns
 from sink_patch.rules.padding import check_left_padded
@@ -55,6 +56,21 @@ class Prompt:
         self._mask = model_kwargs.get("attention_mask")
         self._piece_size = self._size_of_pieces(generation_config)
         generation_config.prefill_chunk_size = None  # else transformers would cut the rest once more
+
+    def check_history(self) -> None:
+        """Refuse ids that do not go on with what the cache has read, where that is known (embeddings are not).
+
+        Raises:
+            HistoryMismatchError: with the row and the first token that differs.
+        """
+        ids, mask, rows = self._inputs, self._mask, self._streams.history.rows
+        if not rows or ids.ndim != 2 or len(rows) != len(ids):
+            return
+        if mask is None:
+            past = self._streams.mask_of_past()  # [rows, read]
+            mask = torch.cat((past, past.new_ones(len(rows), self.columns.new)), dim=1)
+        if mask.shape == (len(rows), self.columns.stream):
+            check_turn(rows, self.columns, ids, mask)
 
     @contextlib.contextmanager
     def fed(self, *, drafting: bool = False) -> Iterator[None]:
