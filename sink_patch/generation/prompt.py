@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sink_patch.cache.sink_cache import SinkCache
-from sink_patch.history.turn import check_turn
+from sink_patch.generation.turns import Turn
 from sink_patch.models.entries import cache_argument, input_device
 from sink_patch.rules.columns import Columns
 from sink_patch.rules.padding import check_left_padded
@@ -36,6 +36,9 @@ class Prompt:
         cache: of the call, bound to the model.
         input_ids: the whole history, or the new tokens alone, [rows, columns].
         generation_config, model_kwargs: of the call; changed where transformers must be told what is new.
+
+    Raises:
+        HistoryMismatchError: the ids do not go on with what the cache has read.
     """
 
     def __init__(
@@ -54,23 +57,10 @@ class Prompt:
         if self.columns.stream != (told or self._inputs.shape[1]):
             self._mask_whole_stream(model_kwargs)
         self._mask = model_kwargs.get("attention_mask")
+        self._turn = Turn.of_call(self._streams, self.columns, self._inputs, self._mask, generation_config)
+        self.columns = self._turn.columns
         self._piece_size = self._size_of_pieces(generation_config)
         generation_config.prefill_chunk_size = None  # else transformers would cut the rest once more
-
-    def check_history(self) -> None:
-        """Refuse ids that do not go on with what the cache has read, where that is known (embeddings are not).
-
-        Raises:
-            HistoryMismatchError: with the row and the first token that differs.
-        """
-        ids, mask, rows = self._inputs, self._mask, self._streams.history.rows
-        if not rows or ids.ndim != 2 or len(rows) != len(ids):
-            return
-        if mask is None:
-            past = self._streams.mask_of_past()  # [rows, read]
-            mask = torch.cat((past, past.new_ones(len(rows), self.columns.new)), dim=1)
-        if mask.shape == (len(rows), self.columns.stream):
-            check_turn(rows, self.columns, ids, mask)
 
     @contextlib.contextmanager
     def fed(self, *, drafting: bool = False) -> Iterator[None]:
@@ -85,6 +75,7 @@ class Prompt:
         new = self._inputs[:, self._inputs.shape[1] - self.columns.new :]
         if self._mask is not None:
             check_left_padded(self._mask[:, self._mask.shape[1] - new.shape[1] :] != 0)
+        self._turn.take_back(self._streams)
         for piece in _ahead(new, self._piece_size, drafting=drafting):
             self._feed(piece)
         self._streams.call = Call(self.columns, drafting=drafting)

@@ -115,8 +115,6 @@ def _decode(
     if drafting:
         drafts.check_assistant(given)
     prompt = Prompt(instance, cache, given["input_ids"], given["generation_config"], model_kwargs)
-    if not getattr(given["generation_config"], "is_assistant", None):  # it is given all of its history for each draft
-        prompt.check_history()
     if not drafting:
         with prompt.fed():
             return wrapped(*bound.args, **bound.kwargs)

@@ -78,16 +78,29 @@ class Rows:
         Raises:
             CacheStateError: a forward is in progress, or old tokens were lost.
         """
+        return self.take_back([count] * len(self.rows or ()), count) is None
+
+    def take_back(self, counts: Sequence[int], columns: int = 0) -> int | None:
+        """Forget the newest tokens, so many of each row, and so many columns; the others hold padding then.
+
+        Returns:
+            The first row that would need tokens which are gone; then nothing has changed. None: it is done.
+
+        Raises:
+            CacheStateError: as for `crop`.
+        """
         self.check_between_forwards("cropped")
         self.forward.check_whole()
-        if count == 0 or self.rows is None:
-            return True
-        if self.facts.has_states or count < 0 or not all(row.can_lose(count) for row in self.rows):
-            return False
-        self._move_clock([row.without_newest(count, self.sizes.window_length) for row in self.rows])
-        self.history.crop([count] * len(self.rows))
-        self.columns -= count
-        return True
+        if self.rows is None or not any(counts):
+            return None
+        for number, (row, count) in enumerate(zip(self.rows, counts, strict=True)):
+            if count and (self.facts.has_states or count < 0 or not row.can_lose(count)):
+                return number
+        lost = zip(self.rows, counts, strict=True)
+        self._move_clock([row.without_newest(count, self.sizes.window_length) for row, count in lost])
+        self.history.crop(counts)
+        self.columns -= columns
+        return None
 
     def record(self, tokens: int) -> None:
         """From now on keep what leaves the window for the newest `tokens` tokens, and for those of any one forward.
