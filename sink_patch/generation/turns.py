@@ -46,7 +46,10 @@ class Turn:
 
         Raises:
             HistoryMismatchError: the ids do not go on with what was read; says in which row, and from which token on.
+            CacheStateError: old tokens were lost.
         """
+        streams.check_between_forwards("given another turn")
+        streams.forward.check_whole()
         rows = streams.rows
         # an assistant gets all of its history for each draft, and its cache is nobody else's
         if not rows or len(rows) != len(inputs) or getattr(generation_config, "is_assistant", None):
