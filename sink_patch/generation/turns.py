@@ -33,6 +33,12 @@ class Turn:
     taken_back: Sequence[int] = ()
     columns_back: int = 0
 
+    @property
+    def end_of_answer(self) -> int | None:
+        """Columns of the stream up to the end of the answer before, of which `generate` feeds all but the last one."""
+        read = self.columns.read + self.columns_back
+        return read + 1 if 0 < read < self.columns.stream - 1 else None
+
     @classmethod
     def of_call(
         cls, streams: Streams, columns: Columns, inputs: torch.Tensor, mask: Any, generation_config: Any
@@ -92,11 +98,12 @@ class Turn:
         number = streams.take_back(self.taken_back, self.columns_back)
         if number is not None:
             raise CacheStateError(
-                f"Row {number} of this SinkCache has read {self.taken_back[number]} tokens that are no part of its "
-                "text: padding that generate fed to it after its end, say. They cannot be taken back, as older tokens "
-                "have left the window for them, or recurrent states have taken them in. Leave past_key_values out, and "
-                "the text is read anew; or give each row a cache of its own; or call activate_past_recording(tokens) "
-                "on the cache before rows can end at different times."
+                f"The newest {self.taken_back[number]} tokens that row {number} of this SinkCache has read do not stay "
+                "as they were read: padding that generate fed after the end of the row, or what stands behind tokens "
+                "that attention_mask now calls padding. They cannot be taken back, as older ones have left the window "
+                "for them, or recurrent states have taken them in. Leave past_key_values out, and the text is read "
+                "anew; or give each row a cache of its own; or call activate_past_recording(tokens) on the cache "
+                "before its rows end at different times."
             )
 
 

@@ -73,6 +73,11 @@ def _describe(attention_mask: Any) -> str:
     return f"a {type(attention_mask).__name__}"
 
 
+def is_left_padded(real: torch.Tensor) -> bool:
+    """Whether no real token [rows, columns] has padding behind it."""
+    return not bool((real[:, :-1] & ~real[:, 1:]).any())
+
+
 def check_left_padded(real: torch.Tensor, *, to_the_end: bool = False) -> None:
     """Refuse real tokens [rows, columns] that have padding behind them.
 
@@ -83,7 +88,7 @@ def check_left_padded(real: torch.Tensor, *, to_the_end: bool = False) -> None:
     Raises:
         SinkArgumentError: padding to the right of a token.
     """
-    if bool((real[:, :-1] & ~real[:, 1:]).any()) or (to_the_end and not bool(real[:, -1].all())):
+    if not is_left_padded(real) or (to_the_end and not bool(real[:, -1].all())):
         raise SinkArgumentError(
             "attention_mask has padding to the right of a token. Pad to the left: tokenizer.padding_side = 'left'."
         )
