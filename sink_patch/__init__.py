@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the public names, each with its home: imported when it is f
     from sink_patch.errors import CacheFileError as CacheFileError
     from sink_patch.errors import CacheStateError as CacheStateError
     from sink_patch.errors import FamilyClashError as FamilyClashError
+    from sink_patch.errors import HistoryMismatchError as HistoryMismatchError
     from sink_patch.errors import SinkArgumentError as SinkArgumentError
     from sink_patch.errors import SinkPatchError as SinkPatchError
     from sink_patch.errors import SinkPatchWarning as SinkPatchWarning

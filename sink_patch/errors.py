@@ -58,6 +58,51 @@ class UnboundCacheError(CacheStateError):
         )
 
 
+class HistoryMismatchError(SinkPatchError, ValueError):
+    """A text that is to go on in a `SinkCache` does not begin with what the cache has read."""
+
+    @classmethod
+    def elsewhere(cls, name: str, where: range, read: int, columns: int) -> HistoryMismatchError:
+        """A history of so many columns differs from what was read at one of these places."""
+        last = "" if len(where) == 1 else f", or one of the next {len(where) - 1},"
+        return cls(
+            f"{_sentence(name)} does not begin with the {read} tokens that this SinkCache has read: from token "
+            f"{where.start}{last} on it is another text (thoughts that a chat template strips, turns that were trimmed "
+            f"or written anew, another chat). {_GO_ON} (New tokens alone, {columns} or more, need the mask too.)"
+        )
+
+    @classmethod
+    def shorter(cls, name: str, given: int, common: int, read: int, stream: int) -> HistoryMismatchError:
+        """What is no longer than what was read begins as that does."""
+        if common == given:
+            what = f"are the first of the {read} that this SinkCache has read, so there is nothing new to feed"
+        else:
+            what = (
+                f"begin as the {read} that this SinkCache has read, and differ from token {common} on: a history from "
+                "which turns were trimmed, it seems"
+            )
+        return cls(f"The {given} tokens of {name} {what}. {_GO_ON} (New tokens they are with a mask of {stream}.)")
+
+    @classmethod
+    def trimmed(cls, name: str, given: int, read: int, stream: int) -> HistoryMismatchError:
+        """What is no longer than what was read holds the end of that."""
+        return cls(
+            f"The {given} tokens of {name} hold the newest ones of the {read} that this SinkCache has read, and differ "
+            "from token 0 on: a history from which the oldest turns were trimmed, it seems. "
+            f"{_GO_ON} (New tokens they are with a mask of {stream}.)"
+        )
+
+
+_GO_ON = (
+    "Pass the ids that generate returned with new ones behind them, or the new ones alone with an attention_mask over "
+    "the whole stream; or leave past_key_values out, and the text is read anew."
+)
+
+
+def _sentence(words: str) -> str:
+    return words[0].upper() + words[1:] if words.startswith("row") else words
+
+
 class CacheFileError(SinkPatchError, ValueError):
     """A file holds no `SinkCache`, or none with which this model could go on."""
 

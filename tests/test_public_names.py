@@ -14,6 +14,7 @@ ERRORS = {
     "CacheFileError": ValueError,
     "CacheStateError": RuntimeError,
     "FamilyClashError": ValueError,
+    "HistoryMismatchError": ValueError,
     "SinkArgumentError": ValueError,
     "UnboundCacheError": RuntimeError,
     "UnpicklableCacheError": TypeError,

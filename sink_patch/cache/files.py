@@ -25,7 +25,7 @@ from sink_patch.arguments import Sizes
 from sink_patch.cache.binding import new_streams
 from sink_patch.cache.fingerprint import differences, fingerprint
 from sink_patch.cache.header import FORMAT, Header, RowRecord, decode, encode
-from sink_patch.cache.packing import Tensors, pack_layer
+from sink_patch.cache.packing import Tensors, pack_history, pack_layer
 from sink_patch.cache.unpacking import Unpacker
 from sink_patch.errors import CacheFileError, SinkArgumentError
 from sink_patch.models.entries import decoder_of
@@ -99,6 +99,7 @@ def _header(model: nn.Module, streams: Streams, tensors: Tensors) -> Header:
         recording=streams.recording,
         layers=[pack_layer(layer, f"layers.{index}", store.sinks, tensors) for index, layer in enumerate(store.layers)],
         model=fingerprint(model, streams.facts, window_length, num_sink_tokens),
+        history=pack_history(streams.history.rows, tensors),
     )
 
 
@@ -156,6 +157,8 @@ class _Saved:
         for index, (layer, record) in enumerate(zip(store.layers, header.layers, strict=True)):
             device = devices.get(index, _device_of(model))
             unpacker.fill(layer, record, f"layers.{index}", store.sinks, device)
+        seen = [row.seen for row in header.rows or ()]
+        history = None if header.history is None else unpacker.history(header.history, seen)
         unpacker.check_all_used()
         store.note_kinds()
         spare, fewest = store.slots.spare, store.slots.fewest
@@ -165,6 +168,8 @@ class _Saved:
             unpacker.check(right, f"{row} does not go with {fewest} slots, {spare} of them to spare")
         streams.rows = None if header.rows is None else [Row(**structs.asdict(row)) for row in header.rows]
         streams.columns, streams.recording = header.columns, header.recording
+        streams.history.rows = [] if header.rows is None else history
+        streams.history.keep_at_least(fewest)
 
 
 def _devices(model: nn.Module) -> dict[int, torch.device]:

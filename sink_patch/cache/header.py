@@ -19,6 +19,7 @@ FORMAT = 1
 """Goes up whenever a file of before cannot be read any more."""
 
 Count = Annotated[int, Meta(ge=0, le=2**53)]  # as far as all readers of JSON have exact integers
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 Turning = tuple[str, int, int, list[float]]  # pairing, start, sign and inv_freq of a `Rotation`
 
 _Record = TypeVar("_Record", bound="Preamble")
@@ -120,7 +121,12 @@ class Preamble(Struct, frozen=True):
 
 
 class Header(Preamble, frozen=True):
-    """The whole header; `sink_patch` and `transformers` are the versions that wrote it."""
+    """The whole header; `sink_patch` and `transformers` are the versions that wrote it.
+
+    Args:
+        history: for each row, the marks of its `RowHistory` (history/rows.py); None: what was read is not known, as of
+            files of before.
+    """
 
     transformers: str
     window_length: Count
@@ -130,6 +136,7 @@ class Header(Preamble, frozen=True):
     recording: bool
     layers: list[LayerRecord]
     model: Fingerprint
+    history: list[list[tuple[Count, Digest]]] | None = None
 
     def __post_init__(self) -> None:
         if self.window_length <= self.num_sink_tokens:

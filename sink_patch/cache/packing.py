@@ -6,7 +6,7 @@ states of transformers (`LinearAttentionLayer` and its kin, cache_utils.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,6 +17,7 @@ from sink_patch.buffers.rings import Ring
 from sink_patch.buffers.sinks import Sinks
 from sink_patch.cache.header import Held, KindRecord, LayerRecord, Packed, RingRecord, TensorName, Value
 from sink_patch.errors import CacheStateError
+from sink_patch.history.rows import RowHistory
 
 Tensors = dict[str, torch.Tensor]
 
@@ -57,6 +58,14 @@ def pack_layer(layer: object, name: str, sinks: Sinks, tensors: Tensors) -> Laye
         for ring, what in zip(layer.rings, RINGS, strict=True)
     )
     return LayerRecord(packed, KindRecord(**asdict(layer.kind)), keys, values)
+
+
+def pack_history(rows: Sequence[RowHistory] | None, tensors: Tensors) -> list[list[tuple[int, str]]] | None:
+    """The marks of all rows; their ids go into `tensors`, those of the first block in front where they are left out."""
+    for number, row in enumerate(rows or ()):
+        first = row.first if row.marks[-1].tokens else ()
+        tensors[f"history.{number}"] = torch.tensor([*first, *row.newest], dtype=torch.long)
+    return None if rows is None else [[(count, digest.hex()) for count, digest in row.marks[1:]] for row in rows]
 
 
 def attributes(layer: object) -> dict[str, Any]:

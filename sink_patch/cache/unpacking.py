@@ -5,6 +5,7 @@ Every value is held against the layer that it is for: a file sets nothing but kn
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from sink_patch.buffers.sinks import Sinks
 from sink_patch.cache.header import Held, LayerRecord, Packed, RingRecord, RowRecord, Value
 from sink_patch.cache.packing import OF_A_STATE, RINGS, UNCHANGED, Tensors, attributes, tensors_in
 from sink_patch.errors import CacheFileError
+from sink_patch.history.rows import BLOCK, START, Mark, RowHistory
 from sink_patch.rules.kinds import LayerKind
 
 _WRITTEN_BEFORE = frozenset({"kind_index"})  # by the first releases; it follows from the kinds
@@ -61,6 +63,26 @@ class Unpacker:
             self._fill_ring(ring, packed, f"{name}.{what}", found, sinks, device)
         shapes = [None if ring.buffer is None else ring.buffer.shape[:3] for ring in layer.rings]
         self.check(shapes[0] == shapes[1], f"keys and values of {name} are of shapes {shapes}")
+
+    def history(self, marks: Sequence[Sequence[tuple[int, str]]], seen: Sequence[int]) -> list[RowHistory]:
+        """What the rows have read; they have seen `seen` tokens.
+
+        Raises:
+            CacheFileError: the marks do not fit the ids, or either does not fit the rows.
+        """
+        self.check(len(marks) == len(seen), f"it has the history of {len(marks)} rows, of {len(seen)}")
+        return [self._row_history(f"history.{row}", *one) for row, one in enumerate(zip(marks, seen, strict=True))]
+
+    def _row_history(self, name: str, marks: Sequence[tuple[int, str]], seen: int) -> RowHistory:
+        ids = self._tensor(name, name, torch.device("cpu"))
+        self.check(ids.dtype == torch.long and ids.ndim == 1, f"{name} is of shape {list(ids.shape)} and {ids.dtype}")
+        counts, all_ids = [count for count, _ in marks], array("q", ids.tolist())
+        ordered = counts == sorted(set(counts)) and all(count and count % BLOCK == 0 for count in counts)
+        found = (START, *(Mark(count, bytes.fromhex(digest)) for count, digest in marks))
+        newest = all_ids[BLOCK:] if marks else all_ids
+        right = ordered and found[-1].tokens + len(newest) == seen and len(all_ids) >= min(seen, BLOCK)
+        self.check(right, f"{name} has {len(all_ids)} ids and marks at {counts}, of {seen} tokens")
+        return RowHistory(found, newest, all_ids[:BLOCK])
 
     def check(self, right: bool, otherwise: str) -> None:
         """Raise a CacheFileError where the file is not right."""

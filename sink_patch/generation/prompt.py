@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from sink_patch.cache.sink_cache import SinkCache
+from sink_patch.generation.turns import Turn
 from sink_patch.models.entries import cache_argument, input_device
 from sink_patch.rules.columns import Columns
-from sink_patch.rules.padding import check_left_padded
+from sink_patch.rules.padding import check_left_padded, is_left_padded
 from sink_patch.streaming.inputs import Call
 from sink_patch.streaming.streams import streams_of
 
@@ -35,6 +36,9 @@ class Prompt:
         cache: of the call, bound to the model.
         input_ids: the whole history, or the new tokens alone, [rows, columns].
         generation_config, model_kwargs: of the call; changed where transformers must be told what is new.
+
+    Raises:
+        HistoryMismatchError: the ids do not go on with what the cache has read.
     """
 
     def __init__(
@@ -53,6 +57,8 @@ class Prompt:
         if self.columns.stream != (told or self._inputs.shape[1]):
             self._mask_whole_stream(model_kwargs)
         self._mask = model_kwargs.get("attention_mask")
+        self._turn = Turn.of_call(self._streams, self.columns, self._inputs, self._mask, generation_config)
+        self.columns = self._turn.columns
         self._piece_size = self._size_of_pieces(generation_config)
         generation_config.prefill_chunk_size = None  # else transformers would cut the rest once more
 
@@ -66,9 +72,10 @@ class Prompt:
         Args:
             drafting: leave the last token alone to transformers, whatever the pieces are: it is followed by drafts.
         """
-        new = self._inputs[:, self._inputs.shape[1] - self.columns.new :]
-        if self._mask is not None:
-            check_left_padded(self._mask[:, self._mask.shape[1] - new.shape[1] :] != 0)
+        unread, new = self._parts(self._inputs[:, self._inputs.shape[1] - self.columns.new :])
+        self._turn.take_back(self._streams)
+        if unread.shape[1]:
+            self._feed(unread)
         for piece in _ahead(new, self._piece_size, drafting=drafting):
             self._feed(piece)
         self._streams.call = Call(self.columns, drafting=drafting)
@@ -76,6 +83,23 @@ class Prompt:
             yield
         finally:
             self._streams.call = None
+
+    def _parts(self, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The columns that the cache has not read in two parts, each padded to the left: the first is mostly empty.
+
+        Where rows that ended at different times go on with texts of different lengths, padding stands before the new
+        text, behind what was not read yet of the answer: its last token, and what is taken back.
+
+        Raises:
+            SinkArgumentError: padding to the right of a token.
+        """
+        if self._mask is None:
+            return columns[:, :0], columns
+        real, end = self._mask[:, self._mask.shape[1] - columns.shape[1] :] != 0, self._turn.end_of_answer
+        place = 0 if end is None or is_left_padded(real) else end - self.columns.read
+        check_left_padded(real[:, :place])
+        check_left_padded(real[:, place:])
+        return columns[:, :place], columns[:, place:]
 
     def _feed(self, piece: torch.Tensor) -> None:
         read = self._cache.get_seq_length() + piece.shape[1]

@@ -22,11 +22,13 @@ class Columns:
         read: columns that the cache has read before the call.
         given: columns of the input ids, or of the embeddings.
         stream: columns of the stream, once the given ones are in.
+        is_guessed: whether nothing but their number tells that the given ones are new.
     """
 
     read: int
     given: int
     stream: int
+    is_guessed: bool = False
 
     @classmethod
     def of_call(cls, read: int, given: int, told: int | None) -> Columns:
@@ -35,7 +37,8 @@ class Columns:
         Columns that are no more than what the cache has read cannot be the history, so they are new ones.
         """
         told = given if told is None else told
-        return cls(read, given, told if told > read else read + told)
+        is_guessed = told <= read
+        return cls(read, given, read + told if is_guessed else told, is_guessed)
 
     @property
     def new(self) -> int:

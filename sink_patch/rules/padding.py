@@ -49,10 +49,33 @@ def new_tokens(attention_mask: Any, seen: Sequence[int], fed: int, columns: int)
     return counts
 
 
+def tokens_hidden(attention_mask: torch.Tensor, seen: Sequence[int], fed: int) -> list[int]:
+    """How many of the newest tokens of each row a mask calls padding.
+
+    Rows of a batch end at different times, and `generate` feeds padding to those that have ended until all have. In the
+    next turn a mask tells what that was. 0 where the mask does not fit what was fed: `new_tokens` says so.
+
+    Args:
+        attention_mask: [rows, columns of the stream], non-zero for real tokens.
+        seen: tokens of each row so far.
+        fed: columns so far.
+    """
+    real = attention_mask[:, :fed].cpu() != 0  # [rows, fed]
+    counts = real.sum(dim=1)
+    behind = real.flip(1).long().cumsum(dim=1).eq(0).sum(dim=1)  # columns behind the last real one of each row
+    taken = torch.tensor(list(seen)) - counts
+    return taken.where((taken > 0) & (taken <= behind), 0).tolist()
+
+
 def _describe(attention_mask: Any) -> str:
     if isinstance(attention_mask, torch.Tensor):
         return f"a tensor of shape {list(attention_mask.shape)}"
     return f"a {type(attention_mask).__name__}"
+
+
+def is_left_padded(real: torch.Tensor) -> bool:
+    """Whether no real token [rows, columns] has padding behind it."""
+    return not bool((real[:, :-1] & ~real[:, 1:]).any())
 
 
 def check_left_padded(real: torch.Tensor, *, to_the_end: bool = False) -> None:
@@ -65,7 +88,7 @@ def check_left_padded(real: torch.Tensor, *, to_the_end: bool = False) -> None:
     Raises:
         SinkArgumentError: padding to the right of a token.
     """
-    if bool((real[:, :-1] & ~real[:, 1:]).any()) or (to_the_end and not bool(real[:, -1].all())):
+    if not is_left_padded(real) or (to_the_end and not bool(real[:, -1].all())):
         raise SinkArgumentError(
             "attention_mask has padding to the right of a token. Pad to the left: tokenizer.padding_side = 'left'."
         )

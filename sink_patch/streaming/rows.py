@@ -12,6 +12,7 @@ from sink_patch.arguments import Sizes
 from sink_patch.buffers.rotation import Turn
 from sink_patch.buffers.store import LayerStore
 from sink_patch.errors import CacheStateError
+from sink_patch.history.record import History
 from sink_patch.models.facts import ModelFacts
 from sink_patch.rules.plans import RowPlan
 from sink_patch.rules.rows import Row
@@ -25,7 +26,7 @@ class Rows:
 
     `rows` are the streams, None before the first forward; `columns` the columns fed so far, padding counted in;
     `forward` the forward in progress, which all verbs here look at first; `recording` whether what leaves the window
-    must be able to come back.
+    must be able to come back; `history` which tokens the rows have read.
 
     Args:
         sizes: of the cache.
@@ -39,6 +40,7 @@ class Rows:
         self.recording = False
         self.rows: list[Row] | None = None
         self.columns = 0
+        self.history = History(max(sizes.window_length, store.slots.fewest))
 
     def mask_of_past(self) -> torch.Tensor:
         """An attention mask over all columns fed so far, int64 [rows, columns]: padding counts as the oldest ones."""
@@ -66,6 +68,7 @@ class Rows:
         if indices.dtype == torch.bool:
             indices = indices.nonzero()[:, 0]
         self.store.select_rows(indices)
+        self.history.select_rows(indices)
         alike = all(row == self.rows[0] for row in self.rows)  # then there is no need to ask the device
         self.rows = [self.rows[0 if alike else row] for row in (range(len(indices)) if alike else indices.tolist())]
 
@@ -75,15 +78,29 @@ class Rows:
         Raises:
             CacheStateError: a forward is in progress, or old tokens were lost.
         """
+        return self.take_back([count] * len(self.rows or ()), count) is None
+
+    def take_back(self, counts: Sequence[int], columns: int = 0) -> int | None:
+        """Forget the newest tokens, so many of each row, and so many columns; the others hold padding then.
+
+        Returns:
+            The first row that would need tokens which are gone; then nothing has changed. None: it is done.
+
+        Raises:
+            CacheStateError: as for `crop`.
+        """
         self.check_between_forwards("cropped")
         self.forward.check_whole()
-        if count == 0 or self.rows is None:
-            return True
-        if self.facts.has_states or count < 0 or not all(row.can_lose(count) for row in self.rows):
-            return False
-        self._move_clock([row.without_newest(count, self.sizes.window_length) for row in self.rows])
-        self.columns -= count
-        return True
+        if self.rows is None or not any(counts):
+            return None
+        for number, (row, count) in enumerate(zip(self.rows, counts, strict=True)):
+            if count and (self.facts.has_states or count < 0 or not row.can_lose(count)):
+                return number
+        lost = zip(self.rows, counts, strict=True)
+        self._move_clock([row.without_newest(count, self.sizes.window_length) for row, count in lost])
+        self.history.crop(counts)
+        self.columns -= columns
+        return None
 
     def record(self, tokens: int) -> None:
         """From now on keep what leaves the window for the newest `tokens` tokens, and for those of any one forward.
@@ -146,6 +163,7 @@ class Rows:
     def _reset(self) -> None:
         self.store.reset()
         self.rows, self.columns = None, 0
+        self.history.reset()
         self.forward.done()
 
     def _have_spare(self, tokens: int) -> None:
@@ -159,6 +177,7 @@ class Rows:
         with self.forward.broken_unless_finished("The slots of this cache could not be laid out anew to the end."):
             self.store.lay_out(spare, [row.seen for row in self.rows or ()])
             slots = self.store.slots
+            self.history.keep_at_least(slots.fewest)
             self.rows = None if self.rows is None else [row.after_failure(0, slots) for row in self.rows]
 
     def _set_clock(self, plans: Sequence[RowPlan]) -> None:

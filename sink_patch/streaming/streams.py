@@ -111,6 +111,7 @@ class Streams(Rows):
         self.forward.check_whole()
         mask = None if columns == 1 and self._is_generated() else attention_mask
         plans = self.planner.plan(self.rows or [Row()] * rows, self.columns, rows, columns, mask)
+        self.history.note(inputs, [plan.new for plan in plans])
         if self.recording:
             self._have_spare(columns)
         fixed = fixed and all(plan.new == 1 for plan in plans)
@@ -166,6 +167,7 @@ class Streams(Rows):
         rows = self.rows or [Row()] * len(step.plans)
         self.rows = [row.after(plan.new, self.store.slots) for row, plan in zip(rows, step.plans, strict=True)]
         self.columns += step.columns
+        self.history.commit()
 
     @property
     def can_be_fixed(self) -> bool:
