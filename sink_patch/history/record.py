@@ -43,6 +43,7 @@ class History:
         self._rows = list(rows or ())  # before the tokens that wait
         self._order: torch.Tensor | None = None  # int64 [rows]: which of `_rows` a row was; None: the same
         self._waiting: list[torch.Tensor] = []  # int64 [rows, columns] each
+        self._columns = 0  # that wait
         self._unbroken = 0  # of the newest columns that wait, how many hold a token in each row
         self._fed: torch.Tensor | None = None
         self._new = 0
@@ -71,7 +72,7 @@ class History:
         self._fed = None
         if not self._known or inputs.ndim != 2:
             return
-        if sum(ids.shape[1] for ids in self._waiting) >= _MOST_WAITING:
+        if self._columns >= _MOST_WAITING:
             self._settle()
         # a copy: what `generate` hands over is a part of all ids, and would keep all of them
         fed, columns = inputs.detach().to(torch.long, copy=True), inputs.shape[1]
@@ -89,6 +90,7 @@ class History:
         whole = self._new == self._fed.shape[1]
         self._unbroken = self._new + (self._unbroken if whole else 0)
         self._waiting.append(self._fed)
+        self._columns += self._fed.shape[1]
         self._fed = None
 
     def select_rows(self, indices: torch.Tensor) -> None:
@@ -109,6 +111,7 @@ class History:
             self._each(lambda row, place: row.without_newest(counts[place]))
             return
         self._unbroken -= count
+        self._columns -= count
         while count:
             newest = self._waiting.pop()
             if newest.shape[1] > count:
