@@ -79,8 +79,8 @@ class Turn:
     ) -> Turn:
         same = torch.tensor(
             [
-                tokens_that_stay(row, _name(number, read), *row_of, columns.read, pad)
-                for number, (row, *row_of) in enumerate(zip(read, ids.tolist(), real.tolist(), strict=True))
+                tokens_that_stay(row, _name(number, read), of_row, is_real, columns.read, pad)
+                for number, (row, of_row, is_real) in enumerate(zip(read, ids.tolist(), real.tolist(), strict=True))
             ]
         )
         counts = real.cumsum(dim=1)[:, : columns.read]  # [rows, read]: tokens up to each column

@@ -75,7 +75,7 @@ class History:
         if self._columns >= _MOST_WAITING:
             self._settle()
         # a copy: what `generate` hands over is a part of all ids, and would keep all of them
-        fed, columns = inputs.detach().to(torch.long, copy=True), inputs.shape[1]
+        fed, columns = inputs.to(torch.long, copy=True), inputs.shape[1]
         self._new = min(new)
         if self._new < columns:
             padding = torch.tensor([columns - count for count in new], device=fed.device)[:, None]  # [rows, 1]
@@ -87,10 +87,11 @@ class History:
         if self._fed is None:
             self._start(None)
             return
-        whole = self._new == self._fed.shape[1]
+        columns = self._fed.shape[1]
+        whole = self._new == columns
         self._unbroken = self._new + (self._unbroken if whole else 0)
         self._waiting.append(self._fed)
-        self._columns += self._fed.shape[1]
+        self._columns += columns
         self._fed = None
 
     def select_rows(self, indices: torch.Tensor) -> None:
@@ -126,7 +127,7 @@ class History:
         if self._waiting:
             waiting = _joined(self._waiting).cpu()  # [rows, columns]
             self._rows = self._rows or [RowHistory()] * len(waiting)
-            self._waiting, self._unbroken = [], 0
+            self._waiting, self._columns, self._unbroken = [], 0, 0
             self._each(lambda row, place: row.extended(_tokens(waiting[place]), self._keep))
 
     def _each(self, change: Callable[[RowHistory, int], RowHistory | None]) -> None:

@@ -6,7 +6,7 @@ It is replayed, row by row, through the naive cache of tests/support/replay.py; 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -56,13 +56,14 @@ class Lineages:
             self._model.register_forward_pre_hook(self._begin, with_kwargs=True),
             self._model.register_forward_hook(self._end, with_kwargs=True),
         ]
-        crop, select_rows = Rows.crop, Rows.select_rows
+        take_back, select_rows = Rows.take_back, Rows.select_rows
 
-        def cropped(rows: Rows, count: int) -> bool:
-            done = crop(rows, count)
-            if done and count:
-                self._change(rows, [(*row, TakenBack(count)) for row in self._rows.get(id(rows), [])])
-            return done
+        def taken_back(rows: Rows, counts: Sequence[int], columns: int = 0) -> int | None:
+            refused = take_back(rows, counts, columns)
+            if refused is None and any(counts):
+                held = self._rows.get(id(rows), [])
+                self._change(rows, [(*row, TakenBack(count)) for row, count in zip(held, counts, strict=bool(held))])
+            return refused
 
         def selected(rows: Rows, indices: torch.Tensor) -> None:
             select_rows(rows, indices)
@@ -71,7 +72,7 @@ class Lineages:
                 self._change(rows, [held[row] for row in picked.tolist()])
 
         try:
-            with mock.patch.object(Rows, "crop", cropped), mock.patch.object(Rows, "select_rows", selected):
+            with mock.patch.object(Rows, "take_back", taken_back), mock.patch.object(Rows, "select_rows", selected):
                 yield
         finally:
             for hook in hooks:
