@@ -43,14 +43,7 @@ class Unpacker:
         self._seen = max((row.seen for row in rows or ()), default=0)
 
     def fill(
-        self,
-        layer: object,
-        record: LayerRecord,
-        name: str,
-        sinks: Sinks,
-        device: torch.device,
-        *,
-        elsewhere: bool = False,
+        self, layer: object, record: LayerRecord, name: str, sinks: Sinks, device: torch.device, *, elsewhere: bool
     ) -> None:
         """Fill one layer; what it holds will be on `device`.
 

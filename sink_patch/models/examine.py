@@ -36,6 +36,7 @@ from sink_patch.models.facts import ModelFacts
 from sink_patch.models.families.family import Family
 from sink_patch.models.families.registry import families
 from sink_patch.models.probe import choice, distance, proof, readings
+from sink_patch.models.probe.calls import NUM_TOKENS
 
 _proven: weakref.WeakKeyDictionary[nn.Module, ModelFacts] = weakref.WeakKeyDictionary()
 # Held for one read or write of `_proven`, never over code of others: families and models may call `examine` themselves.
@@ -44,7 +45,7 @@ _lock = threading.RLock()
 _being_examined: ContextVar[tuple[nn.Module, ...]] = ContextVar("being_examined", default=())
 
 
-def examine(model: nn.Module, rows: int = readings.NUM_TOKENS) -> ModelFacts:
+def examine(model: nn.Module, rows: int = NUM_TOKENS) -> ModelFacts:
     """Find out how a model streams, and prove it by the probe.
 
     The probe runs once for a model object. Threads that examine a new model at the same time each run it, and find the

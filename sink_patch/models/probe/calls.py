@@ -61,9 +61,10 @@ def _vocab_size(model: Any) -> int:
     said = [getattr(text_config(model), "vocab_size", None)]
     with contextlib.suppress(NotImplementedError):  # transformers, of a model that does not say where its embedding is
         embedding = model.get_input_embeddings()
+        said.append(getattr(embedding, "num_embeddings", None))
         weight = getattr(embedding, "weight", None)
-        packed = not isinstance(weight, torch.Tensor) or weight.ndim != 2 or not weight.is_floating_point()
-        said += [getattr(embedding, "num_embeddings", None), None if packed else weight.shape[0]]
+        if isinstance(weight, torch.Tensor) and weight.ndim == 2 and weight.is_floating_point():  # else it is packed
+            said.append(weight.shape[0])
     return min((size for size in said if isinstance(size, int) and size > 0), default=NUM_TOKENS)
 
 
@@ -107,7 +108,8 @@ def _no_trace(model: nn.Module) -> Iterator[None]:
 def _not_compiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """Inside, what the user has compiled runs as it was written: no graph is made for the shapes of the probe."""
     if "torch._dynamo" in sys.modules and any(map(_is_compiled, model.modules())):
-        return torch.compiler.set_stance("force_eager")
+        eager: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        return eager
     return contextlib.nullcontext()
 
 
