@@ -145,7 +145,7 @@ def keeps_its_own_cache(model_class: Any) -> str | None:
     """Up to 5.4: models with recurrent states, and those that know tuples only, say so to `generate`."""
     if hasattr(model_class, "_supports_default_dynamic_cache"):
         # a class method from 4.54 on; before, a method that reads nothing but class attributes
-        blank = model_class.__new__(model_class)
+        blank = object.__new__(model_class)  # not by a `__new__` that makes whole models (of FSDP)
         if not blank._supports_default_dynamic_cache():
             return OWN
     parameters = inspect.signature(model_class.forward).parameters

@@ -25,7 +25,7 @@ def prepare_cache(third: str) -> Method:
     """`_prepare_cache_for_generation`, whose third argument is not the same in all versions."""
     return Method(
         *(_UTILS, "GenerationMixin", "_prepare_cache_for_generation"),
-        parameters=("generation_config", "model_kwargs", third),
+        parameters=("generation_config", "model_kwargs", third, "batch_size"),
         role=Role.PREPARE_CACHE,
     )
 

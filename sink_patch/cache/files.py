@@ -139,7 +139,8 @@ class _Saved:
         if found:
             raise CacheFileError(
                 f"{self.path} was saved with another model than this {facts.model_class}; not the same: "
-                f"{', '.join(found)}. Load it with the model that it was saved with."
+                f"{', '.join(found)}. Load it with the model that it was saved with; where several processes share a "
+                "model, each loads what it has saved."
             )
         wrote, have = header.transformers, transformers.__version__
         if wrote != have and any(layer.entry.state for layer in facts.layers):
@@ -154,9 +155,10 @@ class _Saved:
         header, store, devices = self.header, streams.store, _devices(model)
         unpacker = Unpacker(self.path, self.tensors, header.rows)
         unpacker.check(len(header.layers) == len(store.layers), f"it has {len(header.layers)} layers")
-        for index, (layer, record) in enumerate(zip(store.layers, header.layers, strict=True)):
+        layers = zip(store.layers, header.layers, streams.facts.layers, strict=True)
+        for index, (layer, record, facts) in enumerate(layers):
             device = devices.get(index, _device_of(model))
-            unpacker.fill(layer, record, f"layers.{index}", store.sinks, device)
+            unpacker.fill(layer, record, f"layers.{index}", store.sinks, device, elsewhere=facts.elsewhere)
         seen = [row.seen for row in header.rows or ()]
         history = None if header.history is None else unpacker.history(header.history, seen)
         unpacker.check_all_used()

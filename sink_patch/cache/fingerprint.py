@@ -32,6 +32,7 @@ def fingerprint(model: nn.Module, facts: ModelFacts, window_length: int, num_sin
         kinds_of_layers=[_kind(layer, window_length, num_sink_tokens) for layer in facts.layers],
         rotations=[(_turning(layer.adapter.keys), _turning(layer.adapter.values)) for layer in facts.layers],
         weights=_digest(model),
+        part=_part(model),
     )
 
 
@@ -65,12 +66,25 @@ def _turning(rotation: Rotation | None) -> Turning | None:
     return None if rotation is None else (rotation.pairing, rotation.start, rotation.sign, rotation.inv_freq.tolist())
 
 
+def _part(model: nn.Module) -> str | None:
+    """Which parts of its weights this process has, if it has only parts: its cache holds the heads of these.
+
+    "0 of 2" is the first of two processes; "(0, 1) of (2, 2)" is the second of the first two of four.
+    """
+    meshes: list[Any] = [getattr(parameter, "device_mesh", None) for parameter in model.parameters()]  # of a DTensor
+    places = {(tuple(mesh.get_coordinate() or ()), tuple(mesh.shape)) for mesh in meshes if mesh is not None}
+    named = [" of ".join(str(one[0] if len(one) == 1 else one) for one in place) for place in sorted(places)]
+    return ", ".join(named) or None
+
+
 def _digest(model: nn.Module) -> str:
     """Of dtype, shape and samples of all parameters, whose names and order depend on the version of transformers."""
     return hashlib.sha256("\n".join(sorted(map(_sampled, model.parameters()))).encode()).hexdigest()
 
 
-def _sampled(parameter: torch.Tensor) -> str:
+def _sampled(parameter: Any) -> str:
+    if hasattr(parameter, "to_local"):  # of a DTensor, the part that this process has
+        parameter = parameter.detach().to_local()
     named = f"{parameter.dtype} {tuple(parameter.shape)}"
     if parameter.is_meta or not parameter.numel() or type(parameter.data) is not torch.Tensor:
         return named  # of weights that lie on disk, or are packed in ways of their own, nothing more can be said

@@ -101,6 +101,7 @@ class Fingerprint(Struct, frozen=True):
         positions: length of the context, and how many positions may be used at most.
         kinds_of_layers: for each layer, whether it holds keys and values, whether it holds a state, and its kind.
         rotations: for each layer, how its keys and its values turn.
+        part: which part of its weights the process had, where several processes share them; None: all.
     """
 
     model_class: str = field(name="class")
@@ -111,6 +112,7 @@ class Fingerprint(Struct, frozen=True):
     kinds_of_layers: list[tuple[bool, bool, KindRecord]] = field(name="kinds of layers")
     rotations: list[tuple[Turning | None, Turning | None]]
     weights: str
+    part: str | None = field(default=None, name="part of the weights")
 
 
 class Preamble(Struct, frozen=True):

@@ -42,8 +42,13 @@ class Unpacker:
         self._rows = None if rows is None else len(rows)
         self._seen = max((row.seen for row in rows or ()), default=0)
 
-    def fill(self, layer: object, record: LayerRecord, name: str, sinks: Sinks, device: torch.device) -> None:
+    def fill(
+        self, layer: object, record: LayerRecord, name: str, sinks: Sinks, device: torch.device, *, elsewhere: bool
+    ) -> None:
         """Fill one layer; what it holds will be on `device`.
+
+        Args:
+            elsewhere: whether another process has that layer of the model, so that it holds nothing.
 
         Raises:
             CacheFileError: the record does not fit the layer, or its tensors do not.
@@ -59,6 +64,10 @@ class Unpacker:
         found = LayerKind(**structs.asdict(kind))
         self.check(replace(found, spare=0) == layer.kind, f"{name} is a {found}, and a {layer.kind} in this model")
         layer.kind = found
+        if elsewhere:
+            nothing = all(tensor is None for packed in (keys, values) for _, tensor in packed.entries)
+            self.check(nothing, f"{name} has keys and values, and in this model another process has that layer")
+            return
         for ring, packed, what in zip(layer.rings, (keys, values), RINGS, strict=True):
             self._fill_ring(ring, packed, f"{name}.{what}", found, sinks, device)
         shapes = [None if ring.buffer is None else ring.buffer.shape[:3] for ring in layer.rings]

@@ -82,7 +82,8 @@ def prepare_cache(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], 
         drafts.check_options(generation_config)
         drafts.check_takes_tokens_back(read_claim(unwrapped(instance)))
         drafts.check_assistant(given)
-    facts = examine(unwrapped(instance))
+    rows = given["batch_size"] * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+    facts = examine(unwrapped(instance), rows)
     if is_made_here:
         cache = SinkCache(**generation_config.cache_config)
     bind(cache, unwrapped(instance), facts)

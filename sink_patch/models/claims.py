@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from sink_patch.compat import Entry, installed_shim
 from sink_patch.errors import UnsupportedModelError
 from sink_patch.models.adapters.adapter import Adapter, AdapterFactory
-from sink_patch.models.entries import read_entries, text_config
+from sink_patch.models.entries import decoder_of, read_entries, text_config
 from sink_patch.models.facts import LayerFacts, ModelFacts
 from sink_patch.models.families.family import Family, OneByOne, PositionSource
 from sink_patch.models.families.registry import find_family
@@ -64,7 +65,8 @@ class Claim:
             model_type=text_config(self.model).model_type,
             family=None if family is None else family.name,
             layers=tuple(
-                LayerFacts(entry, adapter, ordered) for entry, adapter in zip(self.entries, adapters, strict=True)
+                LayerFacts(entry, adapter, ordered, elsewhere=index in self.elsewhere)
+                for index, (entry, adapter) in enumerate(zip(self.entries, adapters, strict=True))
             ),
             context=self.context,
             position_source=source,
@@ -76,6 +78,20 @@ class Claim:
     def has_states(self) -> bool:
         """Whether some layers hold a recurrent or convolution state, which cannot be taken back."""
         return any(entry.state for entry in self.entries)
+
+    @cached_property
+    def elsewhere(self) -> frozenset[int]:
+        """The layers that other processes have (pipeline parallel), by index; stand-ins are in their place here."""
+        layers = getattr(decoder_of(self.model), "layers", ())
+        return frozenset(index for index, layer in enumerate(layers) if isinstance(layer, nn.Identity))
+
+    @property
+    def entries_here(self) -> Sequence[Entry]:
+        """The entries, of which those of layers elsewhere hold no attention."""
+        return [
+            replace(entry, attention=False) if index in self.elsewhere else entry
+            for index, entry in enumerate(self.entries)
+        ]
 
     @property
     def one_by_one(self) -> OneByOne | None:

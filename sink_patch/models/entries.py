@@ -33,15 +33,16 @@ def decoder_of(model: Any) -> nn.Module:
     """The part that takes the cache and builds masks: `get_decoder()`, except where that finds an output head."""
     found: nn.Module = transformers_models.decoder_of(model)
     candidates: list[nn.Module] = [found, getattr(model, "base_model", model), model]
-    return next((one for one in candidates if _names_of_cache(one)), model)
+    return next((one for one in candidates if names_of_cache(one)), model)
 
 
 def cache_argument(module: nn.Module) -> str:
     """What the forward of a model, or of its decoder, calls its cache."""
-    return next(iter(_names_of_cache(module)), CACHE_NAMES[0])
+    return next(iter(names_of_cache(module)), CACHE_NAMES[0])
 
 
-def _names_of_cache(module: nn.Module) -> Sequence[str]:
+def names_of_cache(module: nn.Module) -> Sequence[str]:
+    """Those of `CACHE_NAMES` that the forward of a module takes by name."""
     return _names_in(type(module).forward)
 
 

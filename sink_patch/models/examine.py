@@ -36,6 +36,7 @@ from sink_patch.models.facts import ModelFacts
 from sink_patch.models.families.family import Family
 from sink_patch.models.families.registry import families
 from sink_patch.models.probe import choice, distance, proof, readings
+from sink_patch.models.probe.calls import NUM_TOKENS
 
 _proven: weakref.WeakKeyDictionary[nn.Module, ModelFacts] = weakref.WeakKeyDictionary()
 # Held for one read or write of `_proven`, never over code of others: families and models may call `examine` themselves.
@@ -44,7 +45,7 @@ _lock = threading.RLock()
 _being_examined: ContextVar[tuple[nn.Module, ...]] = ContextVar("being_examined", default=())
 
 
-def examine(model: nn.Module) -> ModelFacts:
+def examine(model: nn.Module, rows: int = NUM_TOKENS) -> ModelFacts:
     """Find out how a model streams, and prove it by the probe.
 
     The probe runs once for a model object. Threads that examine a new model at the same time each run it, and find the
@@ -52,6 +53,7 @@ def examine(model: nn.Module) -> ModelFacts:
 
     Args:
         model: a transformers model, without the wrappers of PEFT or torch.compile (see `unwrapped`).
+        rows: of the forwards of the probe; in a call of `generate`, as many as the call has.
 
     Raises:
         UnsupportedModelError: it cannot stream, with the reason; before any forward where the config tells. Or it is
@@ -63,13 +65,13 @@ def examine(model: nn.Module) -> ModelFacts:
         claim = read_claim(model)
         with _lock:
             known = _proven.get(model)
-        facts = _found(claim, known) if claim.family is None else _proved(claim, claim.family, known)
+        facts = _found(claim, known, rows) if claim.family is None else _proved(claim, claim.family, known, rows)
         with _lock:
             _proven[model] = facts
     return facts
 
 
-def _proved(claim: Claim, family: Family, known: ModelFacts | None) -> ModelFacts:
+def _proved(claim: Claim, family: Family, known: ModelFacts | None, rows: int) -> ModelFacts:
     """The facts with the adapters of the family, of `adapters` or of `formerly`: see the example above."""
     factories = [factory for factory in (family.adapters, family.formerly) if factory is not None]
     present, *former = candidates = [claim.facts(claim.adapters_of(factory)) for factory in factories]
@@ -78,27 +80,25 @@ def _proved(claim: Claim, family: Family, known: ModelFacts | None) -> ModelFact
             return facts
     if not any(entry.attention for entry in claim.entries):
         return present  # nothing turns
-    found = readings.read(
-        claim.model,
-        claim.context.largest_probe_position,
-        claim.entries,
-        positions=claim.position_source == "position_ids",
-    )
-    for facts in former:
-        if proof.fits(found, claim.entries, facts.adapters):
-            return facts
-    proof.verify(found, claim.entries, present.adapters, family.name)
+    largest, positions = claim.context.largest_probe_position, claim.position_source == "position_ids"
+    entries, found = claim.entries_here, list[readings.Reading | None]()
+    for found in readings.read(claim.model, largest, entries, positions=positions, rows=rows):
+        for facts in (*former, present):
+            if proof.fits(found, entries, facts.adapters):
+                return facts
+    proof.verify(found, entries, present.adapters, family.name)
     return present
 
 
-def _found(claim: Claim, known: ModelFacts | None) -> ModelFacts:
+def _found(claim: Claim, known: ModelFacts | None, rows: int) -> ModelFacts:
     """The facts of a model that no family claims, with the adapters that its readings show."""
     model, largest = claim.model, claim.context.largest_probe_position
     if known is not None and known.family is None and choice.still_hold(known.adapters, model):
         return known
-    found = readings.read(model, largest, claim.entries, positions=True)
-    adapters = choice.choose(model, claim.entries, found)
-    distance.check_distance_only(model, largest)
+    *_, found = readings.read(model, largest, claim.entries, positions=True, rows=rows)
+    adapters = choice.choose(model, claim.entries_here, found)
+    dtypes = {reading.keys[0].dtype for reading in found if reading is not None}
+    distance.check_distance_only(model, largest, dtypes, rows)
     return claim.facts(adapters)
 
 

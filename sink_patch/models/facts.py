@@ -20,11 +20,13 @@ class LayerFacts:
         entry: what it holds.
         adapter: how that turns.
         ordered: whether keys must lie in the order of the stream, as positions are taken from it (ALiBi).
+        elsewhere: whether another process has the layer (pipeline parallel); then nothing is ever stored here.
     """
 
     entry: Entry
     adapter: Adapter
     ordered: bool = False
+    elsewhere: bool = False
 
     def kind(self, window_length: int, num_sink_tokens: int) -> LayerKind:
         """The kind of layer for a window; a sliding window shorter than that stays as it is, without sinks."""

@@ -229,6 +229,30 @@ def test_a_model_with_lora_streams_right():
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("names", [["b"], ["default", "b", "__base__"], ["b", "default", "b", "default", "__base__"]])
+def test_each_row_may_have_an_adapter_of_its_own_in_the_first_call(names, beams):
+    """PEFT makes the layers of the model take so many rows and no others while the call runs."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["k_proj", "v_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(llama(layers=2), config)
+    adapted.add_adapter("b", config)
+    adapted.eval()
+    prompt = tokens(5, len(names))
+    asked = {"do_sample": False, "max_new_tokens": 3 * W, "num_beams": beams, **SINK}
+    texts = copy.deepcopy(adapted).generate(input_ids=prompt, adapter_names=names, **asked)
+    for row, (name, text) in enumerate(zip(names, texts, strict=True)):
+        if name == "__base__":
+            with adapted.disable_adapter():
+                alone = adapted.generate(input_ids=prompt[row : row + 1], **asked)
+        else:
+            adapted.set_adapter(name)
+            alone = adapted.generate(input_ids=prompt[row : row + 1], **asked)
+        assert torch.equal(alone[0], text)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")  # PEFT computes others
 def test_prompt_tuning_streams_its_virtual_tokens_as_sinks():
     """PEFT prepends embeddings to the prompt and calls the model with these."""
