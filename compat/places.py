@@ -14,6 +14,11 @@ _MODEL_KWARGS = ("input_ids", "generation_config", "model_kwargs")
 
 CHOICES = Constant(_CONFIG, "ALL_CACHE_IMPLEMENTATIONS", CACHE_IMPLEMENTATION)
 
+CONFIGS = (
+    Method(_CONFIG, "GenerationConfig", "__init__", ("kwargs",), Role.MAKE_CONFIG),
+    Method(_CONFIG, "GenerationConfig", "update", ("kwargs",), Role.UPDATE_CONFIG),
+)
+
 PREPARE_CONFIG = Method(
     *(_UTILS, "GenerationMixin", "_prepare_generation_config"),
     parameters=("generation_config", "kwargs"),

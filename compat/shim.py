@@ -41,8 +41,10 @@ class Constant:
 
 
 class Role(enum.Enum):
-    """What our wrapper around a method does (generation/wrappers.py, `WRAPPERS`)."""
+    """What our wrapper around a method does (`WRAPPERS` in generation/wrappers.py and in the files of doors/)."""
 
+    MAKE_CONFIG = enum.auto()
+    UPDATE_CONFIG = enum.auto()
     PREPARE_GENERATION_CONFIG = enum.auto()
     PREPARE_CACHE = enum.auto()
     DECODE = enum.auto()

@@ -13,6 +13,7 @@ from sink_patch.compat.caches import Entry, entries_of_layers, entries_of_types,
 from sink_patch.compat.shim import Constant, Quirk, Shim
 
 _METHODS = (
+    *places.CONFIGS,
     places.PREPARE_CONFIG,
     places.SAMPLE,
     places.BEAM_SEARCH,

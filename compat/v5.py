@@ -9,6 +9,7 @@ from sink_patch.compat.caches import dynamic_layers, entries_of_layers
 from sink_patch.compat.shim import Quirk, Shim
 
 _METHODS = (
+    *places.CONFIGS,
     places.PREPARE_CONFIG,
     places.prepare_cache("generation_mode"),
     places.SAMPLE,

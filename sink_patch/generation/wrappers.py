@@ -44,11 +44,14 @@ def prepare_generation_config(
     of_assistant = drafts.assistants_config(given.get("generation_config"), asked_for)
     if of_assistant is not None:
         given["generation_config"] = of_assistant
-    request = Request.read(asked_for, given.get("generation_config"), instance.generation_config)
+    passed, own = given.get("generation_config"), instance.generation_config
+    request = Request.read(asked_for, passed, own)
     given["kwargs"] = {name: value for name, value in asked_for.items() if name not in Sizes.names()}
     if request.leaves_sink:
         given["kwargs"]["cache_config"] = None
     generation_config, model_kwargs = wrapped(*bound.args, **bound.kwargs)
+    if instance.generation_config is not own:  # some versions make it anew, from the model's config
+        request = Request.read(asked_for, passed, instance.generation_config)
     cache = model_kwargs.get(cache_argument(instance))
     if generation_config.cache_implementation != CACHE_IMPLEMENTATION and not isinstance(cache, SinkCache):
         refusals.check_no_sizes(request, generation_config.cache_implementation)
