@@ -57,6 +57,7 @@ def prepare_generation_config(
         refusals.check_no_sizes(request, generation_config.cache_implementation)
         return generation_config, model_kwargs
     refusals.check_call(instance, request, generation_config, model_kwargs)
+    refusals.note_positions(generation_config, model_kwargs)
     if isinstance(cache, SinkCache):
         refusals.check_own_cache(cache, request)
         refusals.check_embeds(model_kwargs, cache)
@@ -81,6 +82,7 @@ def prepare_cache(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], 
     mode = installed_shim().generation_mode(given)
     refusals.check_mode(mode)
     refusals.check_rows(model_kwargs.get("attention_mask"))  # perhaps made from padding tokens in the meantime
+    refusals.check_positions(generation_config, model_kwargs, None if is_made_here else cache)
     if mode == drafts.MODE:
         drafts.check_options(generation_config)
         drafts.check_takes_tokens_back(read_claim(unwrapped(instance)))
