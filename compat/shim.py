@@ -52,7 +52,10 @@ class Role(enum.Enum):
     MAY_COMPILE = enum.auto()
     COMPILED_CALL = enum.auto()
     INITIAL_CACHE_POSITION = enum.auto()
-    REFUSE_CONTINUOUS_BATCHING = enum.auto()
+    INIT_CONTINUOUS_BATCHING = enum.auto()
+    MAKE_MANAGER = enum.auto()
+    GENERATE_BATCH = enum.auto()
+    MAKE_HANDLER = enum.auto()
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Method:
         module, owner, name: where it is.
         parameters: those that our wrapper reads; the method must have them.
         role: which of our wrappers goes around it.
+        optional: whether it is no matter if it is missing: what it says, a later one says as well.
     """
 
     module: str
@@ -70,6 +74,7 @@ class Method:
     name: str
     parameters: tuple[str, ...]
     role: Role
+    optional: bool = False
 
 
 @dataclass(frozen=True)

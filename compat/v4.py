@@ -100,7 +100,7 @@ SHIMS = (
     Shim(
         versions=SpecifierSet(">=4.57,<5.0"),
         constants=(places.CHOICES,),
-        methods=(*_METHODS, places.prepare_cache("generation_mode"), places.IN_PACKAGE),
+        methods=(*_METHODS, places.prepare_cache("generation_mode"), *places.BATCHING_IN_PACKAGE),
         cache_base=_cache_of_given_layers,
         read_entries=entries_of_layers,
         own_layers=caches.no_layers,
@@ -116,7 +116,7 @@ SHIMS = (
     Shim(
         versions=SpecifierSet(">=4.56,<4.57"),
         constants=(places.CHOICES,),
-        methods=(*_METHODS, places.prepare_cache("assistant_model"), places.IN_PACKAGE),
+        methods=(*_METHODS, places.prepare_cache("assistant_model"), *places.BATCHING_IN_PACKAGE),
         cache_base=_cache_of_given_layers,
         read_entries=entries_of_layers,
         own_layers=caches.no_layers,
@@ -132,7 +132,7 @@ SHIMS = (
     Shim(
         versions=SpecifierSet(">=4.54,<4.56"),
         constants=(places.CHOICES,),
-        methods=(*_METHODS, places.prepare_cache("assistant_model"), places.IN_FILE),
+        methods=(*_METHODS, places.prepare_cache("assistant_model"), *places.BATCHING_IN_FILE),
         cache_base=_cache_of_layer_classes,
         read_entries=_entries_of_layer_types,
         own_layers=caches.no_layers,
@@ -148,7 +148,7 @@ SHIMS = (
     Shim(
         versions=SpecifierSet(">=4.53,<4.54"),
         constants=(places.CHOICES, _CONFIG_CLASSES),
-        methods=(*_METHODS, places.prepare_cache("assistant_model"), places.IN_FILE),
+        methods=(*_METHODS, places.prepare_cache("assistant_model"), *places.BATCHING_IN_FILE),
         cache_base=_cache_of_lists,
         read_entries=_entries_of_layer_types,
         own_layers=caches.no_layers,

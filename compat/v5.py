@@ -16,7 +16,8 @@ _METHODS = (
     places.BEAM_SEARCH,
     places.ASSISTED,
     *places.COMPILE,
-    places.IN_PACKAGE,
+    *places.BATCHING_IN_PACKAGE,
+    places.SERVE,
 )
 
 _STATES = (

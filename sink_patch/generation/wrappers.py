@@ -20,7 +20,6 @@ from sink_patch.cache.binding import bind, check_holds_nothing
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.compat import installed_shim
 from sink_patch.compat.shim import Role
-from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.generation import compiled, drafts, refusals
 from sink_patch.generation.prompt import Prompt
 from sink_patch.generation.request import Request
@@ -156,18 +155,6 @@ def initial_cache_position(wrapped: Wrapped, instance: nn.Module, args: tuple[An
     return model_kwargs
 
 
-def refuse_continuous_batching(wrapped: Wrapped, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Around `init_continuous_batching`, which has a paged cache of its own and would leave ours out without a word."""
-    config = inspect.signature(wrapped).bind(*args, **kwargs).arguments.get("generation_config")
-    config = instance.generation_config if config is None else config
-    if getattr(config, "cache_implementation", None) == CACHE_IMPLEMENTATION:
-        raise UnsupportedGenerationError(
-            f"Continuous batching was asked for with cache_implementation={CACHE_IMPLEMENTATION!r}, but it has a paged "
-            "cache of its own. Use generate (or serve without --continuous-batching), or cache_implementation=None."
-        )
-    return wrapped(*args, **kwargs)
-
-
 WRAPPERS: dict[Role, Callable[..., Any]] = {
     Role.PREPARE_GENERATION_CONFIG: prepare_generation_config,
     Role.PREPARE_CACHE: prepare_cache,
@@ -176,6 +163,5 @@ WRAPPERS: dict[Role, Callable[..., Any]] = {
     Role.MAY_COMPILE: may_compile,
     Role.COMPILED_CALL: compiled_call,
     Role.INITIAL_CACHE_POSITION: initial_cache_position,
-    Role.REFUSE_CONTINUOUS_BATCHING: refuse_continuous_batching,
 }
 """Which wrapper goes around a method of transformers, by the role that the record of its versions gives it."""

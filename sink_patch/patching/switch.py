@@ -93,7 +93,9 @@ def _changes(shim: Shim) -> Iterator[Callable[[], None]]:
             yield functools.partial(_add, constant)
     for method in shim.methods:
         module = sys.modules.get(method.module)
-        if module is not None and _has(module, method.owner):
+        if module is None or (method.optional and method.name not in vars(getattr(module, method.owner, object))):
+            continue
+        if _has(module, method.owner):
             yield _wrapping(getattr(module, method.owner), method)
 
 
@@ -130,9 +132,10 @@ def _wrapper(role: Role) -> Callable[..., Any]:
 
     if role in configs.WRAPPERS:
         return configs.WRAPPERS[role]
-    from sink_patch.generation.wrappers import WRAPPERS
+    from sink_patch.doors import continuous_batching
+    from sink_patch.generation import wrappers
 
-    return WRAPPERS[role]
+    return {**wrappers.WRAPPERS, **continuous_batching.WRAPPERS}[role]
 
 
 def _moved(what: str) -> str:
