@@ -19,6 +19,12 @@ CONFIGS = (
     Method(_CONFIG, "GenerationConfig", "update", ("kwargs",), Role.UPDATE_CONFIG),
 )
 
+CUSTOM_GENERATE = Method(
+    *(_UTILS, "GenerationMixin", "load_custom_generate"),
+    parameters=("pretrained_model_name_or_path",),
+    role=Role.LOAD_CUSTOM_GENERATE,
+)
+
 PREPARE_CONFIG = Method(
     *(_UTILS, "GenerationMixin", "_prepare_generation_config"),
     parameters=("generation_config", "kwargs"),

@@ -52,6 +52,7 @@ class Role(enum.Enum):
     MAY_COMPILE = enum.auto()
     COMPILED_CALL = enum.auto()
     INITIAL_CACHE_POSITION = enum.auto()
+    LOAD_CUSTOM_GENERATE = enum.auto()
     INIT_CONTINUOUS_BATCHING = enum.auto()
     MAKE_MANAGER = enum.auto()
     GENERATE_BATCH = enum.auto()

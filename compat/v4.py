@@ -14,6 +14,7 @@ from sink_patch.compat.shim import Constant, Quirk, Shim
 
 _METHODS = (
     *places.CONFIGS,
+    places.CUSTOM_GENERATE,
     places.PREPARE_CONFIG,
     places.SAMPLE,
     places.BEAM_SEARCH,

@@ -10,6 +10,7 @@ from sink_patch.compat.shim import Quirk, Shim
 
 _METHODS = (
     *places.CONFIGS,
+    places.CUSTOM_GENERATE,
     places.PREPARE_CONFIG,
     places.prepare_cache("generation_mode"),
     places.SAMPLE,

@@ -132,10 +132,10 @@ def _wrapper(role: Role) -> Callable[..., Any]:
 
     if role in configs.WRAPPERS:
         return configs.WRAPPERS[role]
-    from sink_patch.doors import continuous_batching
+    from sink_patch.doors import continuous_batching, custom_generate
     from sink_patch.generation import wrappers
 
-    return {**wrappers.WRAPPERS, **continuous_batching.WRAPPERS}[role]
+    return {**wrappers.WRAPPERS, **continuous_batching.WRAPPERS, **custom_generate.WRAPPERS}[role]
 
 
 def _moved(what: str) -> str:

@@ -126,7 +126,7 @@ def test_nothing_else_is_refused(model, door):
 def test_a_server_says_it_at_its_start(model, stored, batching):
     try:
         utils = import_module("transformers.cli.serving.utils")
-    except ImportError:
+    except (ImportError, NameError):  # some need the packages of the server for that
         pytest.skip("its server has no handlers, or cannot be imported: a request is refused")
     model.generation_config.update(**stored)
     loaded = SimpleNamespace(loaded_models={"the one that was named": SimpleNamespace(model=model)})
