@@ -12,14 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sink_patch.arguments import CACHE_IMPLEMENTATION
+from sink_patch.arguments import CACHE_IMPLEMENTATION, CUSTOM_GENERATE
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.compat.shim import Role
 from sink_patch.errors import SinkArgumentError
 
 logger = logging.getLogger("sink_patch")
 
-REPOSITORY = "transformers-community/sink_cache"
 _OF_THE_CALL = ("self", "custom_generate", "trust_remote_code", "global_keys_to_exclude")
 
 _has_told = False
@@ -44,7 +43,7 @@ def generate(*inputs: Any, model: Any, **given: Any) -> Any:
     asked = given.pop("cache_implementation", None)
     if asked not in (None, CACHE_IMPLEMENTATION):
         raise SinkArgumentError(
-            f"custom_generate={REPOSITORY!r}, which is the sink cache, was asked for together with "
+            f"custom_generate={CUSTOM_GENERATE!r}, which is the sink cache, was asked for together with "
             f"cache_implementation={asked!r}. Leave one of them out."
         )
     if not any(isinstance(value, SinkCache) for value in given.values()):
@@ -57,7 +56,7 @@ def load_custom_generate(
 ) -> Any:
     """Around `load_custom_generate`: ours for that one name, unless there is a directory of this name."""
     given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-    if given.get("pretrained_model_name_or_path") != REPOSITORY or Path(REPOSITORY).is_dir():
+    if given.get("pretrained_model_name_or_path") != CUSTOM_GENERATE or Path(CUSTOM_GENERATE).is_dir():
         return wrapped(*args, **kwargs)
     _tell()
     return generate
@@ -68,7 +67,7 @@ def _tell() -> None:
     if not _has_told:
         _has_told = True
         logger.info(
-            "custom_generate=%r is served by sink_patch: nothing is downloaded, no remote code runs.", REPOSITORY
+            "custom_generate=%r is served by sink_patch: nothing is downloaded, no remote code runs.", CUSTOM_GENERATE
         )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sink_patch.arguments import CACHE_IMPLEMENTATION, Sizes
+from sink_patch.arguments import CACHE_IMPLEMENTATION, CUSTOM_GENERATE, Sizes
 from sink_patch.cache.binding import bind, check_holds_nothing
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.compat import installed_shim
@@ -40,6 +40,8 @@ def prepare_generation_config(
     """
     bound = inspect.signature(wrapped).bind(*args, **kwargs)
     given, asked_for = bound.arguments, bound.arguments.setdefault("kwargs", {})
+    if asked_for.get("custom_generate") == CUSTOM_GENERATE:  # of a pipeline that is made; `generate` keeps it to itself
+        asked_for.setdefault("cache_implementation", CACHE_IMPLEMENTATION)
     of_assistant = drafts.assistants_config(given.get("generation_config"), asked_for)
     if of_assistant is not None:
         given["generation_config"] = of_assistant
