@@ -14,6 +14,17 @@ _MODEL_KWARGS = ("input_ids", "generation_config", "model_kwargs")
 
 CHOICES = Constant(_CONFIG, "ALL_CACHE_IMPLEMENTATIONS", CACHE_IMPLEMENTATION)
 
+CONFIGS = (
+    Method(_CONFIG, "GenerationConfig", "__init__", ("kwargs",), Role.MAKE_CONFIG),
+    Method(_CONFIG, "GenerationConfig", "update", ("kwargs",), Role.UPDATE_CONFIG),
+)
+
+CUSTOM_GENERATE = Method(
+    *(_UTILS, "GenerationMixin", "load_custom_generate"),
+    parameters=("pretrained_model_name_or_path",),
+    role=Role.LOAD_CUSTOM_GENERATE,
+)
+
 PREPARE_CONFIG = Method(
     *(_UTILS, "GenerationMixin", "_prepare_generation_config"),
     parameters=("generation_config", "kwargs"),
@@ -54,17 +65,25 @@ INITIAL_CACHE_POSITION = Method(
 )
 
 
-def continuous_batching(module: str) -> Method:
-    """`init_continuous_batching`, which has moved."""
-    return Method(
-        *(f"transformers.generation.{module}", "ContinuousMixin", "init_continuous_batching"),
-        parameters=("generation_config",),
-        role=Role.REFUSE_CONTINUOUS_BATCHING,
+def _continuous_batching(module: str) -> tuple[Method, ...]:
+    """All ways to continuous batching, which has moved."""
+    place, config = f"transformers.generation.{module}", ("generation_config",)
+    return (
+        Method(place, "ContinuousMixin", "init_continuous_batching", config, Role.INIT_CONTINUOUS_BATCHING),
+        Method(place, "ContinuousMixin", "generate_batch", ("inputs", *config, "kwargs"), Role.GENERATE_BATCH),
+        Method(place, "ContinuousBatchingManager", "__init__", ("model", *config), Role.MAKE_MANAGER),
     )
 
 
-IN_FILE = continuous_batching("continuous_batching")
-IN_PACKAGE = continuous_batching("continuous_batching.continuous_api")
+BATCHING_IN_FILE = _continuous_batching("continuous_batching")
+BATCHING_IN_PACKAGE = _continuous_batching("continuous_batching.continuous_api")
+
+SERVE = Method(
+    *("transformers.cli.serving.utils", "BaseHandler", "__init__"),
+    parameters=("model_manager", "generation_state"),
+    role=Role.MAKE_HANDLER,
+    optional=True,
+)
 
 
 def given_mode(given: Mapping[str, Any]) -> str:

@@ -41,8 +41,10 @@ class Constant:
 
 
 class Role(enum.Enum):
-    """What our wrapper around a method does (generation/wrappers.py, `WRAPPERS`)."""
+    """What our wrapper around a method does (`WRAPPERS` in generation/wrappers.py and in the files of doors/)."""
 
+    MAKE_CONFIG = enum.auto()
+    UPDATE_CONFIG = enum.auto()
     PREPARE_GENERATION_CONFIG = enum.auto()
     PREPARE_CACHE = enum.auto()
     DECODE = enum.auto()
@@ -50,7 +52,11 @@ class Role(enum.Enum):
     MAY_COMPILE = enum.auto()
     COMPILED_CALL = enum.auto()
     INITIAL_CACHE_POSITION = enum.auto()
-    REFUSE_CONTINUOUS_BATCHING = enum.auto()
+    LOAD_CUSTOM_GENERATE = enum.auto()
+    INIT_CONTINUOUS_BATCHING = enum.auto()
+    MAKE_MANAGER = enum.auto()
+    GENERATE_BATCH = enum.auto()
+    MAKE_HANDLER = enum.auto()
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class Method:
         module, owner, name: where it is.
         parameters: those that our wrapper reads; the method must have them.
         role: which of our wrappers goes around it.
+        optional: whether it is no matter if it is missing: what it says, a later one says as well.
     """
 
     module: str
@@ -68,6 +75,7 @@ class Method:
     name: str
     parameters: tuple[str, ...]
     role: Role
+    optional: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from sink_patch.compat.caches import Entry, entries_of_layers, entries_of_types,
 from sink_patch.compat.shim import Constant, Quirk, Shim
 
 _METHODS = (
+    *places.CONFIGS,
+    places.CUSTOM_GENERATE,
     places.PREPARE_CONFIG,
     places.SAMPLE,
     places.BEAM_SEARCH,
@@ -99,7 +101,7 @@ SHIMS = (
     Shim(
         versions=SpecifierSet(">=4.57,<5.0"),
         constants=(places.CHOICES,),
-        methods=(*_METHODS, places.prepare_cache("generation_mode"), places.IN_PACKAGE),
+        methods=(*_METHODS, places.prepare_cache("generation_mode"), *places.BATCHING_IN_PACKAGE),
         cache_base=_cache_of_given_layers,
         read_entries=entries_of_layers,
         own_layers=caches.no_layers,
@@ -115,7 +117,7 @@ SHIMS = (
     Shim(
         versions=SpecifierSet(">=4.56,<4.57"),
         constants=(places.CHOICES,),
-        methods=(*_METHODS, places.prepare_cache("assistant_model"), places.IN_PACKAGE),
+        methods=(*_METHODS, places.prepare_cache("assistant_model"), *places.BATCHING_IN_PACKAGE),
         cache_base=_cache_of_given_layers,
         read_entries=entries_of_layers,
         own_layers=caches.no_layers,
@@ -131,7 +133,7 @@ SHIMS = (
     Shim(
         versions=SpecifierSet(">=4.54,<4.56"),
         constants=(places.CHOICES,),
-        methods=(*_METHODS, places.prepare_cache("assistant_model"), places.IN_FILE),
+        methods=(*_METHODS, places.prepare_cache("assistant_model"), *places.BATCHING_IN_FILE),
         cache_base=_cache_of_layer_classes,
         read_entries=_entries_of_layer_types,
         own_layers=caches.no_layers,
@@ -147,7 +149,7 @@ SHIMS = (
     Shim(
         versions=SpecifierSet(">=4.53,<4.54"),
         constants=(places.CHOICES, _CONFIG_CLASSES),
-        methods=(*_METHODS, places.prepare_cache("assistant_model"), places.IN_FILE),
+        methods=(*_METHODS, places.prepare_cache("assistant_model"), *places.BATCHING_IN_FILE),
         cache_base=_cache_of_lists,
         read_entries=_entries_of_layer_types,
         own_layers=caches.no_layers,

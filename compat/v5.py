@@ -9,13 +9,16 @@ from sink_patch.compat.caches import dynamic_layers, entries_of_layers
 from sink_patch.compat.shim import Quirk, Shim
 
 _METHODS = (
+    *places.CONFIGS,
+    places.CUSTOM_GENERATE,
     places.PREPARE_CONFIG,
     places.prepare_cache("generation_mode"),
     places.SAMPLE,
     places.BEAM_SEARCH,
     places.ASSISTED,
     *places.COMPILE,
-    places.IN_PACKAGE,
+    *places.BATCHING_IN_PACKAGE,
+    places.SERVE,
 )
 
 _STATES = (

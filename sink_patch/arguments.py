@@ -11,6 +11,8 @@ from sink_patch.errors import SinkArgumentError
 
 CACHE_IMPLEMENTATION = "sink"
 """The value of `cache_implementation` that asks for a sink cache."""
+CUSTOM_GENERATE = "transformers-community/sink_cache"
+"""The value of `custom_generate` that does: the repository that transformers names in place of its old `SinkCache`."""
 
 
 @dataclass(frozen=True)

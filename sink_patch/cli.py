@@ -1,4 +1,6 @@
-"""The command line: `sink-patch demo`, `inspect MODEL`, `families` and `perplexity MODEL --text FILE`."""
+"""The command line: `sink-patch demo`, `inspect MODEL`, `families`, `perplexity MODEL --text FILE` and
+`export-custom-generate DIR`.
+"""
 
 from __future__ import annotations
 
@@ -66,6 +68,12 @@ def _perplexity(arguments: argparse.Namespace) -> None:
     perplexity.run(models.load(arguments.model, arguments.dtype), arguments.text, plan, arguments.json)
 
 
+def _export(arguments: argparse.Namespace) -> None:
+    from sink_patch.evaluate import export
+
+    print(*export.custom_generate(arguments.directory), sep="\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sink-patch", description="Attention-sink caches for transformers: see one at work, and check a model."
@@ -75,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_families(commands)
     _add_perplexity(commands)
+    _add_export(commands)
     return parser
 
 
@@ -136,6 +145,18 @@ def _add_perplexity(commands: argparse._SubParsersAction[argparse.ArgumentParser
     perplexity.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     _add_dtype(perplexity)
     perplexity.set_defaults(run=_perplexity)
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    export = commands.add_parser(
+        "export-custom-generate",
+        help="write a directory for generate(custom_generate=DIR)",
+        description="Writes custom_generate/generate.py, its requirements.txt and a README.md, for "
+        "generate(custom_generate=DIR, trust_remote_code=True) or to be uploaded to a hub. It needs sink-patch to be "
+        "installed where it is used.",
+    )
+    export.add_argument("directory", type=Path, metavar="DIR", help="where to write it")
+    export.set_defaults(run=_export)
 
 
 def _add_window(command: argparse.ArgumentParser) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from sink_patch.generation.request import Request
 from sink_patch.models.claims import read_claim
 from sink_patch.models.entries import unwrapped
 from sink_patch.rules.padding import check_left_padded
+from sink_patch.rules.positions import check_of_call
 from sink_patch.streaming.inputs import check_text_only
+from sink_patch.streaming.streams import streams_of
 
 _MODES = ("greedy_search", "sample", "beam_search", "beam_sample", drafts.MODE)
 
@@ -131,3 +133,34 @@ def check_embeds(model_kwargs: Mapping[str, Any], cache: SinkCache) -> None:
             f"inputs_embeds of {columns} columns were given with a SinkCache that has seen {read}. transformers takes "
             "embeddings for the whole history: pass that, or the new tokens as input_ids."
         )
+
+
+_GIVEN_POSITIONS = "_positions_are_given"  # on the generation config of a call, until its cache is there
+
+
+def note_positions(generation_config: Any, model_kwargs: Mapping[str, Any]) -> None:
+    """Remember that position_ids are the caller's own: from some version on transformers makes them if there are none.
+
+    Those of an assistant are transformers' own.
+    """
+    if model_kwargs.get("position_ids") is not None and not getattr(generation_config, "is_assistant", None):
+        setattr(generation_config, _GIVEN_POSITIONS, True)
+
+
+def check_positions(generation_config: Any, model_kwargs: MutableMapping[str, Any], cache: SinkCache | None) -> None:
+    """The caller's own position_ids, which must be those that the cache counts; then they are given for all columns.
+
+    Args:
+        cache: of the caller; None: a new one.
+    """
+    if not vars(generation_config).pop(_GIVEN_POSITIONS, False):
+        return
+    given, mask = model_kwargs["position_ids"], model_kwargs.get("attention_mask")
+    if mask is None:
+        columns = getattr(generation_config, "_mask_length", None) or given.shape[-1]
+        mask = torch.ones(1, columns, dtype=torch.long)
+    fed = 0 if cache is None else cache.get_seq_length()
+    seen = [row.seen for row in streams_of(cache).rows or ()] if cache is not None and fed else []
+    counted = check_of_call(given, mask, seen, fed)
+    if given.shape[-1] < mask.shape[-1] > fed:
+        model_kwargs["position_ids"] = counted.to(given.device)

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from sink_patch.arguments import CACHE_IMPLEMENTATION, Sizes
+from sink_patch.arguments import CACHE_IMPLEMENTATION, CUSTOM_GENERATE, Sizes
 from sink_patch.cache.binding import bind, check_holds_nothing
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.compat import installed_shim
 from sink_patch.compat.shim import Role
-from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.generation import compiled, drafts, refusals
 from sink_patch.generation.prompt import Prompt
 from sink_patch.generation.request import Request
@@ -41,19 +40,25 @@ def prepare_generation_config(
     """
     bound = inspect.signature(wrapped).bind(*args, **kwargs)
     given, asked_for = bound.arguments, bound.arguments.setdefault("kwargs", {})
+    if asked_for.get("custom_generate") == CUSTOM_GENERATE:  # of a pipeline that is made; `generate` keeps it to itself
+        asked_for.setdefault("cache_implementation", CACHE_IMPLEMENTATION)
     of_assistant = drafts.assistants_config(given.get("generation_config"), asked_for)
     if of_assistant is not None:
         given["generation_config"] = of_assistant
-    request = Request.read(asked_for, given.get("generation_config"), instance.generation_config)
+    passed, own = given.get("generation_config"), instance.generation_config
+    request = Request.read(asked_for, passed, own)
     given["kwargs"] = {name: value for name, value in asked_for.items() if name not in Sizes.names()}
     if request.leaves_sink:
         given["kwargs"]["cache_config"] = None
     generation_config, model_kwargs = wrapped(*bound.args, **bound.kwargs)
+    if instance.generation_config is not own:  # some versions make it anew, from the model's config
+        request = Request.read(asked_for, passed, instance.generation_config)
     cache = model_kwargs.get(cache_argument(instance))
     if generation_config.cache_implementation != CACHE_IMPLEMENTATION and not isinstance(cache, SinkCache):
         refusals.check_no_sizes(request, generation_config.cache_implementation)
         return generation_config, model_kwargs
     refusals.check_call(instance, request, generation_config, model_kwargs)
+    refusals.note_positions(generation_config, model_kwargs)
     if isinstance(cache, SinkCache):
         refusals.check_own_cache(cache, request)
         refusals.check_embeds(model_kwargs, cache)
@@ -78,6 +83,7 @@ def prepare_cache(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], 
     mode = installed_shim().generation_mode(given)
     refusals.check_mode(mode)
     refusals.check_rows(model_kwargs.get("attention_mask"))  # perhaps made from padding tokens in the meantime
+    refusals.check_positions(generation_config, model_kwargs, None if is_made_here else cache)
     if mode == drafts.MODE:
         drafts.check_options(generation_config)
         drafts.check_takes_tokens_back(read_claim(unwrapped(instance)))
@@ -152,18 +158,6 @@ def initial_cache_position(wrapped: Wrapped, instance: nn.Module, args: tuple[An
     return model_kwargs
 
 
-def refuse_continuous_batching(wrapped: Wrapped, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Around `init_continuous_batching`, which has a paged cache of its own and would leave ours out without a word."""
-    config = inspect.signature(wrapped).bind(*args, **kwargs).arguments.get("generation_config")
-    config = instance.generation_config if config is None else config
-    if getattr(config, "cache_implementation", None) == CACHE_IMPLEMENTATION:
-        raise UnsupportedGenerationError(
-            f"Continuous batching was asked for with cache_implementation={CACHE_IMPLEMENTATION!r}, but it has a paged "
-            "cache of its own. Use generate (or serve without --continuous-batching), or cache_implementation=None."
-        )
-    return wrapped(*args, **kwargs)
-
-
 WRAPPERS: dict[Role, Callable[..., Any]] = {
     Role.PREPARE_GENERATION_CONFIG: prepare_generation_config,
     Role.PREPARE_CACHE: prepare_cache,
@@ -172,6 +166,5 @@ WRAPPERS: dict[Role, Callable[..., Any]] = {
     Role.MAY_COMPILE: may_compile,
     Role.COMPILED_CALL: compiled_call,
     Role.INITIAL_CACHE_POSITION: initial_cache_position,
-    Role.REFUSE_CONTINUOUS_BATCHING: refuse_continuous_batching,
 }
 """Which wrapper goes around a method of transformers, by the role that the record of its versions gives it."""

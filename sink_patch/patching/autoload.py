@@ -18,6 +18,7 @@ _MODULES = (
     # torch may be imported from inside generation.utils first, where GenerationMixin does not exist yet
     "transformers.generation.utils",
     "transformers.modeling_utils",
+    "transformers.cli.serving.utils",
 )
 
 

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from sink_patch.compat import installed_shim
-from sink_patch.compat.shim import Constant, Method, Shim
+from sink_patch.compat.shim import Constant, Method, Role, Shim
 from sink_patch.errors import UnsupportedTransformersError, tell
 from sink_patch.patching.autoload import wait_for_transformers
 from sink_patch.patching.refuse_all import refuse_all, stop_refusing
@@ -93,7 +93,9 @@ def _changes(shim: Shim) -> Iterator[Callable[[], None]]:
             yield functools.partial(_add, constant)
     for method in shim.methods:
         module = sys.modules.get(method.module)
-        if module is not None and _has(module, method.owner):
+        if module is None or (method.optional and method.name not in vars(getattr(module, method.owner, object))):
+            continue
+        if _has(module, method.owner):
             yield _wrapping(getattr(module, method.owner), method)
 
 
@@ -118,12 +120,22 @@ def _remove(constant: Constant) -> None:
 
 
 def _wrapping(owner: type, method: Method) -> Callable[[], None]:
-    from sink_patch.generation.wrappers import WRAPPERS
-
     original = vars(owner).get(method.name)
     if original is None or not set(method.parameters) <= set(inspect.signature(original).parameters):
         raise UnsupportedTransformersError(_moved(f"{method.owner}.{method.name}({', '.join(method.parameters)})"))
-    return functools.partial(wrap_once, owner, method.name, WRAPPERS[method.role], is_patched)
+    return functools.partial(wrap_once, owner, method.name, _wrapper(method.role), is_patched)
+
+
+def _wrapper(role: Role) -> Callable[..., Any]:
+    """Whatever needs torch is imported when a module that needs it as well has been."""
+    from sink_patch.doors import configs
+
+    if role in configs.WRAPPERS:
+        return configs.WRAPPERS[role]
+    from sink_patch.doors import continuous_batching, custom_generate
+    from sink_patch.generation import wrappers
+
+    return {**wrappers.WRAPPERS, **continuous_batching.WRAPPERS, **custom_generate.WRAPPERS}[role]
 
 
 def _moved(what: str) -> str:

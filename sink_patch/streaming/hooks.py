@@ -19,8 +19,10 @@ from torch import nn
 
 from sink_patch.errors import UnboundCacheError
 from sink_patch.models.entries import CACHE_NAMES, decoder_of
+from sink_patch.rules.positions import check_of_forward
+from sink_patch.rules.rows import Row
 from sink_patch.streaming.inputs import accepted, check_text_only, named_arguments
-from sink_patch.streaming.streams import StreamingCache, streams_of
+from sink_patch.streaming.streams import StreamingCache, Streams, streams_of
 
 _installing = threading.Lock()
 
@@ -81,12 +83,30 @@ def _begin(
     streams = streams_of(cache, type(module).__name__)
     if not streams.is_bound_to(module):
         raise UnboundCacheError.elsewhere(repr(cache), type(module).__name__)
-    if streams.call is not None:
+    if streams.call is None:
+        _check_positions(streams, module, named, named[name])
+    else:
         inputs = streams.call.without_read(named[name], named.get("attention_mask"), streams.columns)
         named = {**named, name: inputs}
     fixed = (in_graph or _is_compiled(module)) and named[name].shape[1] == 1 and streams.can_be_fixed_now
     replaced = streams.begin(module, named[name], named.get("attention_mask"), fixed=fixed)
     return None if replaced is None else ((), named | accepted(module, replaced))
+
+
+def _check_positions(streams: Streams, module: nn.Module, named: dict[str, Any], inputs: torch.Tensor) -> None:
+    """Positions that were given to a forward outside of `generate`, whose own are always right.
+
+    Raises:
+        SinkArgumentError: they are not those that the cache counts.
+    """
+    position_ids, (rows, columns) = named.get("position_ids"), inputs.shape[:2]
+    if position_ids is None or not streams.counts_positions or streams.forward.includes(module, columns):
+        return
+    if getattr(position_ids, "ndim", 0) > 2 and module is not streams.entrances[0]():
+        return  # several coordinates, which a model has made for its decoder
+    seen = [row.seen for row in streams.rows or [Row()] * rows]
+    if len(seen) == rows:
+        check_of_forward(position_ids, named.get("attention_mask"), seen, streams.columns, columns)
 
 
 def _end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

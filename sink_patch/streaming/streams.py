@@ -170,6 +170,11 @@ class Streams(Rows):
         self.history.commit()
 
     @property
+    def counts_positions(self) -> bool:
+        """Whether the model takes positions at all (ALiBi and states do not)."""
+        return self.facts.position_source == "position_ids" and bool(self.store.kinds)
+
+    @property
     def can_be_fixed(self) -> bool:
         """Whether single tokens may go through a graph that is compiled once."""
         by_position_ids = self.facts.position_source == "position_ids"

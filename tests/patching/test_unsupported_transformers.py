@@ -16,6 +16,7 @@ from transformers.generation.utils import GenerationMixin
 import sink_patch
 from sink_patch.compat import choose_shim, table
 from sink_patch.compat.shim import Role
+from sink_patch.doors import configs, continuous_batching, custom_generate
 from sink_patch.errors import SinkPatchWarning, UnsupportedTransformersError
 from sink_patch.generation import wrappers
 from sink_patch.patching import refuse_all
@@ -204,7 +205,8 @@ def test_another_librarys_wrapper_on_the_config_is_not_taken_for_ours(layers, pr
 
 
 def test_each_role_has_its_wrapper():
-    assert set(wrappers.WRAPPERS) == set(Role)
+    homes = (wrappers, configs, continuous_batching, custom_generate)
+    assert {role for home in homes for role in home.WRAPPERS} == set(Role)
 
 
 @pytest.mark.parametrize("place", ["above", "below"])

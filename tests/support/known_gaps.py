@@ -60,7 +60,17 @@ def _rows(versions: str, reason: str, *tests: str) -> tuple[KnownGap, ...]:
 
 KNOWN_GAPS: tuple[KnownGap, ...] = (
     *_rows(">=4.53", "transformers has removed its own SinkCache", "cache/test_native_sink_cache.py"),
-    *_rows("<4.53", "there is no continuous batching", "generation/test_generate.py::test_continuous_batching*"),
+    *_rows(
+        "<4.53",
+        "there is no continuous batching",
+        "generation/test_generate.py::test_continuous_batching*",
+        "doors/test_continuous_batching.py",
+    ),
+    *_rows(
+        "<4.53",
+        "transformers fails to load a custom_generate from a directory",
+        "doors/test_custom_generate.py::test_an_exported_directory_loads*",
+    ),
     *_rows(
         "<4.54",
         _NO_CONFIG,
