@@ -50,6 +50,8 @@ class Role(enum.Enum):
     MAY_COMPILE = enum.auto()
     COMPILED_CALL = enum.auto()
     INITIAL_CACHE_POSITION = enum.auto()
+    PREPARE_INPUTS = enum.auto()
+    KEEP_CACHE = enum.auto()
     REFUSE_CONTINUOUS_BATCHING = enum.auto()
 
 

@@ -15,6 +15,7 @@ _METHODS = (
     places.BEAM_SEARCH,
     places.ASSISTED,
     *places.COMPILE,
+    *places.INPUTS,
     places.IN_PACKAGE,
 )
 

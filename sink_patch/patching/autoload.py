@@ -18,7 +18,9 @@ _MODULES = (
     # torch may be imported from inside generation.utils first, where GenerationMixin does not exist yet
     "transformers.generation.utils",
     "transformers.modeling_utils",
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("phi3", "phimoe", "phi4_multimodal")),
 )
+"""Those in which something is wrapped (compat/places.py), but for those that `GenerationMixin` imports itself."""
 
 
 def activate() -> None:

@@ -19,6 +19,7 @@ from torch import nn
 
 from sink_patch.errors import UnboundCacheError
 from sink_patch.models.entries import CACHE_NAMES, decoder_of
+from sink_patch.streaming.calls.guard import check_given
 from sink_patch.streaming.inputs import accepted, check_text_only, named_arguments
 from sink_patch.streaming.streams import StreamingCache, streams_of
 
@@ -71,6 +72,7 @@ def _begin(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, in_graph: bool = False
 ) -> tuple[tuple[()], dict[str, Any]] | None:
     named = named_arguments(module, args, kwargs)
+    check_given(module, [named.get(name) for name in CACHE_NAMES])
     cache = _cache_among(named)
     if cache is None:
         return None
