@@ -39,4 +39,4 @@ def decode(model: nn.Module, compiled: Callable[..., Any], /, *args: Any, **inpu
         return model(**inputs)
     with streams.begun_outside(model, input_ids, inputs.get("attention_mask")) as replaced:
         forward = compiled if streams.forward.is_fixed else model  # a row may bring nothing, which no graph knows
-        return forward(**inputs | accepted(model, replaced))
+        return forward(**inputs | accepted(model, replaced, inputs))

@@ -20,7 +20,7 @@ from torch import nn
 from sink_patch.errors import UnboundCacheError
 from sink_patch.models.entries import CACHE_NAMES, decoder_of
 from sink_patch.streaming.calls.guard import check_given
-from sink_patch.streaming.inputs import accepted, check_text_only, named_arguments
+from sink_patch.streaming.inputs import accepted, check_text_only, named_arguments, replaced_within
 from sink_patch.streaming.streams import StreamingCache, streams_of
 
 _installing = threading.Lock()
@@ -88,7 +88,8 @@ def _begin(
         named = {**named, name: inputs}
     fixed = (in_graph or _is_compiled(module)) and named[name].shape[1] == 1 and streams.can_be_fixed_now
     replaced = streams.begin(module, named[name], named.get("attention_mask"), fixed=fixed)
-    return None if replaced is None else ((), named | accepted(module, replaced))
+    replaced = replaced_within(streams.forward.step) if replaced is None else replaced
+    return ((), named | accepted(module, replaced, named)) if replaced else None
 
 
 def _end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
