@@ -34,4 +34,4 @@ def keep_cache(wrapped: Callable[..., Any], instance: nn.Module, args: tuple[Any
     if not isinstance(given.get(cache_argument(instance)), SinkCache):
         return wrapped(*args, **kwargs)
     others: dict[str, Any] = given.pop("kwargs", {})
-    return GenerationMixin.prepare_inputs_for_generation(instance, **given, **others)  # type: ignore[arg-type]
+    return GenerationMixin.prepare_inputs_for_generation(instance, **given, **others)
