@@ -65,6 +65,25 @@ INITIAL_CACHE_POSITION = Method(
 )
 
 
+def _throws_cache_away(model_type: str, model_class: str) -> Method:
+    """The method of a model that throws the cache away at the end of the original context."""
+    return Method(
+        *(f"transformers.models.{model_type}.modeling_{model_type}", model_class, "prepare_inputs_for_generation"),
+        parameters=("input_ids",),
+        role=Role.KEEP_CACHE,
+    )
+
+
+INPUTS = (
+    Method(
+        _UTILS, "GenerationMixin", "prepare_inputs_for_generation", parameters=("input_ids",), role=Role.PREPARE_INPUTS
+    ),
+    _throws_cache_away("phi3", "Phi3ForCausalLM"),
+    _throws_cache_away("phimoe", "PhimoeForCausalLM"),
+    _throws_cache_away("phi4_multimodal", "Phi4MultimodalForCausalLM"),
+)
+
+
 def _continuous_batching(module: str) -> tuple[Method, ...]:
     """All ways to continuous batching, which has moved."""
     place, config = f"transformers.generation.{module}", ("generation_config",)

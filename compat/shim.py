@@ -57,6 +57,8 @@ class Role(enum.Enum):
     MAKE_MANAGER = enum.auto()
     GENERATE_BATCH = enum.auto()
     MAKE_HANDLER = enum.auto()
+    PREPARE_INPUTS = enum.auto()
+    KEEP_CACHE = enum.auto()
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ _METHODS = (
     places.BEAM_SEARCH,
     places.ASSISTED,
     *places.COMPILE,
+    *places.INPUTS,
     places.INITIAL_CACHE_POSITION,
 )
 

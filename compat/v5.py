@@ -19,6 +19,7 @@ _METHODS = (
     *places.COMPILE,
     *places.BATCHING_IN_PACKAGE,
     places.SERVE,
+    *places.INPUTS,
 )
 
 _STATES = (

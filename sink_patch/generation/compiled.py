@@ -10,6 +10,7 @@ from torch import nn
 
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.models.entries import cache_argument
+from sink_patch.streaming.calls.guard import check_given
 from sink_patch.streaming.inputs import accepted
 from sink_patch.streaming.streams import streams_of
 
@@ -28,6 +29,7 @@ def offered_to_compiler(cache: SinkCache) -> Iterator[None]:
 def decode(model: nn.Module, compiled: Callable[..., Any], /, *args: Any, **inputs: Any) -> Any:
     """A forward of `model` for which transformers would call `compiled`, which is the graph of it."""
     cache, input_ids = inputs.get(cache_argument(model)), inputs.get("input_ids")
+    check_given(model, [cache])
     if args or not isinstance(cache, SinkCache):
         return compiled(*args, **inputs)
     if input_ids is None or input_ids.shape[1] != 1 or not cache.is_bound_to(model):
@@ -37,4 +39,4 @@ def decode(model: nn.Module, compiled: Callable[..., Any], /, *args: Any, **inpu
         return model(**inputs)
     with streams.begun_outside(model, input_ids, inputs.get("attention_mask")) as replaced:
         forward = compiled if streams.forward.is_fixed else model  # a row may bring nothing, which no graph knows
-        return forward(**inputs | accepted(model, replaced))
+        return forward(**inputs | accepted(model, replaced, inputs))

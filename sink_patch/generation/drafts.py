@@ -109,8 +109,11 @@ def prepare(generation_config: Any, cache: SinkCache, mode: str) -> None:
 
 
 @contextlib.contextmanager
-def recorded(cache: SinkCache) -> Iterator[None]:
-    """Inside, rejected tokens can be taken back."""
+def recorded(cache: SinkCache, *, drafting: bool = True) -> Iterator[None]:
+    """Inside, rejected tokens can be taken back, where there are drafts."""
+    if not drafting:
+        yield
+        return
     recording = cache.is_croppable
     cache.activate_past_recording()
     try:

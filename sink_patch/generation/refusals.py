@@ -101,6 +101,16 @@ def check_no_other_cache(cache: Any) -> None:
         )
 
 
+def check_still_asked_for(generation_config: Any, cache: Any) -> None:
+    """The sink cache was made for this call, and something has taken it away before the first forward."""
+    if getattr(generation_config, "cache_implementation", None) == CACHE_IMPLEMENTATION:
+        raise UnsupportedGenerationError(
+            f"cache_implementation={CACHE_IMPLEMENTATION!r} was asked for, but decoding begins with "
+            f"{'no cache' if cache is None else f'a {type(cache).__name__}'}: the model, or another library, has taken "
+            "the SinkCache away. Use another cache_implementation."
+        )
+
+
 def check_mode(mode: str) -> None:
     """Decoding modes that cannot use a sink cache."""
     if mode not in _MODES:

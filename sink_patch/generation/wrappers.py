@@ -21,11 +21,13 @@ from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.compat import installed_shim
 from sink_patch.compat.shim import Role
 from sink_patch.generation import compiled, drafts, refusals
+from sink_patch.generation.inputs.prepared import keep_cache, prepare_inputs
 from sink_patch.generation.prompt import Prompt
 from sink_patch.generation.request import Request
 from sink_patch.models.claims import read_claim
 from sink_patch.models.entries import cache_argument, unwrapped
 from sink_patch.models.examine import examine
+from sink_patch.streaming.calls.guard import guarded
 from sink_patch.streaming.streams import streams_of
 
 Wrapped = Callable[..., Any]
@@ -89,7 +91,8 @@ def prepare_cache(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], 
         drafts.check_takes_tokens_back(read_claim(unwrapped(instance)))
         drafts.check_assistant(given)
     rows = given["batch_size"] * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-    facts = examine(unwrapped(instance), rows)
+    with guarded(None):  # it may be its own assistant, in the midst of another call
+        facts = examine(unwrapped(instance), rows)
     if is_made_here:
         cache = SinkCache(**generation_config.cache_config)
     bind(cache, unwrapped(instance), facts)
@@ -118,15 +121,15 @@ def _decode(
     given, model_kwargs = bound.arguments, bound.arguments.setdefault("model_kwargs", {})
     cache = model_kwargs.get(cache_argument(instance))
     if not isinstance(cache, SinkCache):
-        return wrapped(*args, **kwargs)
+        refusals.check_still_asked_for(given["generation_config"], cache)
+        with guarded(None):
+            return wrapped(*args, **kwargs)
     if drafting:
         drafts.check_assistant(given)
     prompt = Prompt(instance, cache, given["input_ids"], given["generation_config"], model_kwargs)
-    if not drafting:
-        with prompt.fed():
-            return wrapped(*bound.args, **bound.kwargs)
-    drafts.check_history(prompt.columns)
-    with prompt.fed(drafting=True), drafts.recorded(cache):
+    if drafting:
+        drafts.check_history(prompt.columns)
+    with guarded(cache), prompt.fed(drafting=drafting), drafts.recorded(cache, drafting=drafting):
         return wrapped(*bound.args, **bound.kwargs)
 
 
@@ -166,5 +169,7 @@ WRAPPERS: dict[Role, Callable[..., Any]] = {
     Role.MAY_COMPILE: may_compile,
     Role.COMPILED_CALL: compiled_call,
     Role.INITIAL_CACHE_POSITION: initial_cache_position,
+    Role.PREPARE_INPUTS: prepare_inputs,
+    Role.KEEP_CACHE: keep_cache,
 }
 """Which wrapper goes around a method of transformers, by the role that the record of its versions gives it."""

@@ -19,7 +19,9 @@ _MODULES = (
     "transformers.generation.utils",
     "transformers.modeling_utils",
     "transformers.cli.serving.utils",
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("phi3", "phimoe", "phi4_multimodal")),
 )
+"""Those in which something is wrapped (compat/places.py), but for those that `GenerationMixin` imports itself."""
 
 
 def activate() -> None:

@@ -21,7 +21,8 @@ from sink_patch.errors import UnboundCacheError
 from sink_patch.models.entries import CACHE_NAMES, decoder_of
 from sink_patch.rules.positions import check_of_forward
 from sink_patch.rules.rows import Row
-from sink_patch.streaming.inputs import accepted, check_text_only, named_arguments
+from sink_patch.streaming.calls.guard import check_given
+from sink_patch.streaming.inputs import accepted, check_text_only, named_arguments, replaced_within
 from sink_patch.streaming.streams import StreamingCache, Streams, streams_of
 
 _installing = threading.Lock()
@@ -73,6 +74,7 @@ def _begin(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, in_graph: bool = False
 ) -> tuple[tuple[()], dict[str, Any]] | None:
     named = named_arguments(module, args, kwargs)
+    check_given(module, [named.get(name) for name in CACHE_NAMES])
     cache = _cache_among(named)
     if cache is None:
         return None
@@ -90,7 +92,8 @@ def _begin(
         named = {**named, name: inputs}
     fixed = (in_graph or _is_compiled(module)) and named[name].shape[1] == 1 and streams.can_be_fixed_now
     replaced = streams.begin(module, named[name], named.get("attention_mask"), fixed=fixed)
-    return None if replaced is None else ((), named | accepted(module, replaced))
+    replaced = replaced_within(streams.forward.step) if replaced is None else replaced
+    return ((), named | accepted(module, replaced, named)) if replaced else None
 
 
 def _check_positions(streams: Streams, module: nn.Module, named: dict[str, Any], inputs: torch.Tensor) -> None:

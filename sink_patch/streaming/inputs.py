@@ -77,10 +77,25 @@ def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return {**dict(zip(_names(type(module).forward), args, strict=False)), **kwargs} if args else kwargs
 
 
-def accepted(module: nn.Module, replaced: dict[str, Any]) -> dict[str, Any]:
-    """Those arguments that the forward of a module takes."""
+def replaced_within(step: Step | None) -> dict[str, torch.Tensor | None]:
+    """What a part of a forward that has begun is to receive in place of its arguments: the mask coordinates.
+
+    The model may not have passed on those that it was given, or was given none: then its decoder would count columns.
+    """
+    within = step is not None and step.layouts and installed_shim().passes_cache_position
+    return {"cache_position": step.mask_coordinates()} if step is not None and within else {}
+
+
+def accepted(module: nn.Module, replaced: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the replaced arguments that the forward of a module takes.
+
+    Args:
+        replaced: by name.
+        given: what the caller has given. A forward without the name of one of these reads it from its `**kwargs`, or
+            hands it on.
+    """
     names = _accepted_names(type(module).forward)
-    return {name: value for name, value in replaced.items() if name in names}
+    return {name: value for name, value in replaced.items() if name in names or name in given}
 
 
 def check_text_only(module: nn.Module, named: Mapping[str, Any]) -> None:
@@ -105,7 +120,7 @@ def _is_given(value: Any) -> bool:
 def _accepted_names(forward: Callable[..., Any]) -> frozenset[str]:
     parameters = inspect.signature(forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    # "cache_position" among the others would reach attention functions that know nothing of it
+    # "cache_position" of ours among the others would reach attention functions that know nothing of it
     return frozenset(parameters).union(("position_ids", "attention_mask") if takes_any else ())
 
 

@@ -1,0 +1,1 @@
+"""The calls of `generate` in progress, and what the forwards that they make must be given."""
