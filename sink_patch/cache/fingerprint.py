@@ -39,7 +39,8 @@ def fingerprint(model: nn.Module, facts: ModelFacts, window_length: int, num_sin
 def differences(saved: Fingerprint, found: Fingerprint) -> list[str]:
     """What is not the same, in words."""
     then, now = (msgspec.json.decode(msgspec.json.encode(one)) for one in (saved, found))
-    return [_difference(name, str(then[name]), str(now[name])) for name in now if not _same(then[name], now[name])]
+    pairs = {name: (then.get(name), now.get(name)) for name in {**then, **now}}
+    return [_difference(name, str(one), str(two)) for name, (one, two) in pairs.items() if not _same(one, two)]
 
 
 def _difference(name: str, saved: str, found: str) -> str:

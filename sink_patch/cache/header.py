@@ -94,7 +94,7 @@ class LayerRecord(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     values: RingRecord | None = None
 
 
-class Fingerprint(Struct, frozen=True):
+class Fingerprint(Struct, frozen=True, omit_defaults=True):
     """What a model is known by (fingerprint.py); the names in the file are words for people.
 
     Args:
