@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -24,6 +25,18 @@ def decoder_of(model: Any) -> Any:
 def state_arguments(number_of_states: int) -> Mapping[str, int]:
     """Arguments of `LinearAttentionLayer`: versions whose layers have one state each take no number of them."""
     return {} if number_of_states == 1 else {"number_of_states": number_of_states}
+
+
+def arguments_of_a_prompt(read: int, end: int, device: torch.device) -> dict[str, Any]:
+    """What `prepare_inputs_for_generation` must be told of columns of a prompt, from `read` to `end`.
+
+    Up to 5.3 where they stand, from 5.0 on that they are of a prompt.
+    """
+    from transformers.generation.utils import GenerationMixin
+
+    named = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    told = {"cache_position": torch.arange(read, end, device=device), "is_first_iteration": True}
+    return {name: value for name, value in told.items() if name in named}
 
 
 def rope_parameters(config: Any) -> Mapping[str, Any]:

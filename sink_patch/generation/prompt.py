@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -12,8 +11,9 @@ import torch
 from torch import nn
 
 from sink_patch.cache.sink_cache import SinkCache
+from sink_patch.generation.inputs.pieces import PieceInputs
 from sink_patch.generation.turns import Turn
-from sink_patch.models.entries import cache_argument, input_device
+from sink_patch.models.entries import input_device
 from sink_patch.rules.columns import Columns
 from sink_patch.rules.padding import check_left_padded, is_left_padded
 from sink_patch.streaming.inputs import Call
@@ -57,6 +57,7 @@ class Prompt:
         if self.columns.stream != (told or self._inputs.shape[1]):
             self._mask_whole_stream(model_kwargs)
         self._mask = model_kwargs.get("attention_mask")
+        self._piece_inputs = PieceInputs(model, self._inputs, self.columns.stream, model_kwargs)
         self._turn = Turn.of_call(self._streams, self.columns, self._inputs, self._mask, generation_config)
         self.columns = self._turn.columns
         self._piece_size = self._size_of_pieces(generation_config)
@@ -73,10 +74,11 @@ class Prompt:
             drafting: leave the last token alone to transformers, whatever the pieces are: it is followed by drafts.
         """
         unread, new = self._parts(self._inputs[:, self._inputs.shape[1] - self.columns.new :])
+        pieces = [piece for piece in (unread, *_ahead(new, self._piece_size, drafting=drafting)) if piece.shape[1]]
+        if pieces:
+            self._piece_inputs.check()
         self._turn.take_back(self._streams)
-        if unread.shape[1]:
-            self._feed(unread)
-        for piece in _ahead(new, self._piece_size, drafting=drafting):
+        for piece in pieces:
             self._feed(piece)
         self._streams.call = Call(self.columns, drafting=drafting)
         try:
@@ -102,15 +104,7 @@ class Prompt:
         return columns[:, :place], columns[:, place:]
 
     def _feed(self, piece: torch.Tensor) -> None:
-        read = self._cache.get_seq_length() + piece.shape[1]
-        fewer = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self._model.forward).parameters else {}
-        self._model(
-            **{"input_ids" if piece.ndim == 2 else "inputs_embeds": piece, cache_argument(self._model): self._cache},
-            attention_mask=None if self._mask is None else self._mask[:, :read],
-            use_cache=True,
-            return_dict=True,
-            **fewer,
-        )
+        self._model(**self._piece_inputs.of(piece, self._cache.get_seq_length()))
 
     def _mask_whole_stream(self, model_kwargs: MutableMapping[str, Any]) -> None:
         """Transformers takes ids that are as long as their mask for the whole history; tell it that these are new."""

@@ -22,7 +22,7 @@ from sink_patch.models.entries import CACHE_NAMES, decoder_of
 from sink_patch.rules.positions import check_of_forward
 from sink_patch.rules.rows import Row
 from sink_patch.streaming.calls.guard import check_given
-from sink_patch.streaming.inputs import accepted, check_text_only, named_arguments, replaced_within
+from sink_patch.streaming.inputs import accepted, check_text_only, named_arguments, replaced_within, without_columns
 from sink_patch.streaming.streams import StreamingCache, Streams, streams_of
 
 _installing = threading.Lock()
@@ -88,8 +88,8 @@ def _begin(
     if streams.call is None:
         _check_positions(streams, module, named, named[name])
     else:
-        inputs = streams.call.without_read(named[name], named.get("attention_mask"), streams.columns)
-        named = {**named, name: inputs}
+        count = streams.call.read_again(named[name], named.get("attention_mask"), streams.columns)
+        named = without_columns(named, named[name], count)
     fixed = (in_graph or _is_compiled(module)) and named[name].shape[1] == 1 and streams.can_be_fixed_now
     replaced = streams.begin(module, named[name], named.get("attention_mask"), fixed=fixed)
     replaced = replaced_within(streams.forward.step) if replaced is None else replaced

@@ -21,6 +21,10 @@ _OTHER_INPUTS = {
     *("pixel_values", "pixel_values_videos", "pixel_values_images", "input_features", "input_values"),
     *("audio_values", "mm_encoder_outputs"),
 }
+"""Of models that declare nothing."""
+_OF_TEXT = frozenset({"inputs_embeds", "attention_mask"})
+
+_OF_THE_STREAM = ("attention_mask", "position_ids")  # which the cache replaces
 
 
 @dataclass
@@ -40,19 +44,35 @@ class Call:
         """Whether the prompt is in when the cache has read so many columns."""
         return read >= self.columns.stream
 
-    def without_read(self, inputs: torch.Tensor, attention_mask: Any, read: int) -> torch.Tensor:
-        """The inputs [rows, columns, ...] of a forward, without those at the start that the cache has read already.
+    def read_again(self, inputs: torch.Tensor, attention_mask: Any, read: int) -> int:
+        """How many columns at the start of the inputs [rows, columns, ...] of a forward the cache has read already.
 
         Only the first forward of a call may bring such columns: all of a history, say, of which a part has gone in.
         """
         if self._has_begun:
-            return inputs
+            return 0
         self._has_begun = True
         end = self.columns.stream
         if self.drafting:
             end = inputs.shape[1] if attention_mask is None else attention_mask.shape[-1]
         already_read = inputs.shape[1] - (end - read)  # more than was read: the model puts columns of its own in front
-        return inputs[:, max(0, min(already_read, read)) :]
+        return max(0, min(already_read, read))
+
+
+def without_columns(named: Mapping[str, Any], inputs: torch.Tensor, count: int) -> Mapping[str, Any]:
+    """The arguments of a forward without so many columns at the start: of `inputs`, and of all that goes with them.
+
+    Args:
+        inputs: ids or embeddings of the forward, [rows, columns, ...].
+    """
+    if not count:
+        return named
+    of_columns = {
+        name: value[:, count:]
+        for name, value in named.items()
+        if isinstance(value, torch.Tensor) and value.shape[:2] == inputs.shape[:2] and name not in _OF_THE_STREAM
+    }
+    return {**named, **of_columns}
 
 
 def replaced_inputs(step: Step, facts: ModelFacts, attention_mask: Any) -> dict[str, torch.Tensor | None]:
@@ -101,19 +121,41 @@ def accepted(module: nn.Module, replaced: Mapping[str, Any], given: Mapping[str,
 def check_text_only(module: nn.Module, named: Mapping[str, Any]) -> None:
     """Images and sounds have positions of their own (M-RoPE), or see each other in both directions.
 
+    They are what has a known name, and all numbers that are no embeddings of text, given to a model whose config
+    declares more than one part (vision, audio: `sub_configs`).
+
     Raises:
         UnsupportedGenerationError: some were given.
     """
-    if others := [name for name in named if name in _OTHER_INPUTS and _is_given(named[name])]:
+    many = _has_parts(type(getattr(module, "config", None)))
+    others = [
+        name
+        for name, value in named.items()
+        if (name in _OTHER_INPUTS and _is_given(value)) or (many and name not in _OF_TEXT and _has_numbers(value))
+    ]
+    if others:
         raise UnsupportedGenerationError(
             f"{type(module).__name__} was given {', '.join(others)} with a SinkCache, which streams text alone. Leave "
             "them out, or use another cache."
         )
 
 
+@functools.lru_cache(maxsize=256)
+def _has_parts(config_class: type) -> bool:
+    """Whether a config declares parts beside that of the text."""
+    return bool(set(getattr(config_class, "sub_configs", ())) - {"text_config"})
+
+
 def _is_given(value: Any) -> bool:
     """`generate` passes a dict of None for encoders that had nothing to do."""
     return any(map(_is_given, value.values())) if isinstance(value, dict) else value is not None
+
+
+def _has_numbers(value: Any) -> bool:
+    """Whether this is a tensor of floating point, or holds one."""
+    if isinstance(value, (dict, list, tuple)):
+        return any(map(_has_numbers, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 @functools.lru_cache(maxsize=256)
