@@ -15,7 +15,7 @@ W, S = 12, 3
 SIZES = {"window_length": W, "num_sink_tokens": S}
 SINK = {"cache_implementation": "sink", **SIZES}
 LENGTHS = {"below the window": 6, "beyond": 30}
-FAMILIES = {"llama": {}, "gpt_neox": {}, "smollm3": {}, "gemma3_text": {"sliding_window": 7}, "qwen3": {}}
+FAMILIES = {"llama": {}, "gpt_neox": {}, "smollm3": {}, "mistral": {"sliding_window": 7}, "qwen3": {}}
 MASK = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8])
 
 
