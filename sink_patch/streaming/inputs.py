@@ -59,7 +59,7 @@ class Call:
         return max(0, min(already_read, read))
 
 
-def without_columns(named: Mapping[str, Any], inputs: torch.Tensor, count: int) -> Mapping[str, Any]:
+def without_columns(named: dict[str, Any], inputs: torch.Tensor, count: int) -> dict[str, Any]:
     """The arguments of a forward without so many columns at the start: of `inputs`, and of all that goes with them.
 
     Args:
@@ -127,7 +127,7 @@ def check_text_only(module: nn.Module, named: Mapping[str, Any]) -> None:
     Raises:
         UnsupportedGenerationError: some were given.
     """
-    many = _has_parts(type(getattr(module, "config", None)))
+    many = _has_parts(getattr(module, "config", None))
     others = [
         name
         for name, value in named.items()
@@ -140,10 +140,9 @@ def check_text_only(module: nn.Module, named: Mapping[str, Any]) -> None:
         )
 
 
-@functools.lru_cache(maxsize=256)
-def _has_parts(config_class: type) -> bool:
+def _has_parts(config: Any) -> bool:
     """Whether a config declares parts beside that of the text."""
-    return bool(set(getattr(config_class, "sub_configs", ())) - {"text_config"})
+    return any(name != "text_config" for name in getattr(config, "sub_configs", ()))
 
 
 def _is_given(value: Any) -> bool:
