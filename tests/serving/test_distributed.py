@@ -21,6 +21,7 @@ from tests.support.tiny import tiny
 
 ROOT = Path(__file__).parent.parent.parent
 SIZES = {"FSDP2 by transformers": "fsdp_size", "pipeline parallel": "pp_size"}
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}  # whatever the host is called
 TIMEOUT = 300  # seconds; some ten on an idle machine
 
 
@@ -56,7 +57,7 @@ def findings(request: pytest.FixtureRequest, directory: Path) -> list[dict[str, 
     if reason := reason_to_skip(request.param):
         pytest.skip(reason)
     (directory / "meeting").unlink(missing_ok=True)
-    common = environment([ROOT], WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    common = environment([ROOT], WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", TORCH_DEVICE_BACKEND_AUTOLOAD="0", **LOOPBACK)
     command = [sys.executable, "-m", "tests.support.ranks", request.param, str(directory)]
     logs = [[directory / f"{rank}.{what}" for what in ("out", "err")] for rank in range(2)]
     with contextlib.ExitStack() as stack:
