@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import wrapt
+
+
+class _BoundWrapper(wrapt.BoundFunctionWrapper):
+    """Such a method of an object. Others keep it (PEFT, on its model), and copy and pickle it like any bound method."""
+
+    def __copy__(self) -> Any:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        owner = copy.deepcopy(self._self_instance, memo)
+        return self._self_parent.__get__(owner, type(owner))
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        return getattr, (self._self_instance, self.__name__)
+
+
+class _Wrapper(wrapt.FunctionWrapper):
+    """A method with our wrapper around it."""
+
+    __bound_function_wrapper__ = _BoundWrapper
 
 
 def wrap_once(owner: type, name: str, wrapper: Callable[..., Any], enabled: Callable[[], bool]) -> None:
@@ -17,7 +38,7 @@ def wrap_once(owner: type, name: str, wrapper: Callable[..., Any], enabled: Call
         enabled: whether it is called, or else the method itself.
     """
     if not _is_wrapped(vars(owner)[name], wrapper):
-        wrapt.wrap_object(owner, name, wrapt.FunctionWrapper, (wrapper, enabled))
+        wrapt.wrap_object(owner, name, _Wrapper, (wrapper, enabled))
 
 
 def _is_wrapped(function: Any, wrapper: Callable[..., Any]) -> bool:

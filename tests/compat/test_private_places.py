@@ -24,7 +24,12 @@ def parameters(function: Any) -> list[str]:
 
 @pytest.mark.parametrize("method", SHIM.methods, ids=lambda method: f"{method.owner}.{method.name}")
 def test_each_wrapped_method_exists_and_has_the_parameters_that_are_read(method):
-    owner = getattr(importlib.import_module(method.module), method.owner)
+    try:
+        owner = getattr(importlib.import_module(method.module), method.owner)
+    except (ImportError, NameError):
+        if not method.optional:
+            raise
+        pytest.skip(f"{method.module} needs packages of a server, or is not there yet")
     assert method.name in vars(owner), "it is inherited or does not exist"
     assert set(method.parameters) <= set(parameters(vars(owner)[method.name]))
 

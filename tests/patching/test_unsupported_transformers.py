@@ -52,7 +52,7 @@ def no_method(it):
 
 def no_parameter(it):
     it.setattr(GenerationMixin, METHOD, lambda self, generation_config, model_kwargs, assistant: None)
-    return rf"GenerationMixin\.{METHOD}\(generation_config, model_kwargs, \w+\)"
+    return rf"GenerationMixin\.{METHOD}\(generation_config, model_kwargs, [\w, ]+\)"
 
 
 def no_class(it):

@@ -51,7 +51,9 @@ generator = pipeline("text-generation", model={folder!r})
 asked = dict(max_new_tokens={new}, do_sample=False)  # until 5.16, a pipeline samples whatever the directory says
 used = []
 def record_cache(_, __, given):
-    used.append(given.get("cache", given.get("past_key_values")))
+    cache = given.get("cache", given.get("past_key_values"))
+    if getattr(cache, "window_length", None) is not None:  # else the probe runs the model, once
+        used.append(cache)
 generator.model.register_forward_pre_hook(record_cache, with_kwargs=True)
 texts = [
     generator({prompt!r}, **asked, return_full_text=False)[0]["generated_text"],
