@@ -9,7 +9,7 @@ from typing import Any
 import wrapt
 
 
-class _BoundWrapper(wrapt.BoundFunctionWrapper):
+class _BoundWrapper(wrapt.BoundFunctionWrapper):  # type: ignore[type-arg]  # generic for type checkers only
     """Such a method of an object. Others keep it (PEFT, on its model), and copy and pickle it like any bound method."""
 
     def __copy__(self) -> Any:
@@ -23,7 +23,7 @@ class _BoundWrapper(wrapt.BoundFunctionWrapper):
         return getattr, (self._self_instance, self.__name__)
 
 
-class _Wrapper(wrapt.FunctionWrapper):
+class _Wrapper(wrapt.FunctionWrapper):  # type: ignore[type-arg]
     """A method with our wrapper around it."""
 
     __bound_function_wrapper__ = _BoundWrapper
