@@ -85,6 +85,9 @@ def _begin(
     streams = streams_of(cache, type(module).__name__)
     if not streams.is_bound_to(module):
         raise UnboundCacheError.elsewhere(repr(cache), type(module).__name__)
+    if streams.forward.includes(module, named[name].shape[1]):
+        within = replaced_within(streams.forward.step)
+        return ((), named | accepted(module, within, named)) if within else None
     if streams.call is None:
         _check_positions(streams, module, named, named[name])
     else:
@@ -92,8 +95,7 @@ def _begin(
         named = without_columns(named, named[name], count)
     fixed = (in_graph or _is_compiled(module)) and named[name].shape[1] == 1 and streams.can_be_fixed_now
     replaced = streams.begin(module, named[name], named.get("attention_mask"), fixed=fixed)
-    replaced = replaced_within(streams.forward.step) if replaced is None else replaced
-    return ((), named | accepted(module, replaced, named)) if replaced else None
+    return (), named | accepted(module, replaced, named)
 
 
 def _check_positions(streams: Streams, module: nn.Module, named: dict[str, Any], inputs: torch.Tensor) -> None:
@@ -103,7 +105,7 @@ def _check_positions(streams: Streams, module: nn.Module, named: dict[str, Any],
         SinkArgumentError: they are not those that the cache counts.
     """
     position_ids, (rows, columns) = named.get("position_ids"), inputs.shape[:2]
-    if position_ids is None or not streams.counts_positions or streams.forward.includes(module, columns):
+    if position_ids is None or not streams.counts_positions:
         return
     if getattr(position_ids, "ndim", 0) > 2 and module is not streams.entrances[0]():
         return  # several coordinates, which a model has made for its decoder

@@ -88,7 +88,7 @@ class Streams(Rows):
         *,
         fixed: bool,
         outside_the_call: bool = False,
-    ) -> dict[str, torch.Tensor | None] | None:
+    ) -> dict[str, torch.Tensor | None]:
         """Begin a forward: make room, set the clock back where that is due, and show the sinks.
 
         Args:
@@ -99,14 +99,12 @@ class Streams(Rows):
             outside_the_call: see `Forward`.
 
         Returns:
-            What the model receives in place of its arguments; None: the call is a part of a forward that has begun.
+            What the model receives in place of its arguments.
 
         Raises:
             CacheStateError: what `Planner.plan` raises; a forward is in progress; or old tokens were lost.
         """
         rows, columns = inputs.shape[:2]
-        if self.forward.includes(module, columns):
-            return None
         self.check_between_forwards("fed", called=module)
         self.forward.check_whole()
         mask = None if columns == 1 and self._is_generated() else attention_mask
@@ -146,7 +144,7 @@ class Streams(Rows):
         replaced = self.begin(module, inputs, attention_mask, fixed=True, outside_the_call=True)
         completed = False
         try:
-            yield replaced or {}
+            yield replaced
             completed = True
         finally:
             self._end(completed=completed)

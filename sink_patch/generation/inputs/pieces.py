@@ -11,6 +11,7 @@ the cache has read 2, with these arguments of a model's own, gives this to a pie
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -50,15 +51,13 @@ class PieceInputs:
         """Look at what the last column would be given, before any piece goes in.
 
         Raises:
-            UnsupportedGenerationError: an argument has a value for each column, and is handed on whole; or the model
-                puts columns of its own before a prompt.
+            UnsupportedGenerationError: an argument has a value for each column, and is handed on whole.
         """
-        columns = self._columns_of_others()
         rows = self._inputs.shape[0]
         whole = [
             name
             for name, value in self._others.items()
-            if name not in columns and _goes_by_columns(value, rows, (self._inputs.shape[1], self._stream))
+            if name not in self._columns and _goes_by_columns(value, rows, (self._inputs.shape[1], self._stream))
         ]
         if whole:
             raise UnsupportedGenerationError(
@@ -66,7 +65,6 @@ class PieceInputs:
                 f"prepare_inputs_for_generation of {type(self._model).__name__} hands it on whole. Cut it there, or "
                 f"{_AT_ONCE}"
             )
-        self.of(self._inputs[:, :1], self._stream - self._inputs.shape[1])
 
     def of(self, piece: torch.Tensor, read: int) -> dict[str, Any]:
         """The arguments of a forward of a piece, ids [rows, columns] or embeddings, after so many columns.
@@ -76,7 +74,7 @@ class PieceInputs:
         """
         end = read + piece.shape[1]
         others = dict(self._others)
-        for name, columns in self._columns_of_others().items():
+        for name, columns in self._columns.items():
             others[name] = others[name][..., : end - (self._stream - columns)]
         made = self._made(piece, read, others)
         name = "inputs_embeds" if made.get("input_ids") is None else "input_ids"
@@ -91,7 +89,8 @@ class PieceInputs:
             made["logits_to_keep"] = 1
         return made
 
-    def _columns_of_others(self) -> dict[str, int]:
+    @functools.cached_property
+    def _columns(self) -> dict[str, int]:
         """Arguments of which a forward of one column is given one column, and how many columns they have."""
         lengths = {self._inputs.shape[1], self._stream}
         candidates = {name: value for name, value in self._others.items() if _length(value) in lengths - {1}}
