@@ -22,7 +22,7 @@ from sink_patch.models.entries import CACHE_NAMES, decoder_of
 from sink_patch.rules.positions import check_of_forward
 from sink_patch.rules.rows import Row
 from sink_patch.streaming.calls.guard import check_given
-from sink_patch.streaming.inputs import accepted, check_text_only, named_arguments, replaced_within, without_columns
+from sink_patch.streaming.inputs import accepted, check_text_only, named_arguments, without_columns
 from sink_patch.streaming.streams import StreamingCache, Streams, streams_of
 
 _installing = threading.Lock()
@@ -86,8 +86,7 @@ def _begin(
     if not streams.is_bound_to(module):
         raise UnboundCacheError.elsewhere(repr(cache), type(module).__name__)
     if streams.forward.includes(module, named[name].shape[1]):
-        within = replaced_within(streams.forward.step)
-        return ((), named | accepted(module, within, named)) if within else None
+        return None  # the model has handed on what it was given
     if streams.call is None:
         _check_positions(streams, module, named, named[name])
     else:

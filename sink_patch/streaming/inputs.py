@@ -97,15 +97,6 @@ def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return {**dict(zip(_names(type(module).forward), args, strict=False)), **kwargs} if args else kwargs
 
 
-def replaced_within(step: Step | None) -> dict[str, torch.Tensor | None]:
-    """What a part of a forward that has begun is to receive in place of its arguments: the mask coordinates.
-
-    The model may not have passed on those that it was given, or was given none: then its decoder would count columns.
-    """
-    within = step is not None and step.layouts and installed_shim().passes_cache_position
-    return {"cache_position": step.mask_coordinates()} if step is not None and within else {}
-
-
 def accepted(module: nn.Module, replaced: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the replaced arguments that the forward of a module takes.
 

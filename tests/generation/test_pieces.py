@@ -43,7 +43,8 @@ class Toned(LlamaForCausalLM):
         if tone is not None:
             inputs_embeds = inputs_embeds + tone * (3.0 if "loud" in words else 1.0)
         if token_type_ids is not None:
-            inputs_embeds = inputs_embeds * (1 + token_type_ids[:, -inputs_embeds.shape[1] :, None])
+            turned = torch.linspace(-1, 1, inputs_embeds.shape[-1])
+            inputs_embeds = inputs_embeds + token_type_ids[..., None] * turned  # as many as there are columns
         if weights is not None and weights.shape[1] == inputs_embeds.shape[1]:
             inputs_embeds = inputs_embeds * weights[..., None]
         return super().forward(inputs_embeds=inputs_embeds, **kwargs)
@@ -121,6 +122,21 @@ def test_a_second_turn(model, form, way):
     found = generated(model, ids, past_key_values=first.past_key_values, **carried, **WAYS[way]).sequences
     wanted = generated(model, history, tone=tone()).sequences
     assert torch.equal(found[:, -NEW:], wanted[:, -NEW:])
+
+
+@pytest.mark.parametrize("way", [{}, WAYS["pieces"]], ids=["at once", "pieces"])
+def test_new_tokens_alone_with_their_types(model, way):
+    """transformers does not cut them in a second turn, as all of them are new."""
+    first, new = generated(model, tokens(PROMPT), **SINK), tokens(9, seed=4)
+    read = first.past_key_values.get_seq_length()
+    ids, history = torch.cat((first.sequences[:, read:], new), dim=1), torch.cat((first.sequences, new), dim=1)
+    types, cache = tokens(10, seed=3) % 2, first.past_key_values
+    given = {"attention_mask": torch.ones_like(history), "token_type_ids": types, "past_key_values": cache}
+    found = generated(model, ids, **given, **way)
+    whole = torch.cat((torch.zeros(1, read, dtype=torch.long), types), dim=1)
+    wanted = generated(model, history, token_type_ids=whole)
+    assert relative_error(found.logits[0], wanted.logits[0]) < 1e-5
+    assert torch.equal(found.sequences[:, -NEW:], wanted.sequences[:, -NEW:])
 
 
 @pytest.mark.parametrize("way", ["pieces", "prompt lookup"])

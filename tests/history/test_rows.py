@@ -67,6 +67,18 @@ def test_it_says_where_another_text_differs(steps, more, data):
 
 
 @small
+def test_one_token_that_differs_is_seen_wherever_it_stands():
+    """All that follows is as it was read, and most blocks have no mark of their own."""
+    read = [number % 6 for number in range(BLOCK * 10 * MARKS)]
+    row = RowHistory().extended(read, KEEP)
+    assert len(row.marks) <= MARKS
+    for place in range(len(read)):
+        where = row.difference([*read[:place], 6, *read[place + 1 :]])
+        assert where is not None
+        assert place in where
+
+
+@small
 @given(ids=st.lists(IDS, max_size=60), sizes=st.lists(st.integers(1, 9), max_size=60))
 @settings(deadline=None)
 def test_it_does_not_matter_which_forwards_bring_the_tokens(ids, sizes):
