@@ -35,6 +35,7 @@ def choose_shim(found: str) -> Shim:
     return TABLE[0]
 
 
+@functools.cache  # a forward asks for it
 def installed_shim() -> Shim:
     """The shim for the transformers that is installed.
 

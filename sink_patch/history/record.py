@@ -75,7 +75,7 @@ class History:
         if self._columns >= _MOST_WAITING:
             self._settle()
         # a copy: what `generate` hands over is a part of all ids, and would keep all of them
-        fed, columns = inputs.to(torch.long, copy=True), inputs.shape[1]
+        fed, columns = inputs.clone() if inputs.dtype == torch.long else inputs.to(torch.long), inputs.shape[1]
         self._new = min(new)
         if self._new < columns:
             padding = torch.tensor([columns - count for count in new], device=fed.device)[:, None]  # [rows, 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -114,7 +115,8 @@ def error_of(call: Callable[[], object]) -> str:
 
 
 def test_a_call_raises_in_compiled_decoding():
-    one, ids, found = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=64), tokens(6), []
+    shared = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=64)
+    one, ids, found = copy.deepcopy(shared), tokens(6), []
     cache = SinkCache(W, S, model=one)
     config = CompileConfig(backend="eager", mode=None, fullgraph=False, dynamic=False)
     config._compile_all_devices = True

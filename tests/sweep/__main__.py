@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
+from tqdm import tqdm
 from transformers.utils import logging
 
 import sink_patch
@@ -29,12 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    for number, model_type in enumerate(asked.families or exact()):
+    for number, model_type in enumerate(tqdm(asked.families or exact(), unit="family")):
         for call in calls(asked.seed + number, asked.random):
             outcome = tried(model_type, call, asked.seed)
             counts[outcome.verdict] += 1
             if outcome.verdict == "wrong":
-                print(outcome, flush=True)
+                tqdm.write(str(outcome))
             if outcome.verdict == "refused":
                 reasons[f"{model_type}: {outcome.why[:150]}"] += 1
     print(*(f"refused {count} times: {reason}" for reason, count in sorted(reasons.items())), sep="\n")
