@@ -2,6 +2,7 @@
 
     python -m tests.matrix                                  all versions, the whole suite
     python -m tests.matrix --full 4.52.4 5.3.0 --quick      two versions in full, a quick selection on all others
+    python -m tests.matrix --quick --without 5.24.0         a quick selection on all versions but one
     python -m tests.matrix --quick 5.0.0 --families         a quick selection and the proof of every architecture
     python -m tests.matrix --quick 5.4.0 --only tests/cache/test_cache.py
     python -m tests.matrix --full 5.4.0 --with old.json --readme    one version again, and the table of all
@@ -58,6 +59,9 @@ def parser() -> argparse.ArgumentParser:
         help="a quick selection on these; without V, on all others",
     )
     it.add_argument(
+        "--without", nargs="+", type=version, default=[], metavar="V", help="leave these out: they are tested elsewhere"
+    )
+    it.add_argument(
         "--only",
         nargs="+",
         metavar="PATH",
@@ -108,6 +112,7 @@ def runs(asked: argparse.Namespace) -> list[Run]:
     quick = [] if asked.quick is None else asked.quick or VERSIONS
     selection = "quick + families" if asked.families else "quick"
     suites = {**dict.fromkeys(quick, selection), **dict.fromkeys(full, "all")}
+    suites = {name: suite for name, suite in suites.items() if name not in asked.without}
     root = asked.root.resolve()
     if asked.only:
         return [Run(name, "some", tuple(asked.only), root) for name in suites]
