@@ -53,6 +53,7 @@ class UniformLayout(Layout):
 
     def __init__(self, kind: LayerKind, plan: RowPlan, columns: int):
         self.kind = kind
+        self._columns = columns
         self.length = kind.past(plan) + columns
         self.in_place = kind.is_in_order(plan) or kind.is_the_buffer(columns)
         self._writes = kind.write_runs(plan, columns)
@@ -62,7 +63,7 @@ class UniformLayout(Layout):
 
     def write(self, buffer: torch.Tensor, states: torch.Tensor) -> None:
         for slot, column, length in self._writes:
-            stays = states if length == states.shape[2] else states[:, :, column : column + length]
+            stays = states if length == self._columns else states[:, :, column : column + length]
             buffer[:, :, slot : slot + length] = stays
 
     def write_sinks(self, pristine: torch.Tensor, states: torch.Tensor) -> None:

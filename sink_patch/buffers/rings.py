@@ -50,15 +50,17 @@ class Ring:
         """Store new states [rows, heads, columns, dim]; return what this forward sees, [rows, heads, visible, dim]."""
         stored = states.detach() if states.requires_grad else states
         buffer = self.buffer
-        if buffer is None or buffer.shape[2] < layout.reach:
+        slots = 0 if buffer is None else buffer.shape[2]
+        if buffer is None or slots < layout.reach:
             buffer = self.grow(stored, layout.kind, layout.reach)
+            slots = buffer.shape[2]
         seen = None if layout.in_place else layout.read(buffer, states)
         layout.write(buffer, stored)
         if layout.brings_sinks and (owner := self.owner) is not None:
             owner.take(self, stored, layout)
         if seen is not None:
             return seen
-        return buffer if layout.length == buffer.shape[2] else buffer[:, :, : layout.length]
+        return buffer if layout.length == slots else buffer[:, :, : layout.length]
 
     @torch.inference_mode(False)  # else a cache begun in inference mode could not be written to outside it
     def grow(self, states: torch.Tensor, kind: LayerKind, slots: int) -> torch.Tensor:

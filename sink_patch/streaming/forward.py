@@ -31,6 +31,9 @@ class Phase(enum.Enum):
     """Something failed half-way and old tokens are lost; only a reset helps."""
 
 
+_DONE, _PLANNED, _STORING, _BROKEN = Phase  # by name they would be slow to reach, and each layer does
+
+
 class Forward:
     """The forward in progress: its module, its step, who began it, and how far it has come.
 
@@ -52,7 +55,7 @@ class Forward:
     """
 
     def __init__(self) -> None:
-        self.phase = Phase.DONE
+        self.phase = _DONE
         self.step: Step | None = None
         self.reason = ""  # why it is broken
         self.is_fixed = False  # whether its shapes and addresses are those of a graph
@@ -73,29 +76,29 @@ class Forward:
         self._module, self.step, self.outside_the_call = weakref.ref(module), step, outside_the_call
         self.is_fixed = isinstance(step, FixedStep)
         # what a graph stores is not seen from here
-        self.phase = Phase.STORING if self.is_fixed else Phase.PLANNED
+        self.phase = _STORING if self.is_fixed else _PLANNED
         self._thread = threading.get_ident()
 
     def step_to_store(self) -> Step | None:
         """The step, for a layer that is about to store; None: no forward is in progress."""
-        if self.phase is Phase.PLANNED:
-            self.phase = Phase.STORING
+        if self.phase is _PLANNED:
+            self.phase = _STORING
         return self.step
 
     def done(self) -> None:
         """It has ended, or was given up and has done no harm."""
-        self._leave(Phase.DONE)
+        self._leave(_DONE)
 
     def break_off(self, reason: str) -> None:
         """It was given up, and old tokens are lost. `reason` is a sentence for the user."""
-        self._leave(Phase.BROKEN)
+        self._leave(_BROKEN)
         self.reason = reason
 
     @contextlib.contextmanager
     def broken_unless_finished(self, reason: str) -> Iterator[None]:
         """Inside, the keys of all layers are being changed; if that is interrupted, the cache is broken."""
         before = self.phase, self.reason
-        self.phase, self.reason = Phase.BROKEN, reason
+        self.phase, self.reason = _BROKEN, reason
         yield
         self.phase, self.reason = before
 
@@ -108,7 +111,7 @@ class Forward:
         Raises:
             CacheStateError: the cache is broken.
         """
-        if self.phase is Phase.BROKEN:
+        if self.phase is _BROKEN:
             raise CacheStateError(
                 f"{refused}{self.reason} Call reset() and feed the text again, or use a new SinkCache."
             )
@@ -119,7 +122,7 @@ class Forward:
             return True
         if self.step is None or self.step.columns != columns or self._begun_by() in (None, module):
             return False
-        return (self.is_fixed or self.phase is Phase.PLANNED) and self.is_running()
+        return (self.is_fixed or self.phase is _PLANNED) and self.is_running()
 
     def ends_with(self, module: nn.Module) -> bool:
         """Whether the forward ends when the call of `module` does, as it began there."""
