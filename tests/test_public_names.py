@@ -31,7 +31,7 @@ NAMES = {
     *("SinkPatchError", "SinkPatchWarning", *ERRORS),
 }
 OF_THE_CACHE = {
-    *("window_length", "num_sink_tokens", "nbytes", "bind", "is_bound_to", "check"),
+    *("window_length", "num_sink_tokens", "evict", "turn_start", "nbytes", "bind", "is_bound_to", "check"),
     *("save", "load", "clone", "activate_past_recording", "deactivate_past_recording", "is_croppable"),
     *("batch_size", "get_max_length", "get_mask_sizes", "update_indexer", "is_compileable", "is_initialized"),
     *("batch_repeat_interleave", "batch_select_indices", "crop", "reset", "is_sliding"),
@@ -67,7 +67,8 @@ def test_the_errors(name):
 
 
 SIGNATURES = {
-    "SinkCache": "(window_length: 'int' = 256, num_sink_tokens: 'int' = 4, *, model: 'nn.Module | None' = None)",
+    "SinkCache": "(window_length: 'int' = 256, num_sink_tokens: 'int' = 4, *, evict: 'str' = 'tokens', "
+    "turn_start: 'Any' = (), model: 'nn.Module | None' = None)",
     "inspect": "(model: 'nn.Module', window_length: 'int' = 256, num_sink_tokens: 'int' = 4) -> 'Report'",
     "patch": "() -> 'None'",
     "unpatch": "() -> 'None'",

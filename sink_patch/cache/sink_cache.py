@@ -30,6 +30,9 @@ class SinkCache(TransformersCache):
     Args:
         window_length: tokens that are kept, sinks counted in.
         num_sink_tokens: how many of the first tokens of each row are kept for good.
+        evict: what leaves a full window: the oldest token ("tokens"), or the oldest whole message behind the sinks
+            ("turns").
+        turn_start: with "turns", the token ids that begin a message in the chat template; one run of ids, or several.
         model: the model that will use it; `generate` binds a cache that has none.
 
     `get_seq_length()` counts all columns ever fed, and `attention_mask` covers the whole stream, as with any cache of
@@ -47,9 +50,11 @@ class SinkCache(TransformersCache):
         window_length: int = Sizes.window_length,
         num_sink_tokens: int = Sizes.num_sink_tokens,
         *,
+        evict: str = Sizes.evict,
+        turn_start: Any = (),
         model: nn.Module | None = None,
     ):
-        super().__init__(Sizes(window_length, num_sink_tokens))
+        super().__init__(Sizes(window_length, num_sink_tokens, evict, turn_start))
         if model is not None:
             self.bind(model)
 
@@ -58,6 +63,16 @@ class SinkCache(TransformersCache):
         bound = "unbound" if streams is None else f"model={streams.facts.model_class}, layers={len(self.layers)}"
         size = f"window_length={self.window_length}, num_sink_tokens={self.num_sink_tokens}"
         return f"{type(self).__name__}({size}, {bound}, seen={self.get_seq_length()})"
+
+    @property
+    def evict(self) -> str:
+        """What leaves a full window: "tokens" or "turns"."""
+        return self.sizes.evict
+
+    @property
+    def turn_start(self) -> tuple[tuple[int, ...], ...]:
+        """The runs of ids that begin a message; none where single tokens leave."""
+        return self.sizes.turn_start
 
     @property
     def nbytes(self) -> int:

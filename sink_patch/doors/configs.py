@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sink_patch.arguments import CACHE_IMPLEMENTATION, Sizes
+from sink_patch.arguments import CACHE_IMPLEMENTATION, Settings
 from sink_patch.compat.shim import Role
 
 
@@ -20,7 +20,7 @@ def make_config(wrapped: Callable[..., Any], _instance: Any, args: tuple[Any, ..
     names may be those of a model's config.
     """
     asks = kwargs.get("cache_implementation") == CACHE_IMPLEMENTATION
-    sizes, held = Sizes.given_in(kwargs), kwargs.get("cache_config") or {}
+    sizes, held = Settings.given_in(kwargs), kwargs.get("cache_config") or {}
     if asks and sizes and kwargs.get("_from_model_config") and isinstance(held, Mapping):
         kwargs = {**kwargs, "cache_config": {**held, **sizes}}
     wrapped(*args, **kwargs)
@@ -35,7 +35,7 @@ def update_config(
         What was left over, now without the sizes.
     """
     unused: dict[str, Any] = wrapped(*args, **kwargs)
-    lacked = {name: size for name, size in Sizes.given_in(unused).items() if getattr(instance, name, None) is None}
+    lacked = {name: size for name, size in Settings.given_in(unused).items() if getattr(instance, name, None) is None}
     for name, size in lacked.items():
         setattr(instance, name, size)
     return {name: value for name, value in unused.items() if name not in lacked}

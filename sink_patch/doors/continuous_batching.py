@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from sink_patch.arguments import CACHE_IMPLEMENTATION, Sizes
+from sink_patch.arguments import CACHE_IMPLEMENTATION, Settings
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.compat.shim import Role
 from sink_patch.errors import UnsupportedGenerationError
@@ -40,7 +40,7 @@ def generate_batch(wrapped: Wrapped, instance: Any, args: tuple[Any, ...], kwarg
     others = given.get("kwargs", {})
     if others.get("cache_implementation") == CACHE_IMPLEMENTATION:
         _refuse(f"cache_implementation={CACHE_IMPLEMENTATION!r}")
-    if sizes := Sizes.given_in(others):
+    if sizes := Settings.given_in(others):
         _refuse(" and ".join(f"{name}={size!r}" for name, size in sizes.items()))
     if caches := [name for name, value in others.items() if isinstance(value, SinkCache)]:
         _refuse(f"a SinkCache in {caches[0]}")

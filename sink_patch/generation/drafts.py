@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from sink_patch.arguments import CACHE_IMPLEMENTATION, Sizes
+from sink_patch.arguments import CACHE_IMPLEMENTATION, Settings
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.models.claims import Claim, read_claim
@@ -92,18 +92,19 @@ def assistants_config(passed: Any, arguments: Mapping[str, Any]) -> Any:
         passed: the generation config passed to `generate`, or None.
         arguments: the others of `generate`.
     """
-    sizes, names = getattr(passed, "cache_config", None), set(Sizes.names())
-    if not getattr(passed, "is_assistant", None) or not isinstance(sizes, Mapping) or set(sizes) != names:
+    settings = getattr(passed, "cache_config", None)
+    is_ours = isinstance(settings, Mapping) and set(Settings().as_dict()) <= set(settings) <= set(Settings.names())
+    if not getattr(passed, "is_assistant", None) or not is_ours:
         return None
     config, is_first = copy.deepcopy(passed), all(arguments.get(name) is None for name in CACHE_NAMES)
-    config.cache_implementation, config.cache_config = (CACHE_IMPLEMENTATION, sizes) if is_first else (None, None)
+    config.cache_implementation, config.cache_config = (CACHE_IMPLEMENTATION, settings) if is_first else (None, None)
     return config
 
 
 def prepare(generation_config: Any, cache: SinkCache, mode: str) -> None:
     """Tell the sizes to an assistant to come; let an assistant's cache record as much as it may have to take back."""
     if mode == MODE:
-        generation_config.cache_config = {name: getattr(cache, name) for name in Sizes.names()}
+        generation_config.cache_config = cache.sizes.as_settings().as_dict()
     if getattr(generation_config, "is_assistant", None):
         cache.activate_past_recording(2 * (generation_config.max_new_tokens or 0) + _LOOKBEHIND)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sink_patch.arguments import CACHE_IMPLEMENTATION, Sizes
+from sink_patch.arguments import CACHE_IMPLEMENTATION, SYSTEM, Settings, runs_of_ids
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.errors import SinkArgumentError, UnsupportedGenerationError
 from sink_patch.generation import drafts
@@ -24,9 +24,9 @@ _MODES = ("greedy_search", "sample", "beam_search", "beam_sample", drafts.MODE)
 
 
 def check_no_sizes(request: Request, asked: str | None) -> None:
-    """Sizes of the sink cache without the sink cache; a config that asks for another one may still hold them."""
-    given = request.arguments if request.passed_names_a_cache else request.sizes_of_call()
-    names = [name for name in Sizes.names() if name in given]
+    """Settings of the sink cache without the sink cache; a config that asks for another one may still hold them."""
+    given = request.arguments if request.passed_names_a_cache else request.given_with_call()
+    names = [name for name in Settings.names() if name in given]
     if names:
         raise SinkArgumentError(
             f"{' and '.join(names)} belong to the sink cache, but cache_implementation is {asked!r}. Add "
@@ -84,11 +84,15 @@ def check_own_cache(cache: SinkCache, request: Request) -> None:
             f"cache_implementation={request.of_call!r} was asked for, together with a SinkCache in past_key_values. "
             "Leave one of them out."
         )
-    for name, value in request.sizes_of_call().items():
-        if value != getattr(cache, name):
+    given = {name: value for name, value in request.given_with_call().items() if hasattr(cache.sizes, name)}
+    if given.get("num_sink_tokens") == SYSTEM:
+        del given["num_sink_tokens"]  # whatever the cache has: it was made for its text
+    for name, value in given.items():
+        asked_for = runs_of_ids(name, value) if name == "turn_start" else value
+        if asked_for != getattr(cache, name):
             raise SinkArgumentError(
-                f"{name}={value!r} was given, but the SinkCache in past_key_values has {name}={getattr(cache, name)}. "
-                "A cache keeps its sizes: leave the argument out, or pass no cache."
+                f"{name}={value!r} was given, but the SinkCache in past_key_values has {name}={getattr(cache, name)!r}"
+                ". A cache keeps its sizes: leave the argument out, or pass no cache."
             )
 
 

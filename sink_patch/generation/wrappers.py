@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
 
-from sink_patch.arguments import CACHE_IMPLEMENTATION, CUSTOM_GENERATE, Sizes
+from sink_patch.arguments import CACHE_IMPLEMENTATION, CUSTOM_GENERATE, Settings
 from sink_patch.cache.binding import bind, check_holds_nothing
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.compat import installed_shim
@@ -36,7 +37,7 @@ Wrapped = Callable[..., Any]
 def prepare_generation_config(
     wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Around `_prepare_generation_config`: take `window_length` and `num_sink_tokens`, and check all arguments.
+    """Around `_prepare_generation_config`: take the settings of the cache, and check all arguments.
 
     It is the first thing that `generate` does, so that no model, encoders of images among them, has run before.
     """
@@ -49,7 +50,7 @@ def prepare_generation_config(
         given["generation_config"] = of_assistant
     passed, own = given.get("generation_config"), instance.generation_config
     request = Request.read(asked_for, passed, own)
-    given["kwargs"] = {name: value for name, value in asked_for.items() if name not in Sizes.names()}
+    given["kwargs"] = {name: value for name, value in asked_for.items() if name not in Settings.names()}
     if request.leaves_sink:
         given["kwargs"]["cache_config"] = None
     generation_config, model_kwargs = wrapped(*bound.args, **bound.kwargs)
@@ -69,7 +70,7 @@ def prepare_generation_config(
         generation_config.cache_implementation = None
     else:
         refusals.check_no_other_cache(cache)
-        generation_config.cache_config = request.sizes().as_dict()
+        generation_config.cache_config = request.settings().as_dict()
     generation_config.use_cache = True  # also of a model whose config has none by default (MPT)
     return generation_config, model_kwargs
 
@@ -94,7 +95,7 @@ def prepare_cache(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], 
     with guarded(None):  # it may be its own assistant, in the midst of another call
         facts = examine(unwrapped(instance), rows)
     if is_made_here:
-        cache = SinkCache(**generation_config.cache_config)
+        cache = SinkCache(**asdict(Settings(**generation_config.cache_config).sizes()))
     bind(cache, unwrapped(instance), facts)
     if is_made_here:
         model_kwargs[cache_argument(instance)] = cache
