@@ -73,12 +73,12 @@ class Loop:
         Raises:
             SinkArgumentError: an option that counts the tokens of the text.
         """
-        for processor in given["logits_processor"]:
-            if (option := _COUNTING.get(type(processor).__name__)) is not None:
-                raise SinkArgumentError(
-                    f"{option} was asked for in a stream, and counts the tokens of a text, of which a stream keeps the "
-                    f"window alone. Leave it out, or pass {option}=None where the model's generation config has it."
-                )
+        names = (type(processor).__name__ for processor in given["logits_processor"])
+        if counting := [_COUNTING[name] for name in names if name in _COUNTING]:
+            raise SinkArgumentError(
+                f"{' and '.join(counting)} would count the tokens of the whole text, and a stream keeps those of the "
+                "window alone. Leave that out; where the model's generation config has it, pass None in its place."
+            )
         criteria = [one for one in given["stopping_criteria"] if self._counts(one)]
         self.steps = Steps(model, cache, prompt, given, criteria, self.max_new_tokens)
         ids: torch.Tensor = given["input_ids"]

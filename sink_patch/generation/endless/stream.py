@@ -27,6 +27,7 @@ _OF_THE_CALL = (
     *("streamer", "max_length", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions"),
     *("output_hidden_states", "custom_generate", "assistant_model", "keep_streams", "synced_gpus"),
 )
+_ENDLESS = 1 << 30
 _NO_STREAM = {"num_beams": 1, "num_return_sequences": 1, "prompt_lookup_num_tokens": None, "penalty_alpha": None}
 """Options, and the value with which there is one text that grows by a token a step."""
 
@@ -77,7 +78,7 @@ def stream(
         own_criteria=tuple(arguments.get("stopping_criteria") or ()),
         is_new=follows and isinstance(messages_or_text, str),
     )
-    arguments["max_new_tokens"] = 1 if loop.max_new_tokens is None else loop.max_new_tokens
+    arguments["max_new_tokens"] = _ENDLESS if loop.max_new_tokens is None else loop.max_new_tokens
     if past_key_values is None:
         arguments |= {"cache_implementation": CACHE_IMPLEMENTATION, "keep_streams": 0}  # the caller has the cache
     else:
