@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the public names, each with its home: imported when it is first asked for (`__getattr__`)
     from sink_patch.buffers.rotation import Rotation as Rotation
     from sink_patch.cache.sink_cache import SinkCache as SinkCache
+    from sink_patch.doors.directories.configure import configure as configure
+    from sink_patch.doors.directories.configure import unconfigure as unconfigure
     from sink_patch.errors import AdapterMismatchError as AdapterMismatchError
     from sink_patch.errors import CacheFileError as CacheFileError
     from sink_patch.errors import CacheStateError as CacheStateError
