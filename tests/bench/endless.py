@@ -1,4 +1,4 @@
-"""A stream of a million tokens through `sink_patch.stream`: `python -m tests.bench.endless [--tokens 1000000] [--json PATH]`.
+"""A million tokens of `sink_patch.stream`: `python -m tests.bench.endless [--tokens 1000000] [--json PATH]`.
 
 A random Llama of one layer, a window of 64, sampling and a repetition penalty. Time a token and memory of the process,
 stretch by stretch; each block of 500 tokens is followed by a block of a second, young stream, which is begun anew with
@@ -23,7 +23,11 @@ from tests.support.tokenizer import tiny_tokenizer
 
 STRETCH, BLOCK = 20_000, 500
 ASKED = {
-    **{"window_length": WINDOW, "num_sink_tokens": SINKS, "do_sample": True, "temperature": 0.9, "top_k": 50},
+    "window_length": WINDOW,
+    "num_sink_tokens": SINKS,
+    "do_sample": True,
+    "temperature": 0.9,
+    "top_k": 50,
     "repetition_penalty": 1.1,
 }
 

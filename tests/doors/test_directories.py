@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import pickle
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, pipeline
 
 import sink_patch
 from sink_patch import SinkArgumentError, UnsupportedModelError, cli
@@ -81,7 +80,10 @@ def test_all_settings_are_written_and_shown(folder, capsys):
         ((), Settings()),
         (("--window-length", "40"), Settings(40)),
         (("--window-length", "40", "--num-sink-tokens", "9"), Settings(40, 9)),
-        (("--window-length", "40", "--keep-system"), Settings(40, "system", turn_start=((1,),), system_start=((1, 2),))),
+        (
+            ("--window-length", "40", "--keep-system"),
+            Settings(40, "system", turn_start=((1,),), system_start=((1, 2),)),
+        ),
         (("--window-length", "40", "--whole-turns"), Settings(40, evict="turns", turn_start=((1,),))),
         (("--keep-streams", "3"), Settings(keep_streams=3)),
         (ALL, SETTINGS),
@@ -148,7 +150,7 @@ def test_a_model_that_is_saved_keeps_them(folder, tmp_path):
 
 def test_from_then_on_a_pipeline_and_generate_stream(folder):
     assert run(folder, "--window-length", "12", "--num-sink-tokens", "3") == 0
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
     ids, asked = torch.tensor([[5, 6, 7, 8]]), {"max_new_tokens": 90, "eos_token_id": None}
     made = model.generate(ids, return_dict_in_generate=True, **asked)
     assert repr(made.past_key_values).startswith("SinkCache(window_length=12, num_sink_tokens=3, ")
@@ -156,7 +158,7 @@ def test_from_then_on_a_pipeline_and_generate_stream(folder):
     wanted = directory.model().generate(ids, cache_implementation="sink", max_new_tokens=90, **sizes)
     assert made.sequences.tolist() == wanted.tolist()
     text = pipeline("text-generation", str(folder))("w5 w6 w7 w8", **asked)[0]["generated_text"]
-    assert text == tokenizer.decode(wanted[0])
+    assert text.replace(" ", "") == "".join(f"w{token}" for token in wanted[0].tolist())
 
 
 # --- putting back ----------------------------------------------------------------------------------------------------
@@ -187,7 +189,9 @@ def test_a_file_that_is_new_says_what_the_models_config_says(made, tmp_path):
 
 
 def test_what_else_was_changed_since_then_stays(folder):
-    (folder / "generation_config.json").write_text('{"do_sample": true, "use_cache": false, "cache_implementation": "static"}')
+    (folder / "generation_config.json").write_text(
+        '{"do_sample": true, "use_cache": false, "cache_implementation": "static"}'
+    )
     run(folder, *ALL)
     changed = json.loads(config_of(folder))
     assert "use_cache" not in changed
@@ -276,12 +280,20 @@ def other_model(model_type: str, **entries):
 
 LONGROPE = {
     "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
-    **{"original_max_position_embeddings": 64, "max_position_embeddings": 256},
-    **{"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64},
-    **{"vocab_size": 97, "num_hidden_layers": 1, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1},
+    "original_max_position_embeddings": 64,
+    "max_position_embeddings": 256,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 97,
+    "num_hidden_layers": 1,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 1,
 }
 BAD = {
-    "no directory": (lambda folder: shutil.rmtree(folder), (), "is no directory"),
+    "no directory": (shutil.rmtree, (), "is no directory"),
     "no model": (lambda folder: (folder / "config.json").unlink(), (), "no config.json"),
     "no JSON": (lambda folder: (folder / "generation_config.json").write_text("{,"), (), "is no JSON"),
     "no object": (lambda folder: (folder / "generation_config.json").write_text("[1]"), (), "holds a list"),
@@ -293,9 +305,17 @@ BAD = {
     "no system messages": (style("Gemma"), ("--keep-system",), "does not mark system messages"),
     "no room": (lambda _: None, ("--window-length", "4"), "leaves no room"),
     "no number of streams": (lambda _: None, ("--keep-streams", "-1"), "negative"),
-    "a model that cannot stream": (other_model("t5"), (), "encoder-decoder"),
-    "a family without weights": (other_model("bert", vocab_size=97), (), "that transformers can load"),
-    "a window past the positions": (other_model("phi3", **LONGROPE), ("--window-length", "60"), "that transformers can"),
+    "a model that cannot stream": (
+        other_model("t5", architectures=["T5ForConditionalGeneration"]),
+        (),
+        "encoder-decoder",
+    ),
+    "a model with learned positions": (other_model("gpt2", vocab_size=97), (), "learned"),
+    "a window past the positions": (
+        other_model("phi3", **LONGROPE),
+        ("--window-length", "60"),
+        "that transformers can",
+    ),
     "nothing to put back": (lambda _: None, ("--remove",), "asks for no sink cache"),
 }
 
@@ -318,7 +338,7 @@ def test_bad_input_is_refused_and_changes_nothing(case, folder, capsys):
 
 def test_a_window_that_does_not_fit_is_found_on_the_weights(tmp_path):
     """Near the limit of a model's positions; below it the config is enough, and there need not be any weights."""
-    config = make_config(type(__import__("transformers").AutoConfig.for_model("phi3")), {**LONGROPE})
+    config = make_config(type(AutoConfig.for_model("phi3")), {**LONGROPE})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(SinkArgumentError, match=r"window_length=60 does not fit .* Use window_length=44 or less"):
         sink_patch.configure(tmp_path, window_length=60)
@@ -361,4 +381,4 @@ def test_a_write_that_is_cut_off_leaves_the_whole_file(folder, monkeypatch):
     run(folder)
     run(folder, "--remove")
     assert config_of(folder) == was
-    assert os.listdir(folder) == [path.name for path in folder.iterdir() if "before" not in path.name]
+    assert not list(folder.glob("*before*"))

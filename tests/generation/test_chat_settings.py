@@ -28,7 +28,9 @@ def test_templates_like_those_of_known_models(style):
     tokenizer, wanted = byte_level(STYLES[style].template), STYLES[style]
     found = chat_settings(tokenizer)
     assert sorted(map(tokenizer.decode, found["turn_start"])) == sorted(wanted.turns)
-    assert [tokenizer.decode(run) for run in found.get("system_start", [])] == ([wanted.system] if wanted.system else [])
+    assert [tokenizer.decode(run) for run in found.get("system_start", [])] == (
+        [wanted.system] if wanted.system else []
+    )
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -50,7 +52,9 @@ def test_a_message_begins_where_they_are_and_nowhere_else(style):
 def test_a_system_message_begins_so_and_nothing_else_does(style):
     tokenizer = byte_level(STYLES[style].template)
     (start,) = chat_settings(tokenizer)["system_start"]
-    with_system, without = (ids(tokenizer, tokenizer.apply_chat_template(chat, tokenize=False)) for chat in ([SYSTEM, *TALK], TALK))
+    with_system, without = (
+        ids(tokenizer, tokenizer.apply_chat_template(chat, tokenize=False)) for chat in ([SYSTEM, *TALK], TALK)
+    )
     assert with_system[: len(start)] == start
     has_one = style in ("a default system message", "Llama 3.1")
     assert (without[: len(start)] == start) == has_one
@@ -100,5 +104,6 @@ def test_templates_that_cannot_be_read(template, match):
 
 def test_words_that_a_tokenizer_does_not_know():
     """All contents are <unk> to it."""
-    template = "{{ bos_token }}{% for m in messages %} word1 {{ {'user': 'word3'}.get(m.role, 'word4') }} {{ m.content }} word2{% endfor %}"
+    named = "{{ {'user': 'word3'}.get(m.role, 'word4') }}"
+    template = "{% for m in messages %} word1 " + named + " {{ m.content }} word2{% endfor %}"
     assert sink_patch.chat_settings(tiny_tokenizer(chat_template=template))["turn_start"] == [[4]]

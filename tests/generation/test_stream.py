@@ -101,7 +101,7 @@ def test_settings_of_the_model_and_of_a_config():
     of_config = stream(generation_config=config)
     assert ids_of(of_config) == generated(max_new_tokens=7, **GREEDY)
     assert (of_config.cache.window_length, of_config.cache.num_sink_tokens) == (W, S)
-    assert config.max_new_tokens == 7 and config.keep_streams == 3, "the caller's own stays as it is"
+    assert (config.max_new_tokens, config.keep_streams) == (7, 3), "the caller's own stays as it is"
     assert stream(generation_config=config, window_length=20).cache.window_length == 20
 
 
@@ -181,7 +181,7 @@ def ending(monkeypatch):
 
 
 def test_an_eos_token_is_no_end(ending):
-    text, eos, _ = ending
+    text, _, _ = ending
     assert take(stream(**GREEDY), 60) == text
     assert take(stream(stopping_criteria=[Sees()], **GREEDY), 60) == text
 
@@ -213,20 +213,20 @@ def test_max_new_tokens_and_stop_strings_end_it():
 def test_after_a_break_it_goes_on_where_it_stands():
     text, pieces = generated(max_new_tokens=60, **GREEDY), []
     going = stream(**GREEDY)
-    for count in (1, 20, 39):
+    for _ in range(3):
         for piece in going:
             pieces.append(piece)
             if len(pieces) in (1, 21, 60):
                 break
         assert going.cache.get_seq_length() == 4 + len(pieces)
-    assert count and ids_of(pieces) == text
+    assert ids_of(pieces) == text
     going.close()
     assert list(going) == []
     assert going.cache.get_seq_length() == 64
 
 
 def test_new_text_goes_on_in_the_cache():
-    """However short or long it is, and though it begins as the stream began: the forwards of a cache say what follows."""
+    """However short or long it is, and though it begins as the stream began: compared with forwards over a cache."""
     model = directory.model()
     for new in (IDS, torch.tensor([[9]]), tokens(90)):
         first = stream(**GREEDY)
@@ -248,7 +248,10 @@ def test_generate_goes_on_in_its_cache_and_it_in_that_of_generate():
     begun = take(first, 20)
     whole = torch.tensor([[*IDS[0].tolist(), *begun, 9]])
     wanted = take(stream("w9", past_key_values=first.cache.clone(), do_sample=False), 20)
-    assert generated(whole, past_key_values=first.cache, max_new_tokens=20, do_sample=False, cache_implementation=None) == wanted
+    assert (
+        generated(whole, past_key_values=first.cache, max_new_tokens=20, do_sample=False, cache_implementation=None)
+        == wanted
+    )
     cache = SinkCache(W, S, model=directory.model())
     made = directory.model().generate(IDS, past_key_values=cache, max_new_tokens=30, do_sample=False)
     assert take(stream(made, past_key_values=cache, do_sample=False), 30) == text[30:]
@@ -310,8 +313,7 @@ def test_threads_share_a_stream_and_a_model():
     single: dict[int, list[int]] = {}
 
     def share():
-        for piece in shared:
-            got.append(piece)
+        got.extend(shared)
 
     threads = [threading.Thread(target=share) for _ in range(3)]
     threads += [
@@ -328,7 +330,8 @@ def test_threads_share_a_stream_and_a_model():
 def test_the_mode_of_gradients_is_the_callers():
     going = stream(**GREEDY)
     next(going)
-    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
 
 
 REFUSED = {

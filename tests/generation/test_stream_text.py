@@ -68,7 +68,7 @@ def test_any_ids(make):
 
 
 def test_special_tokens_are_shown_where_that_is_asked_for():
-    pieces = pieces_of(Decoder(byte_level(), skip_special_tokens=False), [65, 256, 66])
+    pieces = pieces_of(Decoder(byte_level(), skips=False), [65, 256, 66])
     assert pieces == ["A", "<end>", "B", ""]
 
 

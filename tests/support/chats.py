@@ -58,14 +58,19 @@ STYLES = {
     "ChatML": Style(_CHATML + _CHATML_GEN, ("<|im_start|>",), "<|im_start|>s"),
     "a default system message": Style(_DEFAULT + _CHATML + _CHATML_GEN, ("<|im_start|>",), "<|im_start|>s"),
     "Qwen 3": Style(  # thoughts are written in the last turn alone
-        _EACH + "<|im_start|>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+        _EACH
+        + "<|im_start|>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
         "{{ m.content.split('</think>')[-1] | trim }}<|im_end|>\n" + _END + _CHATML_GEN,
         ("<|im_start|>",),
         "<|im_start|>s",
     ),
     "Llama 3": Style(
-        "{{ bos_token }}" + _EACH + "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
-        + _END + _GEN + "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+        "{{ bos_token }}"
+        + _EACH
+        + "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
+        + _END
+        + _GEN
+        + "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
         ("<|start_header_id|>",),
         "<s><|start_header_id|>s",
     ),
@@ -84,7 +89,9 @@ STYLES = {
     ),
     "Gemma 3": Style(_MERGED + _GEMMA_TURNS, ("<start_of_turn>",), None),
     "Phi 3": Style(  # writes an end of text where no message of the assistant is asked for
-        _EACH + "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n" + _END
+        _EACH
+        + "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n"
+        + _END
         + "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}",
         ("<|assistant|>\n", "<|user|>\n", "<|system|>\n"),
         "<|system|>",

@@ -1,4 +1,4 @@
-"""Whether the model in a directory streams, and a window fits it: from its config, without weights where that will do."""
+"""Whether the model in a directory streams and a window fits it: without weights, where its config will do."""
 
 from __future__ import annotations
 

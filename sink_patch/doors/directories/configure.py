@@ -42,7 +42,7 @@ def configure(
     """
     path = Path(directory)
     file = ConfigFile.read(path)
-    of_ids = _settings_of_chats(path, num_sink_tokens, evict) if SYSTEM == num_sink_tokens or evict == TURNS else {}
+    of_ids = _settings_of_chats(path, num_sink_tokens) if num_sink_tokens == SYSTEM or evict == TURNS else {}
     settings = Settings(window_length, num_sink_tokens, evict, keep_streams=keep_streams, **of_ids)
     check_streams(path, settings.sizes())
     entries = file.entries() if file.text is not None else _entries_of_model(path)
@@ -87,7 +87,7 @@ def _text_put_back(directory: Path, file: ConfigFile) -> str | None:
     return files.written(entries)
 
 
-def _settings_of_chats(directory: Path, num_sink_tokens: Any, evict: str) -> dict[str, Any]:
+def _settings_of_chats(directory: Path, num_sink_tokens: Any) -> dict[str, Any]:
     """What the chat template says, as far as it is needed.
 
     Raises:
@@ -99,8 +99,8 @@ def _settings_of_chats(directory: Path, num_sink_tokens: Any, evict: str) -> dic
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as failure:  # tokenizers raise what they like
         raise SinkArgumentError(
-            f"{directory} holds no tokenizer that transformers can load, so nothing tells where messages begin: {failure} "
-            "Save the tokenizer there, or ask for a number of sinks and for tokens that leave one by one."
+            f"{directory} holds no tokenizer that transformers can load, so nothing tells where messages begin: "
+            f"{failure} Save the tokenizer there, or ask for a number of sinks and for tokens that leave one by one."
         ) from failure
     found = chat_settings(tokenizer)
     if num_sink_tokens == SYSTEM and "system_start" not in found:
@@ -118,4 +118,6 @@ def _entries_of_model(directory: Path) -> Entries:
 
     made = GenerationConfig.from_model_config(AutoConfig.from_pretrained(directory, trust_remote_code=False))
     entries = made.to_diff_dict()
-    return {name: value for name, value in entries.items() if not name.startswith("_") and name != "transformers_version"}
+    return {
+        name: value for name, value in entries.items() if not name.startswith("_") and name != "transformers_version"
+    }

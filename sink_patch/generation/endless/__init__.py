@@ -1,1 +1,1 @@
-"""Text without end (`sink_patch.stream`): a call of `generate` whose decoding is done one token at a time, from outside."""
+"""Text without end (`sink_patch.stream`): a call of `generate` that is decoded from outside, a token at a time."""

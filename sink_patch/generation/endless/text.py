@@ -16,11 +16,11 @@ class Decoder:
 
     Args:
         tokenizer: of the model.
-        skip_special_tokens: whether special tokens have no text.
+        skips: whether special tokens have no text.
     """
 
-    def __init__(self, tokenizer: Any, *, skip_special_tokens: bool = True):
-        self._tokenizer, self._skips = tokenizer, skip_special_tokens
+    def __init__(self, tokenizer: Any, *, skips: bool = True):
+        self._tokenizer, self._skips = tokenizer, skips
         self._ids: list[int] = []
         self._given = 0  # of `_ids`, those whose text has been given
 
@@ -46,7 +46,5 @@ class Decoder:
         return self._decoded(self._ids)[len(self._decoded(self._ids[: self._given])) :]
 
     def _decoded(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(
-            ids, skip_special_tokens=self._skips, clean_up_tokenization_spaces=False
-        )
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=self._skips, clean_up_tokenization_spaces=False)
         return text

@@ -1,4 +1,4 @@
-"""A chat of known words as a chat template writes it: where its messages begin, in ids.
+r"""A chat of known words as a chat template writes it: where its messages begin, in ids.
 
 ChatML writes two messages like this; `start` and `words` of the second are 6 and 9:
 
@@ -83,9 +83,7 @@ def _ids(tokenizer: Any, text: str) -> Ids:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _end_of_last(
-    tokenizer: Any, template: Mapping[str, Any], messages: Sequence[Mapping[str, str]], gap: str
-) -> int:
+def _end_of_last(tokenizer: Any, template: Mapping[str, Any], messages: Sequence[Mapping[str, str]], gap: str) -> int:
     """How many characters of what follows on the words of the last message are its end; 0 before the first one.
 
     That is what the template writes behind them where no message follows.

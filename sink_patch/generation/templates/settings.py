@@ -12,7 +12,7 @@ from sink_patch.generation.templates.probe import BY_HAND, Ids, Probe, occurrenc
 _PLAIN = ("Good morning", "Hello there", "What is new", "Not much", "So be it", "Indeed", "Farewell")
 _RICH = (
     "1. One: two\n\n2. (Three) [four] {five} <six> <b>seven</b>",
-    "# Heading\n\n### Another\n\n- a user asked the system: is it \"so\"?\n- the assistant said: yes!",
+    '# Heading\n\n### Another\n\n- a user asked the system: is it "so"?\n- the assistant said: yes!',
     "```python\nprint('x' + str(1))\n```\n\n> quoted\n\n| a | b |\n| - | - |\n",
     "7 + 8 = 15; $x_1^2$ \\frac{1}{2} & more...\n***\n[a link](https://example.org/?q=1#top)\n---\nend",
     "Dear Sir,\n\nQ: why?\nA: because.\n\nYours",
@@ -101,9 +101,7 @@ def _first(probe: Probe, turn_start: Sequence[Ids]) -> int | None:
     return next((place for place in occurrences(probe.ids, turn_start) if place < probe.places[0].words), None)
 
 
-def _with_own_start(
-    tokenizer: Any, with_system: Probe, turn_start: list[Ids], others: Sequence[Probe]
-) -> list[Ids]:
+def _with_own_start(tokenizer: Any, with_system: Probe, turn_start: list[Ids], others: Sequence[Probe]) -> list[Ids]:
     """With what a system message begins with, where that is a mark of its own."""
     begins = int(with_system.ids[:1] == [getattr(tokenizer, "bos_token_id", None)])
     own = with_system.ids[begins : with_system.places[0].words]
