@@ -46,16 +46,15 @@ def _model(directory: Path, *, weights: bool) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
         named = (getattr(transformers, name, None) for name in getattr(config, "architectures", None) or ())
+        auto: Any = transformers.AutoModelForCausalLM
         model_class: Any = next((one for one in named if one is not None), None)
         if weights:
-            return (model_class or transformers.AutoModelForCausalLM).from_pretrained(directory).eval()
+            return (model_class or auto).from_pretrained(directory).eval()
         with torch.device("meta"):
-            if model_class is None:
-                return transformers.AutoModelForCausalLM.from_config(config).eval()
-            return model_class._from_config(config).eval()
+            return (auto.from_config if model_class is None else model_class._from_config)(config).eval()
     except _FAILURES as failure:
-        what = "a model" if weights else "the config of a model"
+        what = "model" if weights else "config of a model"
         raise SinkArgumentError(
-            f"{directory} holds no {what.split(' ', 1)[1]} that transformers can load: {failure} Name a directory that "
-            "from_pretrained loads."
+            f"{directory} holds no {what} that transformers can load: {failure} Name a directory that from_pretrained "
+            "loads."
         ) from failure

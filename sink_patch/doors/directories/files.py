@@ -124,8 +124,8 @@ def written(entries: Mapping[str, Any]) -> str:
 
 def difference(before: str | None, after: str | None) -> str:
     """Old and new lines, for people."""
-    lines = [(text or "").splitlines() for text in (before, after)]
-    return "\n".join(difflib.unified_diff(*lines, fromfile=NAME, tofile=NAME, lineterm=""))
+    old, new = ((text or "").splitlines() for text in (before, after))
+    return "\n".join(difflib.unified_diff(old, new, fromfile=NAME, tofile=NAME, lineterm=""))
 
 
 def _read(path: Path) -> str | None:
