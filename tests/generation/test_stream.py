@@ -9,7 +9,7 @@ import tracemalloc
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, processors
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, StoppingCriteria
 
 import sink_patch
@@ -242,6 +242,18 @@ def test_new_text_goes_on_in_the_cache():
         assert take(stream(words, past_key_values=first.cache, do_sample=False), 20) == wanted
 
 
+def test_only_the_first_text_has_a_token_that_begins_texts():
+    tokenizer = directory.tokenizer()
+    begins = processors.TemplateProcessing(single="w1 $A", special_tokens=[("w1", 1)])
+    tokenizer.backend_tokenizer.post_processor = begins
+    first = sink_patch.stream(directory.model(), tokenizer, TEXT, **GREEDY)
+    next(first)
+    assert first.cache.get_seq_length() == 5 + 1
+    second = sink_patch.stream(directory.model(), tokenizer, TEXT, past_key_values=first.cache, do_sample=False)
+    next(second)
+    assert first.cache.get_seq_length() == 6 + 4 + 1
+
+
 def test_generate_goes_on_in_its_cache_and_it_in_that_of_generate():
     text = generated(max_new_tokens=60, **GREEDY)
     first = stream(**GREEDY)
@@ -273,8 +285,10 @@ def test_an_unused_cache_and_a_cache_that_is_used_elsewhere():
 
 
 def test_an_error_of_the_model_reaches_the_caller_and_the_step_can_be_tried_again():
-    model, text = directory.model(), generated(max_new_tokens=30, **GREEDY)
-    going, failing = stream(**GREEDY), [False]
+    """With the token that was chosen: sampling goes on as if nothing had been."""
+    model, text = directory.model(), generated(max_new_tokens=30, **SAMPLED)
+    going, failing = stream(**SAMPLED), [False]
+    torch.manual_seed(0)
 
     def fail(*_):
         if failing[0]:
