@@ -18,7 +18,7 @@ from sink_patch.arguments import Settings
 from sink_patch.doors.directories import files
 from sink_patch.generation.request import Request
 from tests.support import directory
-from tests.support.chats import STYLES, byte_level
+from tests.support.templates import STYLES, byte_level
 from tests.support.versions import make_config
 
 ALL = ("--window-length", "40", "--keep-system", "--whole-turns", "--keep-streams", "8")

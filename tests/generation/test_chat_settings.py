@@ -9,7 +9,7 @@ import pytest
 import sink_patch
 from sink_patch import SinkArgumentError, chat_settings
 from sink_patch.arguments import Settings
-from tests.support.chats import STYLES, byte_level
+from tests.support.templates import STYLES, byte_level
 from tests.support.tokenizer import tiny_tokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief.\n\nBe kind."}
