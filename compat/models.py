@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Mapping
@@ -32,11 +33,16 @@ def arguments_of_a_prompt(read: int, end: int, device: torch.device) -> dict[str
 
     Up to 5.3 where they stand, from 5.0 on that they are of a prompt.
     """
-    from transformers.generation.utils import GenerationMixin
-
-    named = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    named = _arguments_of_inputs()
     told = {"cache_position": torch.arange(read, end, device=device), "is_first_iteration": True}
     return {name: value for name, value in told.items() if name in named}
+
+
+@functools.cache
+def _arguments_of_inputs() -> frozenset[str]:
+    from transformers.generation.utils import GenerationMixin
+
+    return frozenset(inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters)
 
 
 def rope_parameters(config: Any) -> Mapping[str, Any]:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the public names, each with its home: imported when it is first asked for (`__getattr__`)
     from sink_patch.buffers.rotation import Rotation as Rotation
     from sink_patch.cache.sink_cache import SinkCache as SinkCache
+    from sink_patch.doors.directories.configure import configure as configure
+    from sink_patch.doors.directories.configure import unconfigure as unconfigure
     from sink_patch.errors import AdapterMismatchError as AdapterMismatchError
     from sink_patch.errors import CacheFileError as CacheFileError
     from sink_patch.errors import CacheStateError as CacheStateError
@@ -31,6 +33,8 @@ if TYPE_CHECKING:  # the public names, each with its home: imported when it is f
     from sink_patch.errors import UnsupportedModelError as UnsupportedModelError
     from sink_patch.errors import UnsupportedTransformersError as UnsupportedTransformersError
     from sink_patch.generation.chat import count_sink_tokens as count_sink_tokens
+    from sink_patch.generation.endless.stream import stream as stream
+    from sink_patch.generation.templates.settings import chat_settings as chat_settings
     from sink_patch.models.adapters.adapter import Adapter as Adapter
     from sink_patch.models.adapters.rope import no_positions as no_positions
     from sink_patch.models.adapters.rope import rope as rope

@@ -1,4 +1,4 @@
-"""The command line: `sink-patch demo`, `inspect MODEL`, `families`, `perplexity MODEL --text FILE` and
+"""The command line: `sink-patch demo`, `inspect MODEL`, `configure DIR`, `families`, `perplexity MODEL --text FILE` and
 `export-custom-generate DIR`.
 """
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sink_patch.arguments import Sizes
 from sink_patch.errors import SinkPatchError
+from sink_patch.evaluate import configure
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _DEFAULT = "(default: %(default)s)"  # argparse fills it in
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_inspect(commands)
+    configure.add(commands)
     _add_families(commands)
     _add_perplexity(commands)
     _add_export(commands)

@@ -36,7 +36,7 @@ def count_sink_tokens(tokenizer: Any, messages: Sequence[Message], **template: A
     chat = _Chat(tokenizer, list(messages), template)
     part = chat.text[: chat.end_of_instructions()]
     ids, ids_of_part = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (chat.text, part))
-    return _common(ids, ids_of_part)  # a token across the border belongs to what follows
+    return common(ids, ids_of_part)  # a token across the border belongs to what follows
 
 
 class _Chat:
@@ -78,21 +78,39 @@ class _Chat:
         others = [
             [*messages[:index], {**messages[index], "content": words}, *messages[index + 1 :]] for words in _ANY_WORDS
         ]
-        return _common(*map(self._written, others))
+        return common(*map(self._written, others))
 
     def _written(self, messages: list[Message]) -> str:
-        asked = {**self._template, "tokenize": False, "add_generation_prompt": False, "continue_final_message": False}
-        try:
-            text: str = self._tokenizer.apply_chat_template(messages, **asked)
-        except Exception as failure:  # templates are programs, and raise what they like
-            raise SinkArgumentError(
-                f"The chat template of this {type(self._tokenizer).__name__} cannot be applied to the messages: "
-                f"{failure} Pass messages that it takes, or num_sink_tokens as a number."
-            ) from failure
-        return text
+        return written(self._tokenizer, messages, self._template)
 
 
-def _common(*sequences: Sequence[Any]) -> int:
+def written(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    template: Mapping[str, Any],
+    instead: str = "Pass messages that it takes, or num_sink_tokens as a number.",
+) -> str:
+    """Messages as the chat template writes them.
+
+    Args:
+        template: more arguments of it.
+        instead: what to do if it fails.
+
+    Raises:
+        SinkArgumentError: it cannot be applied to them.
+    """
+    asked = {**template, "tokenize": False, "add_generation_prompt": False, "continue_final_message": False}
+    try:
+        text: str = tokenizer.apply_chat_template(list(messages), **asked)
+    except Exception as failure:  # templates are programs, and raise what they like
+        raise SinkArgumentError(
+            f"The chat template of this {type(tokenizer).__name__} cannot be applied to the messages: {failure} "
+            f"{instead}"
+        ) from failure
+    return text
+
+
+def common(*sequences: Sequence[Any]) -> int:
     """How many items they have in common at their start."""
     differ = (place for place, items in enumerate(zip(*sequences, strict=False)) if len(set(items)) > 1)
     return next(differ, min(map(len, sequences)))

@@ -36,6 +36,7 @@ class Prompt:
         cache: of the call, bound to the model.
         input_ids: the whole history, or the new tokens alone, [rows, columns].
         generation_config, model_kwargs: of the call; changed where transformers must be told what is new.
+        is_new: whether it is known that all that is given is new, and real, whatever a mask says.
 
     Raises:
         HistoryMismatchError: the ids do not go on with what the cache has read.
@@ -48,20 +49,38 @@ class Prompt:
         input_ids: torch.Tensor,
         generation_config: Any,
         model_kwargs: MutableMapping[str, Any],
+        *,
+        is_new: bool = False,
     ):
         embeds = model_kwargs.get("inputs_embeds")
         self._model, self._cache, self._streams = model, cache, streams_of(cache)
         self._inputs = input_ids if embeds is None else embeds  # [rows, columns] or [rows, columns, hidden]
-        told = _stream_length(generation_config, model_kwargs)
-        self.columns = Columns.of_call(cache.get_seq_length(), self._inputs.shape[1], told)
-        if self.columns.stream != (told or self._inputs.shape[1]):
-            self._mask_whole_stream(model_kwargs)
+        self.columns = self._new_columns(model_kwargs) if is_new else self._told(generation_config, model_kwargs)
         self._mask = model_kwargs.get("attention_mask")
         self._piece_inputs = PieceInputs(model, self._inputs, self.columns.stream, model_kwargs)
         self._turn = Turn.of_call(self._streams, self.columns, self._inputs, self._mask, generation_config)
         self.columns = self._turn.columns
         self._piece_size = self._size_of_pieces(generation_config)
         generation_config.prefill_chunk_size = None  # else transformers would cut the rest once more
+
+    def _told(self, generation_config: Any, model_kwargs: MutableMapping[str, Any]) -> Columns:
+        told, given = _stream_length(generation_config, model_kwargs), self._inputs.shape[1]
+        columns = Columns.of_call(self._cache.get_seq_length(), given, told)
+        if columns.stream != (told or given):
+            self._mask_whole_stream(columns, model_kwargs)
+        return columns
+
+    def _new_columns(self, model_kwargs: MutableMapping[str, Any]) -> Columns:
+        """Without a mask over the whole stream, which may be millions of columns."""
+        model_kwargs["attention_mask"] = None
+        return Columns.of_new(self._cache.get_seq_length(), self._inputs.shape[1])
+
+    def read(self) -> Any:
+        """Feed all of the prompt; returns what the model returned for its last piece."""
+        with self.fed():
+            unread = self.columns.stream - self._cache.get_seq_length()
+            last = self._inputs[:, self._inputs.shape[1] - unread :]
+            return self._model(**self._piece_inputs.of(last, self._cache.get_seq_length()))
 
     @contextlib.contextmanager
     def fed(self, *, drafting: bool = False) -> Iterator[None]:
@@ -106,13 +125,13 @@ class Prompt:
     def _feed(self, piece: torch.Tensor) -> None:
         self._model(**self._piece_inputs.of(piece, self._cache.get_seq_length()))
 
-    def _mask_whole_stream(self, model_kwargs: MutableMapping[str, Any]) -> None:
+    def _mask_whole_stream(self, columns: Columns, model_kwargs: MutableMapping[str, Any]) -> None:
         """Transformers takes ids that are as long as their mask for the whole history; tell it that these are new."""
         past, mask = self._streams.mask_of_past(), model_kwargs.get("attention_mask")  # [rows, read], [rows, new]
-        new = past.new_ones(past.shape[0], self.columns.new) if mask is None else mask.to(past)
+        new = past.new_ones(past.shape[0], columns.new) if mask is None else mask.to(past)
         device = input_device(self._model)
         model_kwargs["attention_mask"] = torch.cat((past, new), dim=1).to(device)  # [rows, stream]
-        model_kwargs["position_ids"] = torch.arange(self.columns.stream, device=device)[None, :]
+        model_kwargs["position_ids"] = torch.arange(columns.stream, device=device)[None, :]
 
     def _size_of_pieces(self, generation_config: Any) -> int | None:
         """Columns of a piece; None: all go in at once.

@@ -60,6 +60,8 @@ class Turn:
         # an assistant gets all of its history for each draft, and its cache is nobody else's
         if not rows or len(rows) != len(inputs) or getattr(generation_config, "is_assistant", None):
             return cls(columns)
+        if mask is None and not columns.is_history:
+            return cls(columns)  # all of it is new, and nobody hides what was read
         if mask is None:
             past = streams.mask_of_past()  # [rows, read]
             mask = torch.cat((past, past.new_ones(len(rows), columns.new)), dim=1)

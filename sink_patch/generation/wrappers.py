@@ -22,6 +22,7 @@ from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.compat import installed_shim
 from sink_patch.compat.shim import Role
 from sink_patch.generation import compiled, drafts, refusals
+from sink_patch.generation.endless.loop import Loop
 from sink_patch.generation.inputs.prepared import keep_cache, prepare_inputs
 from sink_patch.generation.prompt import Prompt
 from sink_patch.generation.request import Request
@@ -127,7 +128,11 @@ def _decode(
             return wrapped(*args, **kwargs)
     if drafting:
         drafts.check_assistant(given)
-    prompt = Prompt(instance, cache, given["input_ids"], given["generation_config"], model_kwargs)
+    loop = given.get("streamer")
+    is_new = isinstance(loop, Loop) and loop.is_new
+    prompt = Prompt(instance, cache, given["input_ids"], given["generation_config"], model_kwargs, is_new=is_new)
+    if isinstance(loop, Loop):
+        return loop.take_over(instance, cache, prompt, given)
     if drafting:
         drafts.check_history(prompt.columns)
     with guarded(cache), prompt.fed(drafting=drafting), drafts.recorded(cache, drafting=drafting):

@@ -71,6 +71,13 @@ class RowHistory:
             return None
         return RowHistory(self.marks, self.newest[:kept], self.first[: max(0, self.seen - count)])
 
+    def ends(self, first: int, newest: int) -> tuple[list[int], list[int]] | None:
+        """The ids of so many of the first tokens and of so many of the newest ones; None: they are not known."""
+        begin = self.first if self.marks[-1].tokens else self.newest
+        if len(begin) < first or len(self.newest) < newest:
+            return None
+        return begin[:first].tolist(), self.newest[len(self.newest) - newest :].tolist()
+
     def difference(self, ids: Sequence[int]) -> range | None:
         """Where the first token lies that is not as it was read: one place, or several where ids are gone.
 

@@ -40,6 +40,11 @@ class Columns:
         is_guessed = told <= read
         return cls(read, given, read + told if is_guessed else told, is_guessed)
 
+    @classmethod
+    def of_new(cls, read: int, given: int) -> Columns:
+        """Where it is known that all columns that are given are new."""
+        return cls(read, given, read + given)
+
     @property
     def new(self) -> int:
         """Columns that the cache has not read, the last ones of those that are given."""

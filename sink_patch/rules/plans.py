@@ -67,3 +67,9 @@ def _visible(seen: int, new: int, window_length: int, num_sink_tokens: int) -> t
         return window_length - new, evicted
     sinks = min(seen, num_sink_tokens)  # rule 4, and with seen == 0 rule 2
     return sinks, seen - sinks
+
+
+def held(row: Row, window_length: int, num_sink_tokens: int) -> tuple[int, int]:
+    """How many of the first tokens of a row are in its window, and how many of the newest ones behind them."""
+    sinks = min(row.seen, num_sink_tokens)
+    return sinks, min(row.seen, window_length) - sinks

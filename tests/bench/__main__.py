@@ -46,6 +46,7 @@ BENCHMARKS = (
     Benchmark("precision", "precision", "precision-100000-cpu.json", old=True),
     Benchmark("prefill", "prefill", "prefill-cpu.json"),
     Benchmark("stream", "stream", "stream-20000-cpu.json"),
+    Benchmark("endless", "endless", "endless-1000000-cpu.json"),
     Benchmark("forever", "forever", "stream-4000000-cpu.json"),
 )
 

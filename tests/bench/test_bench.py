@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from tests.bench import decode, forever, memory, precision, prefill, profile, stream, update
+from tests.bench import decode, endless, forever, memory, precision, prefill, profile, stream, update
 from tests.support.known_gaps import is_newest
 from tests.support.tiny import tiny
 
@@ -57,6 +57,12 @@ def test_stream(monkeypatch):
     monkeypatch.setattr(stream, "BLOCK", 2)
     monkeypatch.setattr(stream, "STRETCH", 4)
     assert len(stream.run(8)) == 2
+
+
+def test_endless(monkeypatch):
+    monkeypatch.setattr(endless, "BLOCK", 2)
+    monkeypatch.setattr(endless, "STRETCH", 4)
+    assert [row["tokens"] for row in endless.run(8)] == [4, 8]
 
 
 def test_forever(monkeypatch):

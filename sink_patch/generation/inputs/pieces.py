@@ -85,9 +85,13 @@ class PieceInputs:
             )
         made.pop("position_ids", None)  # the cache counts them (streaming/hooks.py)
         made |= {"use_cache": True, "return_dict": True}
-        if "logits_to_keep" in inspect.signature(self._model.forward).parameters:
+        if self._keeps_last_logits:
             made["logits_to_keep"] = 1
         return made
+
+    @functools.cached_property
+    def _keeps_last_logits(self) -> bool:
+        return "logits_to_keep" in inspect.signature(self._model.forward).parameters
 
     @functools.cached_property
     def _columns(self) -> dict[str, int]:

@@ -1,0 +1,73 @@
+"""`sink-patch configure DIR`: what it takes, and what it does with that. Imported before any command is known."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sink_patch.arguments import SYSTEM, TOKENS, TURNS, Settings
+
+_DEFAULT = "(default: %(default)s)"  # argparse fills it in
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    configure = commands.add_parser(
+        "configure",
+        help="let a model directory ask for a sink cache, so that pipelines and serve stream with no change of code",
+        description="Writes the settings of a sink cache into the generation_config.json of a model directory, and "
+        "shows what changes. The chat template tells where messages begin. What the file was is kept beside it.",
+    )
+    configure.add_argument("directory", type=Path, metavar="DIR", help="the directory of a model")
+    configure.add_argument(
+        "--window-length",
+        type=int,
+        default=Settings.window_length,
+        metavar="N",
+        help=f"tokens in the window, including the sinks {_DEFAULT}",
+    )
+    sinks = configure.add_mutually_exclusive_group()
+    sinks.add_argument(
+        "--num-sink-tokens",
+        type=int,
+        default=Settings.num_sink_tokens,
+        metavar="N",
+        help=f"first tokens that stay in the window {_DEFAULT}",
+    )
+    sinks.add_argument("--keep-system", action="store_true", help="the system message stays in the window")
+    configure.add_argument(
+        "--whole-turns", action="store_true", help="the oldest whole message leaves a full window, not the oldest token"
+    )
+    configure.add_argument(
+        "--keep-streams",
+        type=int,
+        default=Settings.keep_streams,
+        metavar="N",
+        help=f"streams that are kept for longer texts that begin alike {_DEFAULT}",
+    )
+    configure.add_argument("--dry-run", action="store_true", help="show what would change, and write nothing")
+    configure.add_argument("--remove", action="store_true", help="put back what was there before")
+    configure.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run it.
+
+    Raises:
+        SinkPatchError: what `sink_patch.configure` and `unconfigure` raise.
+    """
+    import sink_patch
+
+    if arguments.remove:
+        sink_patch.unconfigure(arguments.directory, dry_run=arguments.dry_run)
+    else:
+        sink_patch.configure(
+            arguments.directory,
+            window_length=arguments.window_length,
+            num_sink_tokens=SYSTEM if arguments.keep_system else arguments.num_sink_tokens,
+            evict=TURNS if arguments.whole_turns else TOKENS,
+            keep_streams=arguments.keep_streams,
+            dry_run=arguments.dry_run,
+        )
+    if arguments.dry_run:
+        print("Nothing was written.")

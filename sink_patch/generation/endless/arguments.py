@@ -1,0 +1,112 @@
+"""What `sink_patch.stream` is given: a text in ids, and arguments of `generate` that have a meaning there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sink_patch.arguments import CACHE_IMPLEMENTATION
+from sink_patch.cache.sink_cache import SinkCache
+from sink_patch.errors import SinkArgumentError
+
+Messages = Sequence[Mapping[str, Any]]
+
+_OF_THE_TEXT = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids")
+_OF_THE_CALL = (
+    *("streamer", "max_length", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions"),
+    *("output_hidden_states", "custom_generate", "assistant_model", "keep_streams", "synced_gpus"),
+)
+_NO_STREAM = {"num_beams": 1, "num_return_sequences": 1, "prompt_lookup_num_tokens": None, "penalty_alpha": None}
+"""Options, and the value with which there is one text that grows by a token a step."""
+
+
+def ids_of(tokenizer: Any, given: Any, *, follows: bool) -> torch.Tensor:
+    """Ids [1, tokens] of what is to be read.
+
+    Raises:
+        SinkArgumentError: as for `stream`.
+    """
+    if isinstance(given, torch.Tensor):
+        ids = given if given.ndim == 2 else given[None]
+    elif isinstance(given, str):
+        ids = tokenizer(given, return_tensors="pt", add_special_tokens=not follows)["input_ids"]
+    elif isinstance(given, Sequence) and given and all(isinstance(message, Mapping) for message in given):
+        ids = _ids_of_chat(tokenizer, given)
+    else:
+        raise SinkArgumentError(
+            f"A {type(given).__name__} was given to stream. Give a text, a chat (a list of messages, each a dict with "
+            "role and content), or ids [1, tokens]; of several texts make several streams."
+        )
+    if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0 or ids.is_floating_point():
+        raise SinkArgumentError(
+            f"A stream was to begin with ids of shape {list(ids.shape)}. It needs one token at least, and has one row: "
+            "give a text that is not empty; of several texts make several streams."
+        )
+    return ids.long()
+
+
+def _ids_of_chat(tokenizer: Any, messages: Messages) -> torch.Tensor:
+    try:
+        ids = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+    except Exception as failure:  # templates are programs, and raise what they like
+        raise SinkArgumentError(
+            f"The chat template of this {type(tokenizer).__name__} cannot be applied to the messages: {failure} Pass "
+            "messages that it takes, or a text."
+        ) from failure
+    return ids["input_ids"]  # type: ignore[no-any-return]
+
+
+def asked_for(name: str, arguments: Mapping[str, Any], config: Any) -> Any:
+    """What was passed, as an argument or in the passed config; what the model's own config says is for `generate`."""
+    return arguments[name] if name in arguments else getattr(config, name, None)
+
+
+def check(model: Any, arguments: Mapping[str, Any], config: Any, cache: Any) -> None:
+    """Refuse what has no meaning in a stream.
+
+    Raises:
+        SinkArgumentError: as it says.
+    """
+    if cache is not None and not isinstance(cache, SinkCache):
+        raise SinkArgumentError(
+            f"A {type(cache).__name__} was given to stream as past_key_values. Pass a SinkCache, or none."
+        )
+    for name in _OF_THE_TEXT:
+        if arguments.get(name) is not None:
+            raise SinkArgumentError(f"{name} was given to stream. Give the ids in place of the text.")
+    for name in _OF_THE_CALL:
+        if arguments.get(name) is not None:
+            raise SinkArgumentError(
+                f"{name} was given to stream, where it has no meaning: text comes piece by piece, and ends with "
+                "max_new_tokens if at all. Leave it out, or use model.generate."
+            )
+    asked = asked_for("cache_implementation", arguments, config)
+    if asked not in (None, CACHE_IMPLEMENTATION):
+        raise SinkArgumentError(f"cache_implementation={asked!r} was given to stream, which needs a sink cache.")
+    _check_options(arguments, config, model.generation_config)
+
+
+def _check_options(arguments: Mapping[str, Any], config: Any, own: Any) -> None:
+    most = asked_for("max_new_tokens", arguments, config)
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+        raise SinkArgumentError(
+            f"max_new_tokens={most!r} was given to stream. Give a number of tokens, or leave it out."
+        )
+    for name, value in _NO_STREAM.items():
+        asked = asked_for(name, arguments, config)
+        asked = getattr(own, name, None) if asked is None else asked
+        if asked not in (None, value):
+            raise SinkArgumentError(
+                f"{name}={asked!r} is asked for in a stream, which has one text that grows token by token. Pass "
+                f"{name}={value!r}, or use model.generate."
+            )
+
+
+def taken(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Take from the arguments those that are no objects of a call, for a generation config."""
+    of_calls = ("past_key_values", "logits_processor", "stopping_criteria", "tokenizer", "prefix_allowed_tokens_fn")
+    return {name: arguments.pop(name) for name in list(arguments) if name not in of_calls}
