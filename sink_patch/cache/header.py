@@ -38,8 +38,8 @@ class RowRecord(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=T
 
     def __post_init__(self) -> None:
         if max(self.base, self.recallable, self.dropped, self.searched) > self.seen:
-            what = f"base={self.base}, recallable={self.recallable}, dropped={self.dropped}, searched={self.searched}"
-            raise ValueError(f"{what} of seen={self.seen} tokens")
+            left = f"dropped={self.dropped} and searched={self.searched}"
+            raise ValueError(f"base={self.base} and recallable={self.recallable}, {left}, of seen={self.seen} tokens")
 
 
 class KindRecord(Struct, frozen=True, forbid_unknown_fields=True):
