@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from sink_patch.arguments import Ids, Sizes
+from sink_patch.arguments import TURNS, Ids, Sizes
 from sink_patch.buffers.store import LayerStore
 from sink_patch.cache.transformers_cache import TransformersCache
 from sink_patch.errors import CacheStateError, SinkArgumentError
@@ -52,7 +52,8 @@ def new_streams(model: nn.Module, sizes: Sizes, facts: ModelFacts | None = None)
         UnsupportedModelError: the model cannot stream.
         SinkArgumentError: the window does not fit the model's positions, or it has no such ids.
     """
-    check_ids(model, "turn_start", sizes.turn_start)
+    if sizes.evict == TURNS:
+        check_ids(model, "turn_start", sizes.turn_start)
     facts = examine(model) if facts is None else facts
     clock = horizon(facts, sizes.window_length, sizes.num_sink_tokens)
     store = LayerStore(make_layers(facts, text_config(model), sizes))

@@ -82,14 +82,15 @@ class Leaving:
     def _without_messages(self, row: Row, text: RowHistory, new: list[int], stay: int, slots: Slots) -> Row:
         known = text.marks[-1].tokens  # where `newest` begins
         where = beginnings(row, len(new), self._sizes.window_length, self._sizes.num_sink_tokens, stay)
-        where = range(max(where.start, known), where.stop)
+        behind = self._longest - 1  # tokens that may be missing to a run that has begun
+        where = range(max(where.start, known, row.searched - behind), where.stop)
         if not where:
             return row
         ids = [*text.newest[where.start - known :], *new]
         place = first_beginning(ids, self._sizes.turn_start, range(len(where)))
         if place is None:
             self._tell_if_none(text, new)
-            return replace(row, searched=max(row.searched, min(where.stop, row.seen - self._longest + 1)))
+            return replace(row, searched=min(where.stop + behind, row.seen))
         return row.from_message(where.start + place, slots, self._sizes.num_sink_tokens)
 
     def _tell_if_none(self, text: RowHistory, new: list[int]) -> None:

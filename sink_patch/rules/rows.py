@@ -29,7 +29,8 @@ class Row:
             sinks can be taken back.
         dropped: tokens behind the sinks that have left in whole messages. What came behind them has moved to the front
             of the ring, so that there the row is as one that has read so many tokens fewer.
-        searched: no message that could become the first one behind the sinks begins before this absolute index.
+        searched: how many of the first tokens were looked through for a message that may become the first one behind
+            the sinks, without finding one.
 
     With a window of 4 and 2 spare slots, 3 tokens leave a row complete; 7 tokens do not, and the newest 2 of them can
     be taken back, as the 2 tokens that left the window for them lie in the spare slots.

@@ -18,14 +18,14 @@ def beginnings(row: Row, new: int, window_length: int, num_sink_tokens: int, sta
 
     With a window of 8, 2 sinks and 8 tokens held, one more token needs a message that begins at 3 or later, so that the
     sinks, it and the new token are 8 at most; at the latest it begins with the new token, at 8. None where the new
-    tokens alone do not fit beside the sinks. Indices that were searched before are left out.
+    tokens alone do not fit beside the sinks.
 
     Args:
         stays: how many of the newest tokens, new ones counted in, must stay.
     """
     first = row.seen + new + num_sink_tokens - window_length
     last = min(row.seen, row.seen + new - stays)
-    return range(max(first, row.searched), last + 1)
+    return range(first, last + 1)
 
 
 def seen_by_sliding_windows(row: Row, kinds: Iterable[LayerKind]) -> int:
