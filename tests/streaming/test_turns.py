@@ -105,7 +105,7 @@ def test_no_random_chat_is_a_counterexample(model_type):
 
 
 def test_the_window_never_begins_inside_a_message_that_fits():
-    for seed in range(8):
+    for seed in range(6):
         seen = Window(chat(seed, 400, longest=W - S - 3), W, S)
         assert worst_error(tiny("llama"), seen, [5, *[1] * 100]) <= TOLERANCE
         assert (seen.floor, seen.begins_inside) == (max(seen.floor, 80), []), seed
@@ -142,9 +142,9 @@ def test_many_layers_equal_the_naive_cache_with_the_same_floors(name):
     model_type, settings = MODELS[name]
     model = tiny(model_type, max_position_embeddings=CONTEXT, **settings)
     local = settings.get("sliding_window", 0)
-    for seed, padding in enumerate([(0,), (0, 5), (11, 2)]):
+    for seed, padding in enumerate([(0,), (11, 2)]):
         rng, steps = random.Random(seed), [13]
-        while sum(steps) < 8 * W:
+        while sum(steps) < 6 * W:
             chunk = rng.randint(2, local or W + 5)
             steps.append(chunk if rng.random() < 0.1 else 1)
         texts = [chat(10 * seed + row, sum(steps) - count, longest=W - 8) for row, count in enumerate(padding)]
@@ -163,7 +163,7 @@ def test_many_layers_equal_the_naive_cache_with_the_same_floors(name):
                 wanted = one.forward(torch.tensor([window.text[one.seen : fed - count]]))[0]
                 assert relative_error(found[row, -wanted.shape[0] :], wanted) <= TOLERANCE, (seed, fed, row)
         if len(padding) == 1 or local < W // 2:  # else a batch keeps so much for its sliding windows
-            assert all(window.floor > 6 * W for window in windows)
+            assert all(window.floor > 4 * W for window in windows)
 
 
 @torch.no_grad()
@@ -209,11 +209,11 @@ def test_rows_that_change_places_keep_their_floors():
 def test_tokens_are_taken_back_as_far_as_the_message_behind_the_sinks(model_type, margin):
     config = {"falcon": {"alibi": True}, "mistral": {"sliding_window": LOCAL}}.get(model_type, {})
     model = tiny(model_type, max_position_embeddings=CONTEXT, **config)
-    for seed in range(4):
+    for seed in range(3):
         rng, text, cache = random.Random(seed), chat(seed, 1000, longest=W - 8), turns_cache(model, W, S)
         cache.activate_past_recording(margin)
         seen, read, fed, low = Window([], W, S), 0, 0, 1
-        for number in range(60):
+        for number in range(50):
             columns = rng.choice([1, 1, 2, 4, 6, W + 3]) if number else 7
             seen.text, read = seen.text[:fed] + text[read : read + columns], read + columns
             seen.margin = max(margin, columns)
