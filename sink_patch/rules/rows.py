@@ -30,7 +30,7 @@ class Row:
         dropped: tokens behind the sinks that have left in whole messages. What came behind them has moved to the front
             of the ring, so that there the row is as one that has read so many tokens fewer.
         searched: how many of the first tokens were looked through for a message that may become the first one behind
-            the sinks, without finding one.
+            the sinks, without finding one. 0 once tokens were taken back, as the next forward may be a shorter one.
 
     With a window of 4 and 2 spare slots, 3 tokens leave a row complete; 7 tokens do not, and the newest 2 of them can
     be taken back, as the 2 tokens that left the window for them lie in the spare slots.
@@ -51,7 +51,7 @@ class Row:
     def after_failure(self, new: int, slots: Slots) -> Row:
         """The row when a forward of `new` tokens has failed: their slots are overwritten, and they are not seen."""
         recallable = max(0, min(self.recallable, slots.spare - new))
-        return replace(self, recallable=recallable, complete=self.stays_complete(new, slots))
+        return replace(self, recallable=recallable, complete=self.stays_complete(new, slots), searched=0)
 
     def can_lose(self, count: int, num_sink_tokens: int) -> bool:
         """Whether the newest `count` tokens can be taken back. Messages that have left do not come back."""
@@ -61,9 +61,9 @@ class Row:
     def without_newest(self, count: int, window_length: int) -> Row:
         """The row when they are taken back. A clock that would start behind the window goes back with them."""
         seen = self.seen - count
-        base = min(self.base, max(self.dropped, seen - window_length))
+        base = min(self.base, max(0, seen - window_length))
         recallable = max(0, self.recallable - count)
-        return replace(self, seen=seen, base=base, recallable=recallable, searched=min(self.searched, seen))
+        return replace(self, seen=seen, base=base, recallable=recallable, searched=0)
 
     def from_message(self, start: int, slots: Slots, num_sink_tokens: int) -> Row:
         """The row when all between the sinks and the message that begins at `start` have left."""

@@ -180,7 +180,9 @@ def test_an_assistant_keeps_the_system_message_too(model):
     hook = assistant.model.register_forward_pre_hook(
         lambda _, args, named: caches.update({0: named.get("past_key_values") or named.get("cache")}), with_kwargs=True
     )
-    found = run(model, SYSTEM_MESSAGE + REST, assistant_model=assistant, evict="turns", eos_token_id=500)
+    # longer than the window, so that a draft that is rejected brings back what has left for it
+    row = SYSTEM_MESSAGE + 5 * REST
+    found = run(model, row, assistant_model=assistant, evict="turns", eos_token_id=500)
     hook.remove()
     assert (found.past_key_values.num_sink_tokens, found.past_key_values.evict) == (7, "turns")
     assert (caches[0].num_sink_tokens, caches[0].evict, caches[0].window_length) == (7, "tokens", W)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from tests.support.tiny import VOCAB
 
 ROLE, SYSTEM, USER = VOCAB - 1, VOCAB - 2, VOCAB - 3
-TURN_START = ((ROLE,), (USER, ROLE))
+TURN_START = ((ROLE,), (USER, ROLE), (USER, SYSTEM, USER))
 """Runs that begin a message; `USER` alone stands in texts too."""
 
 
