@@ -78,7 +78,7 @@ def load(path: PathLike, model: nn.Module) -> tuple[Sizes, Streams]:
     saved.check_model(model, facts)
     header = saved.header
     try:
-        sizes = Sizes(header.window_length, header.num_sink_tokens, header.evict, header.turn_start)
+        sizes = Sizes(header.window_length, header.num_sink_tokens, header.evict, tuple(map(tuple, header.turn_start)))
         streams = new_streams(model, sizes, facts)
     except SinkArgumentError as error:
         raise CacheFileError(f"{path} is of a cache that this model cannot have: {error}") from error

@@ -13,7 +13,7 @@ from sink_patch.history.beginnings import first_beginning
 from sink_patch.history.record import History
 from sink_patch.history.rows import RowHistory
 from sink_patch.rules.kinds import LayerKind
-from sink_patch.rules.rows import Row, Slots
+from sink_patch.rules.rows import Row
 from sink_patch.rules.turns import beginnings, needs_room, seen_by_sliding_windows
 
 
@@ -51,7 +51,6 @@ class Leaving:
         new: Sequence[int],
         inputs: torch.Tensor,
         kinds: Sequence[LayerKind],
-        slots: Slots,
         *,
         recalled: int,
     ) -> Sequence[Row]:
@@ -63,7 +62,7 @@ class Leaving:
             rows: before it.
             new: tokens that it brings to each.
             inputs: ids [rows, columns], the new ones last.
-            kinds, slots: of the layers.
+            kinds: of the layers.
             recalled: how many of the newest tokens must be held when it is over, as they may be taken back.
         """
         if self._sizes.evict != TURNS or not any(map(self._needs_room, rows, new)):
@@ -73,13 +72,13 @@ class Leaving:
             if self._needs_room(row, count):
                 seen = seen_by_sliding_windows(row, kinds) if len(rows) > 1 else 0
                 stay = max(recalled, seen + count - self._sizes.num_sink_tokens)
-                changed[number] = self._without_messages(row, text, ids[number][-count:], stay, slots)
+                changed[number] = self._without_messages(row, text, ids[number][-count:], stay)
         return changed if changed != list(rows) else rows
 
     def _needs_room(self, row: Row, new: int) -> bool:
         return needs_room(row, new, self._sizes.window_length)
 
-    def _without_messages(self, row: Row, text: RowHistory, new: list[int], stay: int, slots: Slots) -> Row:
+    def _without_messages(self, row: Row, text: RowHistory, new: list[int], stay: int) -> Row:
         known = text.marks[-1].tokens  # where `newest` begins
         where = beginnings(row, len(new), self._sizes.window_length, self._sizes.num_sink_tokens, stay)
         behind = self._longest - 1  # tokens that may be missing to a run that has begun
@@ -91,7 +90,7 @@ class Leaving:
         if place is None:
             self._tell_if_none(text, new)
             return replace(row, searched=min(where.stop + behind, row.seen))
-        return row.from_message(where.start + place, slots, self._sizes.num_sink_tokens)
+        return row.from_message(where.start + place, self._sizes.num_sink_tokens)
 
     def _tell_if_none(self, text: RowHistory, new: list[int]) -> None:
         """Warn once where turn_start is in nothing that is known of a row: it may be of another template."""

@@ -65,11 +65,11 @@ class Row:
         recallable = max(0, self.recallable - count)
         return replace(self, seen=seen, base=base, recallable=recallable, searched=0)
 
-    def from_message(self, start: int, slots: Slots, num_sink_tokens: int) -> Row:
+    def from_message(self, start: int, num_sink_tokens: int) -> Row:
         """The row when all between the sinks and the message that begins at `start` have left."""
-        return replace(self, complete=self.complete or not slots.local, dropped=start - num_sink_tokens)
+        return replace(self, complete=True, dropped=start - num_sink_tokens)
 
     def stays_complete(self, new: int, slots: Slots) -> bool:
-        """Whether `new` more tokens leave it complete."""
+        """Whether `new` more tokens leave it complete; no message leaves a sliding window of its own."""
         held = self.seen if slots.local else self.seen - self.dropped
         return self.complete and held + new <= slots.fewest

@@ -123,11 +123,11 @@ class Streams(Rows):
     def _planned(self, inputs: torch.Tensor, mask: Any) -> list[RowPlan]:
         """The plans of a forward; whole messages have left for it where they are to."""
         rows, columns = inputs.shape[:2]
-        held, store = self.rows or [Row()] * rows, self.store
+        held = self.rows or [Row()] * rows
         self.leaving.check_ids(inputs)
         new = self.planner.new_tokens(held, self.columns, rows, columns, mask)
         recalled = max(columns, self.recalled) if self.recording else 0
-        room = self.leaving.with_room(held, new, inputs, store.kinds, store.slots, recalled=recalled)
+        room = self.leaving.with_room(held, new, inputs, self.store.kinds, recalled=recalled)
         plans = self.planner.plan(room, new, self.columns, columns)
         if room is not held:
             self._let_leave(room)
