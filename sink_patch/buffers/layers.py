@@ -81,10 +81,15 @@ class SinkLayer:
             ring.turn(turn, self.kind)
 
     def lay_out(self, kind: LayerKind, seen: Sequence[int]) -> None:
-        """Take on a kind with another number of spare slots; rows have seen `seen` tokens."""
+        """Take on a kind with another number of spare slots; rows count `seen` tokens."""
         for ring in self.rings:
             ring.lay_out(self.kind, kind, seen)
         self.kind = kind
+
+    def move_to_front(self, before: Sequence[int], after: Sequence[int]) -> None:
+        """Number the newest tokens behind the sinks anew: rows had seen `before` tokens, and count `after` now."""
+        for ring in self.rings:
+            ring.move_to_front(self.kind, before, after)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         for ring in self.rings:

@@ -96,7 +96,7 @@ class Ring:
 
     @torch.inference_mode(False)  # as in `grow`
     def lay_out(self, old: LayerKind, new: LayerKind, seen: Sequence[int]) -> None:
-        """Go from one number of spare slots to another; rows have seen `seen` tokens, which move to their new slots."""
+        """Go from one number of spare slots to another; rows count `seen` tokens, which move to their new slots."""
         held, sinks = self.buffer, new.num_sink_tokens
         if held is None:
             return
@@ -105,9 +105,23 @@ class Ring:
         laid_out[:, :, :sinks] = held[:, :, :sinks]
         for row, count in enumerate(seen):
             first = max(sinks, count - min(new.ring, old.ring))
-            kept = torch.arange(first, max(first, count), device=held.device)  # absolute indices
+            kept = torch.arange(first, max(first, count), device=held.device)
             laid_out[row, :, _slots(kept, new)] = held[row, :, _slots(kept, old)]  # [heads, tokens, dim]
         self._replace(laid_out)
+
+    def move_to_front(self, kind: LayerKind, before: Sequence[int], after: Sequence[int]) -> None:
+        """Let tokens behind the sinks leave: rows had seen `before` tokens, and are as if they had seen `after`.
+
+        The newest ones move to the slots behind the sinks, in order; the buffer stays where it is.
+        """
+        held, sinks = self.buffer, kind.num_sink_tokens
+        if held is None:
+            return
+        for row, (seen, count) in enumerate(zip(before, after, strict=True)):
+            if count < seen:
+                stay = torch.arange(sinks + seen - count, seen, device=held.device)
+                moved = held[row].index_select(1, _slots(stay, kind))  # [heads, tokens, dim]
+                held[row, :, sinks:count] = moved
 
     def _replace(self, buffer: torch.Tensor | None) -> None:
         """The one way to another buffer, so that nobody has to be told but here."""
@@ -117,5 +131,5 @@ class Ring:
 
 
 def _slots(indices: torch.Tensor, kind: LayerKind) -> torch.Tensor:
-    """Where tokens that are no sinks lie, by their absolute indices."""
+    """Where tokens that are no sinks lie, by how a kind counts them."""
     return kind.num_sink_tokens + (indices - kind.num_sink_tokens) % kind.ring

@@ -13,7 +13,7 @@ from sink_patch.buffers.layers import SinkLayer
 from sink_patch.buffers.rotation import Turn
 from sink_patch.buffers.sinks import Sinks
 from sink_patch.rules.kinds import LayerKind
-from sink_patch.rules.rows import Slots
+from sink_patch.rules.rows import Row, Slots
 
 
 class LayerStore:
@@ -43,7 +43,8 @@ class LayerStore:
         for layer in self.sink_layers:
             layer.kind_index = self.kinds.index(layer.kind)
         fewest = min((kind.slots for kind in self.kinds), default=0)
-        self.slots = Slots(fewest, min((kind.spare for kind in self.kinds), default=0))
+        spare = min((kind.spare for kind in self.kinds), default=0)
+        self.slots = Slots(fewest, spare, local=any(kind.local for kind in self.kinds))
 
     def attending_layer(self, layer_idx: int) -> SinkLayer | None:
         """The first layer with attention from `layer_idx` on, else the first of all; None: all hold states alone.
@@ -74,11 +75,16 @@ class LayerStore:
             layer.take_all_slots()
         self.sinks.bring_side_by_side()
 
-    def lay_out(self, spare: int, seen: Sequence[int]) -> None:
-        """Have so many spare slots; rows have seen `seen` tokens."""
+    def lay_out(self, spare: int, rows: Sequence[Row]) -> None:
+        """Have so many spare slots."""
         for layer in self.sink_layers:
-            layer.lay_out(replace(layer.kind, spare=spare), seen)
+            layer.lay_out(replace(layer.kind, spare=spare), [layer.kind.count(row) for row in rows])
         self.note_kinds()
+
+    def move_to_front(self, before: Sequence[Row], after: Sequence[Row]) -> None:
+        """Bring tokens to the slots that they have once whole messages have left the rows."""
+        for layer in self.sink_layers:
+            layer.move_to_front(*([layer.kind.count(row) for row in rows] for rows in (before, after)))
 
     def select_rows(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices`, in that order."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
-from sink_patch.arguments import Sizes
+from sink_patch.arguments import TURNS, Ids, Sizes
 from sink_patch.buffers.store import LayerStore
 from sink_patch.cache.transformers_cache import TransformersCache
-from sink_patch.errors import CacheStateError
+from sink_patch.errors import CacheStateError, SinkArgumentError
 from sink_patch.models.entries import text_config
 from sink_patch.models.examine import examine
 from sink_patch.models.facts import ModelFacts
@@ -48,12 +50,29 @@ def new_streams(model: nn.Module, sizes: Sizes, facts: ModelFacts | None = None)
 
     Raises:
         UnsupportedModelError: the model cannot stream.
-        SinkArgumentError: the window does not fit the model's positions.
+        SinkArgumentError: the window does not fit the model's positions, or it has no such ids.
     """
+    if sizes.evict == TURNS:
+        check_ids(model, "turn_start", sizes.turn_start)
     facts = examine(model) if facts is None else facts
     clock = horizon(facts, sizes.window_length, sizes.num_sink_tokens)
     store = LayerStore(make_layers(facts, text_config(model), sizes))
     return Streams(Planner(sizes, clock, facts), store, entrances(model))
+
+
+def check_ids(model: nn.Module, name: str, runs: Sequence[Ids]) -> None:
+    """Refuse runs of ids, of the setting `name`, that are not of the model's vocabulary.
+
+    Raises:
+        SinkArgumentError: some are not.
+    """
+    size = getattr(text_config(model), "vocab_size", None)
+    unknown = sorted({token for run in runs for token in run if size is not None and token >= size})
+    if unknown:
+        raise SinkArgumentError(
+            f"Unknown ids: {name} holds {', '.join(map(str, unknown))}, and {type(model).__name__} has a vocabulary of "
+            f"{size} tokens. Pass the ids that the tokenizer of this model gives."
+        )
 
 
 def check_holds_nothing(cache: TransformersCache, model: nn.Module) -> None:

@@ -76,8 +76,9 @@ def load(path: PathLike, model: nn.Module) -> tuple[Sizes, Streams]:
     saved = _read(path)
     facts = examine(model)
     saved.check_model(model, facts)
-    sizes = Sizes(saved.header.window_length, saved.header.num_sink_tokens)
+    header = saved.header
     try:
+        sizes = Sizes(header.window_length, header.num_sink_tokens, header.evict, tuple(map(tuple, header.turn_start)))
         streams = new_streams(model, sizes, facts)
     except SinkArgumentError as error:
         raise CacheFileError(f"{path} is of a cache that this model cannot have: {error}") from error
@@ -100,6 +101,8 @@ def _header(model: nn.Module, streams: Streams, tensors: Tensors) -> Header:
         layers=[pack_layer(layer, f"layers.{index}", store.sinks, tensors) for index, layer in enumerate(store.layers)],
         model=fingerprint(model, streams.facts, window_length, num_sink_tokens),
         history=pack_history(streams.history.rows, tensors),
+        evict=streams.sizes.evict,
+        turn_start=[list(run) for run in streams.sizes.turn_start],
     )
 
 
@@ -166,12 +169,17 @@ class _Saved:
         spare, fewest = store.slots.spare, store.slots.fewest
         unpacker.check(all(kind.spare == spare for kind in store.kinds), "its layers have different numbers of slots")
         for row in header.rows or ():
-            right = row.recallable <= spare and (not row.complete or row.seen <= fewest)
+            right = row.recallable <= spare and (not row.complete or _row(row).stays_complete(0, store.slots))
             unpacker.check(right, f"{row} does not go with {fewest} slots, {spare} of them to spare")
-        streams.rows = None if header.rows is None else [Row(**structs.asdict(row)) for row in header.rows]
+        streams.rows = None if header.rows is None else [_row(row) for row in header.rows]
         streams.columns, streams.recording = header.columns, header.recording
+        streams.recalled = spare if header.recording else 0
         streams.history.rows = [] if header.rows is None else history
         streams.history.keep_at_least(fewest)
+
+
+def _row(record: RowRecord) -> Row:
+    return Row(**structs.asdict(record))
 
 
 def _devices(model: nn.Module) -> dict[int, torch.device]:

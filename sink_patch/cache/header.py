@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta, Struct, field
 
 from sink_patch import __version__
+from sink_patch.arguments import TOKENS
 from sink_patch.errors import CacheFileError
 
 FORMAT = 1
@@ -25,17 +26,20 @@ Turning = tuple[str, int, int, list[float]]  # pairing, start, sign and inv_freq
 _Record = TypeVar("_Record", bound="Preamble")
 
 
-class RowRecord(Struct, frozen=True, forbid_unknown_fields=True):
-    """A `Row` (rules/rows.py)."""
+class RowRecord(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A `Row` (rules/rows.py); files of before know nothing of messages."""
 
     seen: Count
     base: Count
     recallable: Count
     complete: bool
+    dropped: Count = 0
+    searched: Count = 0
 
     def __post_init__(self) -> None:
-        if max(self.base, self.recallable) > self.seen:
-            raise ValueError(f"base={self.base} and recallable={self.recallable} of seen={self.seen} tokens")
+        if max(self.base, self.recallable, self.dropped, self.searched) > self.seen:
+            left = f"dropped={self.dropped} and searched={self.searched}"
+            raise ValueError(f"base={self.base} and recallable={self.recallable}, {left}, of seen={self.seen} tokens")
 
 
 class KindRecord(Struct, frozen=True, forbid_unknown_fields=True):
@@ -122,12 +126,13 @@ class Preamble(Struct, frozen=True):
     sink_patch: str
 
 
-class Header(Preamble, frozen=True):
+class Header(Preamble, frozen=True, omit_defaults=True):
     """The whole header; `sink_patch` and `transformers` are the versions that wrote it.
 
     Args:
         history: for each row, the marks of its `RowHistory` (history/rows.py); None: what was read is not known, as of
             files of before.
+        evict, turn_start: how the cache forgets (`Sizes`); files of before let single tokens leave.
     """
 
     transformers: str
@@ -139,11 +144,18 @@ class Header(Preamble, frozen=True):
     layers: list[LayerRecord]
     model: Fingerprint
     history: list[list[tuple[Count, Digest]]] | None = None
+    evict: str = TOKENS
+    turn_start: list[list[Count]] = []
 
     def __post_init__(self) -> None:
         if self.window_length <= self.num_sink_tokens:
             raise ValueError(f"window_length={self.window_length} beside num_sink_tokens={self.num_sink_tokens}")
         most = max((row.seen for row in self.rows or ()), default=0)
+        left = [row for row in self.rows or () if row.dropped]
+        if any(row.dropped + self.num_sink_tokens > row.seen for row in left) or (left and self.evict == TOKENS):
+            raise ValueError(f"evict={self.evict!r} and num_sink_tokens={self.num_sink_tokens} beside {left[0]}")
+        if self.evict != TOKENS and self.rows is not None and self.history is None:
+            raise ValueError(f"evict={self.evict!r} without the ids that were read")
         if most > self.columns or (self.rows is None and self.columns):
             raise ValueError(f"columns={self.columns} of a cache whose longest row has seen {most} tokens")
 

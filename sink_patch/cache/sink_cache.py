@@ -7,6 +7,7 @@ the newest `window_length - num_sink_tokens`; positions are positions within the
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -127,7 +128,7 @@ class SinkCache(TransformersCache):
         """
         model = unwrapped(model)
         sizes, streams = files.load(path, model)
-        cache = cls(sizes.window_length, sizes.num_sink_tokens)
+        cache = cls(**asdict(sizes))
         tie(cache, streams, model)
         return cache
 

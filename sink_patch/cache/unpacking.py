@@ -21,6 +21,7 @@ from sink_patch.cache.packing import OF_A_STATE, RINGS, UNCHANGED, Tensors, attr
 from sink_patch.errors import CacheFileError
 from sink_patch.history.rows import BLOCK, START, Mark, RowHistory
 from sink_patch.rules.kinds import LayerKind
+from sink_patch.rules.rows import Row
 
 _WRITTEN_BEFORE = frozenset({"kind_index"})  # by the first releases; it follows from the kinds
 _SET_LATER = frozenset({"conv_kernel_size", "max_batch_size", "device", "dtype"})  # by some, in a first forward
@@ -40,7 +41,7 @@ class Unpacker:
     def __init__(self, path: object, tensors: Tensors, rows: Sequence[RowRecord] | None):
         self._path, self._tensors, self._not_used = path, tensors, set(tensors)
         self._rows = None if rows is None else len(rows)
-        self._seen = max((row.seen for row in rows or ()), default=0)
+        self._held = [Row(**structs.asdict(row)) for row in rows or ()]
 
     def fill(
         self, layer: object, record: LayerRecord, name: str, sinks: Sinks, device: torch.device, *, elsewhere: bool
@@ -110,20 +111,21 @@ class Unpacker:
         self, ring: Ring, record: RingRecord, name: str, kind: LayerKind, sinks: Sinks, device: torch.device
     ) -> None:
         (_, buffer), (_, pristine) = record.entries
+        seen = max(map(kind.count, self._held), default=0)
         if buffer is None:
-            self.check(not self._seen and pristine is None, f"{name} holds nothing of {self._seen} tokens")
+            self.check(not seen and pristine is None, f"{name} holds nothing of {seen} tokens")
             return
         self.check(self._rows is not None, f"{name} holds something, and no tokens were seen")
         found = self._tensor(buffer.tensor, f"{name}.buffer", device)  # [rows, heads, slots, dim]
         self._check_states(found, 4, f"{name}.buffer")
         _, heads, slots, dim = found.shape
-        fewest = max(min(self._seen, kind.slots), kind.num_sink_tokens)
+        fewest = max(min(seen, kind.slots), kind.num_sink_tokens)
         turning = 0 if ring.rotation is None else ring.rotation.start + ring.rotation.rotary_dim
         right = fewest <= slots <= kind.slots and dim >= turning
-        self.check(right, f"{name}.buffer is of shape {list(found.shape)} for {self._seen} tokens in a {kind}")
+        self.check(right, f"{name}.buffer is of shape {list(found.shape)} for {seen} tokens in a {kind}")
         ring.buffer = found
         if pristine is None:
-            self.check(ring.owner is None or not self._seen, f"{name} has no sinks")
+            self.check(ring.owner is None or not seen, f"{name} has no sinks")
             return
         self.check(ring.owner is not None, f"{name} has sinks that turn, and none in this model")
         found = self._tensor(pristine.tensor, f"{name}.pristine", device)  # [rows, heads, num_sink_tokens, dim]

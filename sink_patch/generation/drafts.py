@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from sink_patch.arguments import CACHE_IMPLEMENTATION, Settings
+from sink_patch.arguments import CACHE_IMPLEMENTATION, TOKENS, Settings
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.models.claims import Claim, read_claim
@@ -102,9 +103,19 @@ def assistants_config(passed: Any, arguments: Mapping[str, Any]) -> Any:
 
 
 def prepare(generation_config: Any, cache: SinkCache, mode: str) -> None:
-    """Tell the sizes to an assistant to come; let an assistant's cache record as much as it may have to take back."""
+    """Tell the sizes to an assistant to come; let an assistant's cache record as much as it may have to take back.
+
+    Single tokens leave an assistant's window: what it may have to take back would hold whole messages there.
+    """
     if mode == MODE:
-        generation_config.cache_config = cache.sizes.as_settings().as_dict()
+        is_made_here = generation_config.cache_implementation == CACHE_IMPLEMENTATION
+        settings = Settings(**generation_config.cache_config) if is_made_here else cache.sizes.as_settings()
+        generation_config.cache_config = replace(settings, evict=TOKENS, keep_streams=0).as_dict()
+    record_for_assistant(generation_config, cache)
+
+
+def record_for_assistant(generation_config: Any, cache: SinkCache) -> None:
+    """Let a cache record as much as it may have to take back, if it is an assistant's."""
     if getattr(generation_config, "is_assistant", None):
         cache.activate_past_recording(2 * (generation_config.max_new_tokens or 0) + _LOOKBEHIND)
 

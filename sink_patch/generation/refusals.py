@@ -12,6 +12,7 @@ from sink_patch.arguments import CACHE_IMPLEMENTATION, SYSTEM, Settings, runs_of
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.errors import SinkArgumentError, UnsupportedGenerationError
 from sink_patch.generation import drafts
+from sink_patch.generation.inputs.system import check_has_ids
 from sink_patch.generation.request import Request
 from sink_patch.models.claims import read_claim
 from sink_patch.models.entries import unwrapped
@@ -137,7 +138,8 @@ def check_rows(attention_mask: Any) -> None:
 
 
 def check_embeds(model_kwargs: Mapping[str, Any], cache: SinkCache) -> None:
-    """Embeddings of new tokens alone, which transformers does not tell from those of the history."""
+    """Embeddings where messages leave, and those of new tokens alone, which transformers takes for the history."""
+    check_has_ids(cache.sizes.as_settings(), model_kwargs)
     embeds, mask, read = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask"), cache.get_seq_length()
     if embeds is None or not read:
         return

@@ -23,6 +23,7 @@ from sink_patch.compat import installed_shim
 from sink_patch.compat.shim import Role
 from sink_patch.generation import compiled, drafts, refusals
 from sink_patch.generation.endless.loop import Loop
+from sink_patch.generation.inputs import system
 from sink_patch.generation.inputs.prepared import keep_cache, prepare_inputs
 from sink_patch.generation.prompt import Prompt
 from sink_patch.generation.request import Request
@@ -71,7 +72,8 @@ def prepare_generation_config(
         generation_config.cache_implementation = None
     else:
         refusals.check_no_other_cache(cache)
-        generation_config.cache_config = request.settings().as_dict()
+        system.check_settings(instance, settings := request.settings(), generation_config, model_kwargs)
+        generation_config.cache_config = settings.as_dict()
     generation_config.use_cache = True  # also of a model whose config has none by default (MPT)
     return generation_config, model_kwargs
 
@@ -128,6 +130,10 @@ def _decode(
             return wrapped(*args, **kwargs)
     if drafting:
         drafts.check_assistant(given)
+    made = system.with_system(instance, given, model_kwargs, cache)
+    if made is not cache:
+        cache = made
+        drafts.record_for_assistant(given["generation_config"], cache)
     loop = given.get("streamer")
     is_new = isinstance(loop, Loop) and loop.is_new
     prompt = Prompt(instance, cache, given["input_ids"], given["generation_config"], model_kwargs, is_new=is_new)

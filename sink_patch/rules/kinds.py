@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sink_patch.rules.plans import RowPlan
+from sink_patch.rules.rows import Row
 
 Run = tuple[int, int, int]  # (first slot, first column of the forward, length)
 
@@ -33,17 +34,25 @@ class LayerKind:
     def ring(self) -> int:
         return self.slots - self.num_sink_tokens
 
+    def count(self, row: Row | RowPlan) -> int:
+        """Tokens that a row has seen, as these layers count them, where the first S are the sinks.
+
+        What has left in whole messages does not count, but in a sliding window shorter than the cache's, which keeps
+        its own.
+        """
+        return row.seen if self.local else row.seen - row.dropped
+
     def past(self, plan: RowPlan) -> int:
         """How many cached tokens the forward sees."""
         return min(plan.seen, self.capacity - min(plan.new, 1)) if self.local else plan.past
 
     def evicts(self, plan: RowPlan) -> bool:
         """Whether a token that the layer sees is overwritten."""
-        return plan.seen > 0 and plan.total > self.capacity and plan.new > self.spare
+        return plan.seen > 0 and not self.is_in_order(plan) and plan.new > self.spare
 
     def is_in_order(self, plan: RowPlan) -> bool:
         """Whether what the forward sees lies in the first slots, one after the other, when it is stored."""
-        return plan.total <= self.capacity
+        return self.count(plan) + plan.new <= self.capacity
 
     def is_the_buffer(self, columns: int) -> bool:
         """Whether what the forward sees is all that is in the buffer, in whatever order."""
@@ -51,25 +60,27 @@ class LayerKind:
 
     def past_runs(self, plan: RowPlan) -> list[tuple[int, int]]:
         """(slot, length) of the visible past in stream order: sinks, then the newest others."""
-        sinks = min(plan.seen, self.num_sink_tokens, self.past(plan))
-        recent = self.past(plan) - sinks
-        runs = [(0, sinks), *self._ring_runs(plan.seen - recent, recent)]
+        seen, past = self.count(plan), self.past(plan)
+        sinks = min(seen, self.num_sink_tokens, past)
+        runs = [(0, sinks), *self._ring_runs(seen - (past - sinks), past - sinks)]
         return [run for run in runs if run[1] > 0]
 
     def write_runs(self, plan: RowPlan, columns: int) -> list[Run]:
         """The tokens of the forward that stay, as runs; padding, if any, is to the left of a row's tokens."""
-        first_column = columns - plan.new - plan.seen  # column of absolute index 0
-        sinks = max(0, min(self.num_sink_tokens, plan.total) - plan.seen)
-        start = max(plan.seen + sinks, plan.total - self.ring)
-        runs = [(plan.seen, plan.seen + first_column, sinks)]
+        seen = self.count(plan)
+        total = seen + plan.new
+        first_column = columns - total  # column of index 0
+        sinks = max(0, min(self.num_sink_tokens, total) - seen)
+        start = max(seen + sinks, total - self.ring)
+        runs = [(seen, seen + first_column, sinks)]
         index = start
-        for slot, length in self._ring_runs(start, plan.total - start):
+        for slot, length in self._ring_runs(start, total - start):
             runs.append((slot, index + first_column, length))
             index += length
         return [run for run in runs if run[2] > 0]
 
     def _ring_runs(self, start: int, count: int) -> list[tuple[int, int]]:
-        """Slots of the absolute indices start, ..., start + count - 1, none of them a sink's; at most one wrap."""
+        """Slots of the indices start, ..., start + count - 1, none of them a sink's; at most one wrap."""
         if count <= 0:
             return []
         offset = (start - self.num_sink_tokens) % self.ring

@@ -17,7 +17,8 @@ class RowPlan:
     """One stream during one forward.
 
     `past` cached tokens are visible in a layer with sinks; sink s is shown at absolute position s + `shift`; the ring's
-    keys are first turned back by `turn` positions, which makes the clock's base `base`.
+    keys are first turned back by `turn` positions, which makes the clock's base `base`. `dropped` tokens have left in
+    whole messages (`Row`).
     """
 
     seen: int
@@ -26,6 +27,7 @@ class RowPlan:
     shift: int
     base: int
     turn: int
+    dropped: int = 0
 
     @property
     def total(self) -> int:
@@ -50,12 +52,14 @@ def plan_row(row: Row, new: int, window_length: int, num_sink_tokens: int, horiz
     3. A full window and few new tokens: room is made first, so that W tokens are visible in all.
     4. More new tokens than the ring holds: the sinks and the new tokens.
 
+    Where whole messages have left, tokens count from there on: "n" is without those.
     Where the newest RoPE position would reach `horizon`, the clock is set back so that the cache starts at 0 again.
     """
-    past, shift = _visible(row.seen, new, window_length, num_sink_tokens)
+    past, shift = _visible(row.seen - row.dropped, new, window_length, num_sink_tokens)
+    shift += row.dropped
     newest_position = row.seen + new - 1 - row.base
     base = shift if newest_position >= horizon and shift > row.base else row.base
-    return RowPlan(seen=row.seen, new=new, past=past, shift=shift, base=base, turn=base - row.base)
+    return RowPlan(row.seen, new, past, shift, base, turn=base - row.base, dropped=row.dropped)
 
 
 def _visible(seen: int, new: int, window_length: int, num_sink_tokens: int) -> tuple[int, int]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Slots:
-    """How many slots there are: `fewest` of any layer, `spare` of them for tokens that have left the window."""
+    """How many slots there are: `fewest` of any layer, `spare` of them for tokens that have left the window.
+
+    `local`: whether some layers have a sliding window of their own, which are the ones with the fewest.
+    """
 
     fewest: int
     spare: int = 0
+    local: bool = False
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,12 @@ class Row:
         seen: tokens of the stream so far, padding not counted.
         base: how far the RoPE clock has been set back: a token's position is its absolute index minus `base`.
         recallable: how many of the newest tokens can be taken back although tokens have left the window for them.
-        complete: whether nothing was ever overwritten, so that any number of tokens can be taken back.
+        complete: whether nothing was overwritten since the last message left, so that any number of tokens behind the
+            sinks can be taken back.
+        dropped: tokens behind the sinks that have left in whole messages. What came behind them has moved to the front
+            of the ring, so that there the row is as one that has read so many tokens fewer.
+        searched: how many of the first tokens were looked through for a message that may become the first one behind
+            the sinks, without finding one. 0 once tokens were taken back, as the next forward may be a shorter one.
 
     With a window of 4 and 2 spare slots, 3 tokens leave a row complete; 7 tokens do not, and the newest 2 of them can
     be taken back, as the 2 tokens that left the window for them lie in the spare slots.
@@ -31,26 +40,36 @@ class Row:
     base: int = 0
     recallable: int = 0
     complete: bool = True
+    dropped: int = 0
+    searched: int = 0
 
     def after(self, new: int, slots: Slots) -> Row:
         """The row when `new` more tokens are stored."""
-        return Row(
-            self.seen + new, self.base, min(slots.spare, self.recallable + new), self._stays_complete(new, slots)
-        )
+        recallable = min(slots.spare, self.recallable + new)
+        return replace(self, seen=self.seen + new, recallable=recallable, complete=self.stays_complete(new, slots))
 
     def after_failure(self, new: int, slots: Slots) -> Row:
         """The row when a forward of `new` tokens has failed: their slots are overwritten, and they are not seen."""
         recallable = max(0, min(self.recallable, slots.spare - new))
-        return Row(self.seen, self.base, recallable, self._stays_complete(new, slots))
+        return replace(self, recallable=recallable, complete=self.stays_complete(new, slots), searched=0)
 
-    def can_lose(self, count: int) -> bool:
-        """Whether the newest `count` tokens can be taken back."""
-        return count <= self.seen if self.complete else count <= self.recallable
+    def can_lose(self, count: int, num_sink_tokens: int) -> bool:
+        """Whether the newest `count` tokens can be taken back. Messages that have left do not come back."""
+        held = self.seen - self.dropped - num_sink_tokens if self.dropped else self.seen
+        return count <= held and (self.complete or count <= self.recallable)
 
     def without_newest(self, count: int, window_length: int) -> Row:
         """The row when they are taken back. A clock that would start behind the window goes back with them."""
         seen = self.seen - count
-        return Row(seen, min(self.base, max(0, seen - window_length)), max(0, self.recallable - count), self.complete)
+        base = min(self.base, max(0, seen - window_length))
+        recallable = max(0, self.recallable - count)
+        return replace(self, seen=seen, base=base, recallable=recallable, searched=0)
 
-    def _stays_complete(self, new: int, slots: Slots) -> bool:
-        return self.complete and self.seen + new <= slots.fewest
+    def from_message(self, start: int, num_sink_tokens: int) -> Row:
+        """The row when all between the sinks and the message that begins at `start` have left."""
+        return replace(self, complete=True, dropped=start - num_sink_tokens)
+
+    def stays_complete(self, new: int, slots: Slots) -> bool:
+        """Whether `new` more tokens leave it complete; no message leaves a sliding window of its own."""
+        held = self.seen if slots.local else self.seen - self.dropped
+        return self.complete and held + new <= slots.fewest

@@ -18,6 +18,7 @@ from sink_patch.buffers.layouts import Layout
 from sink_patch.buffers.store import LayerStore
 from sink_patch.rules.kinds import LayerKind
 from sink_patch.rules.plans import RowPlan
+from sink_patch.rules.rows import Row
 from sink_patch.streaming.steps import Step
 
 HAVE_GRAPHS = ("cuda",)  # devices on which torch can replay what it has recorded
@@ -44,7 +45,7 @@ class FixedLayout(Layout):
 
     def prepare(self, plans: Sequence[RowPlan]) -> None:
         """Say where the next token of each row goes."""
-        seen = [plan.seen for plan in plans]
+        seen = [self.kind.count(plan) for plan in plans]
         slots = [self.kind.write_runs(plan, columns=1)[0][0] for plan in plans]
         if self._held != seen:
             filled = torch.tensor([min(count, self.length) for count in seen])[:, None]  # [rows, 1]
@@ -52,7 +53,7 @@ class FixedLayout(Layout):
         fill(self.slots, slots)
         if min(seen) < self.length:
             self.visible.scatter_(1, self.slots[:, None], 1)
-        self._held = [plan.total for plan in plans]
+        self._held = [count + 1 for count in seen]
 
     def write(self, buffer: torch.Tensor, states: torch.Tensor) -> None:
         """Copy states [rows, heads, 1, dim] into buffer [rows, heads, length, dim]."""
@@ -96,10 +97,11 @@ class FixedStep(Step):
         return len(kinds) > 0 and not any(kind.ordered for kind in kinds)
 
     @staticmethod
-    def is_ready(kinds: Sequence[LayerKind], seen: Sequence[int]) -> bool:
-        """Whether they can be now that the rows have seen so many tokens: all sinks are in, nothing unseen is held."""
-        enough = max(kind.num_sink_tokens if len(kinds) == 1 else kind.capacity for kind in kinds)
-        return min(seen) >= enough and not any(kind.spare for kind in kinds)
+    def is_ready(kinds: Sequence[LayerKind], rows: Sequence[Row]) -> bool:
+        """Whether they can be now: all sinks of the rows are in, nothing unseen is held."""
+        enough = [kind.num_sink_tokens if len(kinds) == 1 else kind.capacity for kind in kinds]
+        are_in = all(kind.count(row) >= count for kind, count in zip(kinds, enough, strict=True) for row in rows)
+        return are_in and not any(kind.spare for kind in kinds)
 
     def is_of(self, layers: Sequence[SinkLayer]) -> bool:
         """Whether these layers still lie where they lay when it was made."""

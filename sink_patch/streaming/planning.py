@@ -28,8 +28,8 @@ class Planner:
     horizon: int
     facts: ModelFacts
 
-    def plan(self, held: Sequence[Row], fed: int, rows: int, columns: int, attention_mask: Any) -> list[RowPlan]:
-        """One plan for each row of a forward.
+    def new_tokens(self, held: Sequence[Row], fed: int, rows: int, columns: int, attention_mask: Any) -> list[int]:
+        """How many tokens a forward brings to each row.
 
         Args:
             held: the rows so far.
@@ -38,8 +38,7 @@ class Planner:
             attention_mask: None, or [rows, fed + columns] or [rows, columns], 1 for real tokens.
 
         Raises:
-            CacheStateError: another batch size, more positions than there are, padding that a state would take in, or
-                tokens that this model can only take one by one.
+            CacheStateError: another batch size, or padding that a state would take in.
             SinkArgumentError: a mask that does not fit, or no tokens.
         """
         if len(held) != rows:
@@ -54,6 +53,19 @@ class Planner:
                 "Padding in the middle of a stream would enter the recurrent state of this model. Feed rows of one "
                 "length, or the new tokens of each row by themselves."
             )
+        return new
+
+    def plan(self, held: Sequence[Row], new: Sequence[int], fed: int, columns: int) -> list[RowPlan]:
+        """One plan for each row of a forward.
+
+        Args:
+            held: the rows so far, with room for it.
+            new: how many tokens it brings to each.
+            fed, columns: as for `new_tokens`.
+
+        Raises:
+            CacheStateError: more positions than there are, or tokens that this model can only take one by one.
+        """
         window_length, num_sink_tokens = self.sizes.window_length, self.sizes.num_sink_tokens
         made = {
             key: plan_row(*key, window_length, num_sink_tokens, self.horizon)
@@ -62,7 +74,8 @@ class Planner:
         plans = [made[key] for key in zip(held, new, strict=True)]
         self._check_positions(plan.first_position + plan.new for plan in plans)
         if fed and columns > 1:
-            self._check_one_by_one(max(plan.past for plan in plans), columns)
+            # of sliding windows no message leaves
+            self._check_one_by_one(max(plan.seen if plan.dropped else plan.past for plan in plans), columns)
         return plans
 
     def fits_in_one_forward(self, held: Sequence[Row], columns: int) -> bool:

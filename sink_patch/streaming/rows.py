@@ -12,6 +12,7 @@ from sink_patch.arguments import Sizes
 from sink_patch.buffers.rotation import Turn
 from sink_patch.buffers.store import LayerStore
 from sink_patch.errors import CacheStateError
+from sink_patch.history.leaving import Leaving
 from sink_patch.history.record import History
 from sink_patch.models.facts import ModelFacts
 from sink_patch.rules.plans import RowPlan
@@ -26,7 +27,7 @@ class Rows:
 
     `rows` are the streams, None before the first forward; `columns` the columns fed so far, padding counted in;
     `forward` the forward in progress, which all verbs here look at first; `recording` whether what leaves the window
-    must be able to come back; `history` which tokens the rows have read.
+    must be able to come back, `recalled` for how many tokens at least; `history` what was read; `leaving` makes room.
 
     Args:
         sizes: of the cache.
@@ -37,10 +38,10 @@ class Rows:
     def __init__(self, sizes: Sizes, store: LayerStore, facts: ModelFacts):
         self.sizes, self.store, self.facts = sizes, store, facts
         self.forward = Forward()
-        self.recording = False
+        self.recording, self.recalled, self.columns = False, 0, 0
         self.rows: list[Row] | None = None
-        self.columns = 0
         self.history = History(max(sizes.window_length, store.slots.fewest))
+        self.leaving = Leaving(sizes, self.history)
 
     def mask_of_past(self) -> torch.Tensor:
         """An attention mask over all columns fed so far, int64 [rows, columns]: padding counts as the oldest ones."""
@@ -94,10 +95,10 @@ class Rows:
         if self.rows is None or not any(counts):
             return None
         for number, (row, count) in enumerate(zip(self.rows, counts, strict=True)):
-            if count and (self.facts.has_states or count < 0 or not row.can_lose(count)):
+            if count and (self.facts.has_states or count < 0 or not row.can_lose(count, self.sizes.num_sink_tokens)):
                 return number
-        lost = zip(self.rows, counts, strict=True)
-        self._move_clock([row.without_newest(count, self.sizes.window_length) for row, count in lost])
+        lost, window_length = zip(self.rows, counts, strict=True), self.sizes.window_length
+        self._move_clock([row.without_newest(count, window_length) for row, count in lost])
         self.history.crop(counts)
         self.columns -= columns
         return None
@@ -110,7 +111,7 @@ class Rows:
         """
         self.check_between_forwards("told to record its past")
         self.forward.check_whole()
-        self.recording = True
+        self.recording, self.recalled = True, max(self.recalled, tokens)
         self._have_spare(tokens)
 
     def stop_recording(self) -> None:
@@ -120,7 +121,7 @@ class Rows:
             CacheStateError: a forward is in progress.
         """
         self.check_between_forwards("told not to record its past")
-        self.recording = False
+        self.recording, self.recalled = False, 0
         self._lay_out(0)
 
     def check_between_forwards(self, asked: str, called: nn.Module | None = None) -> None:
@@ -153,9 +154,8 @@ class Rows:
             return
         slots = self.store.slots
         self.rows = [row.after_failure(plan.new, slots) for row, plan in zip(self.rows, step.plans, strict=True)]
-        stored = phase is Phase.STORING
-        overwritten = stored and any(kind.evicts(plan) for kind in self.store.kinds for plan in step.plans)
-        if overwritten or self.facts.has_states:
+        evicts = any(kind.evicts(plan) for kind in self.store.kinds for plan in step.plans)
+        if (evicts and phase is Phase.STORING) or self.facts.has_states:
             self.forward.break_off("A forward with this cache failed half-way, after it had overwritten old tokens.")
         else:
             self.forward.done()
@@ -175,10 +175,16 @@ class Rows:
         if all(kind.spare == spare for kind in self.store.kinds):
             return
         with self.forward.broken_unless_finished("The slots of this cache could not be laid out anew to the end."):
-            self.store.lay_out(spare, [row.seen for row in self.rows or ()])
+            self.store.lay_out(spare, self.rows or ())
             slots = self.store.slots
             self.history.keep_at_least(slots.fewest)
             self.rows = None if self.rows is None else [row.after_failure(0, slots) for row in self.rows]
+
+    def _let_leave(self, rows: Sequence[Row]) -> None:
+        """Bring what has not left to the front of the rings; the rows are then `rows`."""
+        with self.forward.broken_unless_finished("Messages could not be taken out of this cache to the end."):
+            self.store.move_to_front(self.rows or (), rows)
+        self.rows = list(rows)
 
     def _set_clock(self, plans: Sequence[RowPlan]) -> None:
         """Turn all rings back where the newest position would reach the horizon."""

@@ -104,23 +104,34 @@ class Streams(Rows):
         Raises:
             CacheStateError: what `Planner.plan` raises; a forward is in progress; or old tokens were lost.
         """
-        rows, columns = inputs.shape[:2]
+        columns, device = inputs.shape[1], inputs.device
         self.check_between_forwards("fed", called=module)
         self.forward.check_whole()
-        mask = None if columns == 1 and self._is_generated() else attention_mask
-        plans = self.planner.plan(self.rows or [Row()] * rows, self.columns, rows, columns, mask)
+        plans = self._planned(inputs, None if columns == 1 and self._is_generated() else attention_mask)
         self.history.note(inputs, [plan.new for plan in plans])
         if self.recording:
             self._have_spare(columns)
         fixed = fixed and all(plan.new == 1 for plan in plans)
-        step = self._fixed.prepared(plans, inputs.device) if fixed else self._step(plans, columns, inputs.device)
+        if any(plan.dropped for plan in plans):  # then the window is not full, and some layers need that
+            fixed = fixed and self.can_be_fixed_now
+        step = self._fixed.prepared(plans, device) if fixed else Step(plans, columns, self.store.kinds, device)
         self._set_clock(plans)
         self.store.sinks.show(step.sink_turn)
         self.forward.begin(module, step, outside_the_call=outside_the_call)
         return replaced_inputs(step, self.facts, attention_mask)
 
-    def _step(self, plans: Sequence[RowPlan], columns: int, device: torch.device) -> Step:
-        return Step(plans, columns, self.store.kinds, device)
+    def _planned(self, inputs: torch.Tensor, mask: Any) -> list[RowPlan]:
+        """The plans of a forward; whole messages have left for it where they are to."""
+        rows, columns = inputs.shape[:2]
+        held = self.rows or [Row()] * rows
+        self.leaving.check_ids(inputs)
+        new = self.planner.new_tokens(held, self.columns, rows, columns, mask)
+        recalled = max(columns, self.recalled) if self.recording else 0
+        room = self.leaving.with_room(held, new, inputs, self.store.kinds, recalled=recalled)
+        plans = self.planner.plan(room, new, self.columns, columns)
+        if room is not held:
+            self._let_leave(room)
+        return plans
 
     def end(self, module: nn.Module, *, completed: bool) -> None:
         """The call of `module` has ended; with it the forward, if it began there.
@@ -183,6 +194,6 @@ class Streams(Rows):
         """Whether the next one may."""
         if not self.can_be_fixed or self.recording or self.rows is None:
             return False
-        if not FixedStep.is_ready(self.store.kinds, [row.seen for row in self.rows]):
+        if not FixedStep.is_ready(self.store.kinds, self.rows):
             return False
         return self._fixed.can_be_ready()

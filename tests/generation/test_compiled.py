@@ -15,6 +15,7 @@ from transformers import CompileConfig
 from sink_patch import SinkCache
 from sink_patch.streaming import fixed
 from tests.support import zoo
+from tests.support.chats import Window
 from tests.support.known_gaps import is_newest, skip_if_model_is_newer
 from tests.support.oracle import relative_error, visible_tokens
 from tests.support.replay import cache_name
@@ -94,6 +95,49 @@ def test_the_logits_of_each_token_equal_the_oracle():
         assert relative_error(logits, wanted) < 1e-5
 
 
+TURNS = {"evict": "turns", "turn_start": [[token] for token in range(0, 97, 8)], "do_sample": True}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "cohere", "gemma3_text"])
+def test_the_graph_stays_the_same_when_whole_messages_leave(model_type, monkeypatch):
+    """With two kinds of layers it runs where all are full; plain forwards fill the room that a message has left."""
+    monkeypatch.setattr(fixed, "HAVE_GRAPHS", ("cpu",))
+    model = tiny(model_type, layers=2, attention="sdpa", max_position_embeddings=CONTEXT, **MODELS[model_type])
+    for prompt in (1, 6, 2 * W):
+        ids, found = tokens(prompt, seed=prompt), []
+        for compiled in ({"compile_config": graph_config()}, {}):
+            torch.manual_seed(prompt)
+            found.append(run(model, ids, **TURNS, **compiled))
+        assert_same(*found)
+    assert graphs() == (1, 0)
+
+
+def test_the_logits_of_each_token_equal_the_oracle_when_whole_messages_leave():
+    model, ids = tiny("llama", attention="sdpa", max_position_embeddings=CONTEXT), tokens(6)
+    torch.manual_seed(0)
+    out = run(model, ids, compile_config=graph_config(), top_k=0, **TURNS)
+    window = Window(out.sequences[0].tolist(), W, S, runs=TURNS["turn_start"])
+    for step, logits in enumerate(out.logits[1:]):
+        with torch.no_grad():
+            visible = out.sequences[:, window.visible(ids.shape[1] + step, 1)]
+            wanted = model(visible, use_cache=False).logits[:, -1]
+        assert relative_error(logits, wanted) < 1e-5
+    assert window.floor > 3 * W
+    assert graphs() == (1, 0)
+
+
+def test_rows_of_different_lengths_lose_whole_messages_of_their_own():
+    model = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT)
+    ids, mask = tokens(14, rows=2), torch.ones(2, 14, dtype=torch.long)
+    mask[1, :9] = 0
+    found = []
+    for compiled in ({"compile_config": graph_config()}, {}):
+        torch.manual_seed(0)
+        found.append(run(model, ids, attention_mask=mask, pad_token_id=0, **TURNS, **compiled))
+    assert_same(*found)
+    assert graphs() == (1, 0)
+
+
 def test_rows_of_different_lengths_and_a_second_turn():
     model = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT)
     ids, mask = tokens(14, rows=2), torch.ones(2, 14, dtype=torch.long)
@@ -121,8 +165,9 @@ def test_two_kinds_of_layers_in_rows_of_different_lengths():
     assert graphs() == (1, 0)
 
 
+@pytest.mark.parametrize("evict", ["tokens", "turns"])
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
-def test_a_graph_writes_only_to_static_inputs_at_fixed_addresses(model_type, monkeypatch):
+def test_a_graph_writes_only_to_static_inputs_at_fixed_addresses(model_type, evict, monkeypatch):
     """Otherwise torch does not use CUDA graphs (torch/_inductor/cudagraph_utils.py, on mutated inputs)."""
     monkeypatch.setattr(fixed, "HAVE_GRAPHS", ("cpu",))
     model = tiny(model_type, layers=2, attention="sdpa", max_position_embeddings=CONTEXT, **MODELS[model_type])
@@ -147,8 +192,8 @@ def test_a_graph_writes_only_to_static_inputs_at_fixed_addresses(model_type, mon
 
         return call
 
-    run(model, tokens(6), compile_config=graph_config(backend))
-    assert len(addresses) > 4 * W
+    run(model, tokens(6), compile_config=graph_config(backend), **(TURNS if evict == "turns" else {}))
+    assert len(addresses) > (4 * W if (evict, model_type) != ("turns", "gemma3_text") else 0)
     assert all(here == addresses[0] for here in addresses)
 
 

@@ -28,7 +28,10 @@ def visible_past(seen: int, new: int, window_length: int, num_sink_tokens: int) 
 
 
 class NaiveCache(BareCache):
-    """One stream through a float64 copy of `model`, fed by `forward`."""
+    """One stream through a float64 copy of `model`, fed by `forward`.
+
+    `floor` is the absolute index of the first token behind the sinks that has not left in a whole message.
+    """
 
     def __init__(self, model: PreTrainedModel, window_length: int, num_sink_tokens: int):
         super().__init__()
@@ -41,13 +44,14 @@ class NaiveCache(BareCache):
         self.types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         self.sliding_window = config.sliding_window if "sliding_attention" in self.types else None
         self.stored: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # (un-rotated keys, values) of all tokens
-        self.seen = 0
+        self.seen = self.floor = 0
 
     @torch.no_grad()
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Logits [rows, columns, vocab] of the next tokens [rows, columns] of the stream."""
         new = token_ids.shape[1]
         past = visible_past(self.seen, new, self.window_length, self.num_sink_tokens)
+        past = [index for index in past if index < self.num_sink_tokens or index >= self.floor]
         # positions within the cache: 0, 1, ... for what layers with sinks see, the new tokens last
         self.queries = torch.arange(len(past), len(past) + new)
         self.visible = {"full_attention": (past, torch.arange(len(past)))}

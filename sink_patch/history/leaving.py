@@ -1,0 +1,106 @@
+"""Whole messages leave a full window (`evict="turns"`), found by the ids that the rows have read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from sink_patch.arguments import TURNS, Sizes
+from sink_patch.errors import SinkArgumentError, tell
+from sink_patch.history.beginnings import first_beginning
+from sink_patch.history.record import History
+from sink_patch.history.rows import RowHistory
+from sink_patch.rules.kinds import LayerKind
+from sink_patch.rules.rows import Row
+from sink_patch.rules.turns import beginnings, needs_room, seen_by_sliding_windows
+
+
+class Leaving:
+    """Makes room for a forward by letting the oldest messages of a row leave, as few as will do.
+
+    Ids wait on the device, and to look at them is to wait for it. So that is done where room is needed only: once for
+    what leaves; in each forward where one message is longer than the window, and single tokens leave.
+
+    Args:
+        sizes: of the cache.
+        history: what its rows have read.
+    """
+
+    def __init__(self, sizes: Sizes, history: History):
+        self._sizes, self._history = sizes, history
+        self._longest = max(map(len, sizes.turn_start), default=0)
+        self._has_asked = False  # whether the ids of messages come up at all
+
+    def check_ids(self, inputs: torch.Tensor) -> None:
+        """Refuse embeddings [rows, columns, hidden] where messages are to leave: they do not say where one begins.
+
+        Raises:
+            SinkArgumentError: as it says.
+        """
+        if self._sizes.evict == TURNS and inputs.ndim != 2:
+            raise SinkArgumentError(
+                f"inputs_embeds were given with a SinkCache of evict={TURNS!r}, which finds by their ids where "
+                "messages begin. Pass input_ids, or use evict='tokens'. (Prompt tuning feeds embeddings too.)"
+            )
+
+    def with_room(
+        self,
+        rows: Sequence[Row],
+        new: Sequence[int],
+        inputs: torch.Tensor,
+        kinds: Sequence[LayerKind],
+        *,
+        recalled: int,
+    ) -> Sequence[Row]:
+        """The rows once messages have left them for a forward; the same object where all stay.
+
+        One mask serves all rows. So in a batch with sliding windows as many tokens stay as those see.
+
+        Args:
+            rows: before it.
+            new: tokens that it brings to each.
+            inputs: ids [rows, columns], the new ones last.
+            kinds: of the layers.
+            recalled: how many of the newest tokens must be held when it is over, as they may be taken back.
+        """
+        if self._sizes.evict != TURNS or not any(map(self._needs_room, rows, new)):
+            return rows
+        texts, ids, changed = self._history.rows or (), inputs.tolist(), list(rows)
+        for number, (row, count, text) in enumerate(zip(rows, new, texts, strict=True)):
+            if self._needs_room(row, count):
+                seen = seen_by_sliding_windows(row, kinds) if len(rows) > 1 else 0
+                stay = max(recalled, seen + count - self._sizes.num_sink_tokens)
+                changed[number] = self._without_messages(row, text, ids[number][-count:], stay)
+        return changed if changed != list(rows) else rows
+
+    def _needs_room(self, row: Row, new: int) -> bool:
+        return needs_room(row, new, self._sizes.window_length)
+
+    def _without_messages(self, row: Row, text: RowHistory, new: list[int], stay: int) -> Row:
+        known = text.marks[-1].tokens  # where `newest` begins
+        where = beginnings(row, len(new), self._sizes.window_length, self._sizes.num_sink_tokens, stay)
+        behind = self._longest - 1  # tokens that may be missing to a run that has begun
+        where = range(max(where.start, known, row.searched - behind), where.stop)
+        if not where:
+            return row
+        ids = [*text.newest[where.start - known :], *new]
+        place = first_beginning(ids, self._sizes.turn_start, range(len(where)))
+        if place is None:
+            self._tell_if_none(text, new)
+            return replace(row, searched=min(where.stop + behind, row.seen))
+        return row.from_message(where.start + place, self._sizes.num_sink_tokens)
+
+    def _tell_if_none(self, text: RowHistory, new: list[int]) -> None:
+        """Warn once where turn_start is in nothing that is known of a row: it may be of another template."""
+        if self._has_asked:
+            return
+        self._has_asked = True
+        known = [[*text.first], [*text.newest, *new]]
+        if all(first_beginning(ids, self._sizes.turn_start, range(len(ids))) is None for ids in known):
+            tell(
+                f"No message begins in the text of this SinkCache of evict={TURNS!r}: turn_start="
+                f"{self._sizes.turn_start} is not in it. Single tokens leave the window until one begins. Pass the ids "
+                "that begin a message in the chat template of the model."
+            )
