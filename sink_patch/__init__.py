@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # the public names, each with its home: imported when it is f
     from sink_patch.errors import UnsupportedModelError as UnsupportedModelError
     from sink_patch.errors import UnsupportedTransformersError as UnsupportedTransformersError
     from sink_patch.generation.chat import count_sink_tokens as count_sink_tokens
+    from sink_patch.kept.public import kept_streams as kept_streams
     from sink_patch.models.adapters.adapter import Adapter as Adapter
     from sink_patch.models.adapters.rope import no_positions as no_positions
     from sink_patch.models.adapters.rope import rope as rope

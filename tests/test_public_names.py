@@ -25,7 +25,7 @@ ERRORS = {
 """Our errors, and the built-in one by which each may be caught as well."""
 
 NAMES = {
-    *("SinkCache", "count_sink_tokens", "patch", "unpatch", "is_patched", "inspect", "Report"),
+    *("SinkCache", "count_sink_tokens", "patch", "unpatch", "is_patched", "inspect", "Report", "kept_streams"),
     *("register_family", "families", "Family", "PositionLimit", "coverage", "Coverage", "Verdict"),
     *("Adapter", "Rotation", "rope", "no_positions", "sinusoidal_table"),
     *("SinkPatchError", "SinkPatchWarning", *ERRORS),

@@ -7,6 +7,7 @@ once), `decode` or `decode_with_drafts` (the prompt goes in).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from sink_patch.generation import compiled, drafts, refusals
 from sink_patch.generation.inputs.prepared import keep_cache, prepare_inputs
 from sink_patch.generation.prompt import Prompt
 from sink_patch.generation.request import Request
+from sink_patch.kept.calls import KeptCall, note
 from sink_patch.models.claims import read_claim
 from sink_patch.models.entries import cache_argument, unwrapped
 from sink_patch.models.examine import examine
@@ -95,7 +97,9 @@ def prepare_cache(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], 
     with guarded(None):  # it may be its own assistant, in the midst of another call
         facts = examine(unwrapped(instance), rows)
     if is_made_here:
-        cache = SinkCache(**asdict(Settings(**generation_config.cache_config).sizes()))
+        settings = Settings(**generation_config.cache_config)
+        cache = SinkCache(**asdict(settings.sizes()))
+        note(generation_config, settings.keep_streams)
     bind(cache, unwrapped(instance), facts)
     if is_made_here:
         model_kwargs[cache_argument(instance)] = cache
@@ -127,10 +131,18 @@ def _decode(
             return wrapped(*args, **kwargs)
     if drafting:
         drafts.check_assistant(given)
+    kept = KeptCall.of(instance, cache, given["input_ids"], given["generation_config"], model_kwargs)
+    if kept is not None:
+        cache = model_kwargs[cache_argument(instance)] = kept.cache
     prompt = Prompt(instance, cache, given["input_ids"], given["generation_config"], model_kwargs)
     if drafting:
         drafts.check_history(prompt.columns)
-    with guarded(cache), prompt.fed(drafting=drafting), drafts.recorded(cache, drafting=drafting):
+    with contextlib.ExitStack() as call:
+        if kept is not None:
+            call.enter_context(kept.kept())
+        call.enter_context(guarded(cache))
+        call.enter_context(prompt.fed(drafting=drafting, kept=kept))
+        call.enter_context(drafts.recorded(cache, drafting=drafting))
         return wrapped(*bound.args, **bound.kwargs)
 
 
