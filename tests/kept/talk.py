@@ -79,13 +79,16 @@ class Talk:
 
     Args:
         model: on whose forwards a hook of `counted` writes into `forwards`.
-        calls: prompts and forwards of the calls that went on in each other, for `replay`.
+        asked: arguments of `generate`.
+        calls: those that went on in each other, for `replayed`.
+        others: talks whose streams this one may go on in.
     """
 
     model: PreTrainedModel
     forwards: list[int]
     asked: dict[str, Any] = field(default_factory=lambda: {**SINK, "keep_streams": 8, "do_sample": False})
     calls: list[Call] = field(default_factory=list)
+    others: Sequence[Talk] = ()
 
     def __post_init__(self) -> None:
         self._replay = Replay(self.model)
@@ -105,14 +108,24 @@ class Talk:
 
     def _note(self, prompt: torch.Tensor, known: int) -> None:
         """Of the calls before, keep the forwards that brought what was known; they end where a forward ended."""
-        calls, seen = [], 0
-        for text, forwards in self.calls:
-            kept = []
-            for columns in forwards:
-                if seen < known:
-                    kept.append(columns)
-                    seen += columns
-            if kept:
-                calls.append((text, kept))
-        assert seen == known, (seen, known)
-        self.calls = [*calls, (prompt, list(self.forwards))]
+        cuts = (_cut(calls, prompt, known) for calls in (self.calls, *(other.calls for other in self.others)))
+        found = next((calls for calls in cuts if calls is not None), None)
+        assert found is not None, f"no talk has read the first {known} tokens by themselves"
+        self.calls = [*found, (prompt, list(self.forwards))]
+
+
+def _cut(calls: Sequence[Call], prompt: torch.Tensor, known: int) -> list[Call] | None:
+    """The forwards of some calls that read the first tokens of a prompt, so many; None: there are none."""
+    cut, seen = [], 0
+    for text, forwards in calls:
+        kept = []
+        for columns in forwards:
+            if seen < known:
+                kept.append(columns)
+                seen += columns
+        if kept:
+            cut.append((text, kept))
+            both = min(text.shape[1], seen, known)
+            if not torch.equal(text[:, :both], prompt[:, :both]):
+                return None
+    return cut if seen == known else None
