@@ -14,6 +14,9 @@ from torch import nn
 from sink_patch.models.entries import CACHE_NAMES
 
 _OF_TEXT = frozenset({"attention_mask", "position_ids", "cache_position", "use_cache", "logits_to_keep", *CACHE_NAMES})
+_OF_GENERATE = frozenset(
+    {"tokenizer", "assistant_tokenizer"}
+)  # some versions hand them on; `transformers serve` gives one
 _TYPES = frozenset({"token_type_ids", "mm_token_type_ids"})
 
 
@@ -56,12 +59,12 @@ def is_text_of_one_row(
         return False
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return False  # each process would have to find the same stream
-    others = {name: value for name, value in model_kwargs.items() if name not in _OF_TEXT and value is not None}
-    return all(_says_nothing(name, value) for name, value in others.items())
+    others = model_kwargs.keys() - _OF_TEXT - _OF_GENERATE
+    return all(_says_nothing(name, model_kwargs[name]) for name in others)
 
 
 def _says_nothing(name: str, value: Any) -> bool:
     """Whether this argument of the model is as if it had not been given."""
     if name in _TYPES and isinstance(value, torch.Tensor):
         return not value.any()
-    return value is False
+    return value is None or value is False

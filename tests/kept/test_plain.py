@@ -75,7 +75,7 @@ def test_arguments_of_a_models_own_go_the_plain_way():
         ({"token_type_ids": types + 1}, False),
         ({"attention_mask": types, "position_ids": None, "use_cache": True}, True),
         ({"tone": types}, False),
-        ({"output_router_logits": False}, True),
+        ({"output_router_logits": False, "tokenizer": "of transformers serve"}, True),
     ):
         assert is_text_of_one_row(model, tokens(40), config, given) is is_text
 
