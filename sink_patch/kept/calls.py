@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from sink_patch.models.entries import unwrapped
 from sink_patch.streaming.forward import Phase
 from sink_patch.streaming.streams import streams_of
 
+_FEW = 256
+"""So few tokens are soon read again; to read the last of them apart costs a forward, as much as a token."""
 _COUNT = "_keep_streams"  # on the generation config of a call, from when its cache is made until decoding begins
 
 
@@ -55,10 +58,11 @@ class KeptCall:
         self._read = 0 if found is None else found.tokens
         self.cache = fresh if found is None else copy_to_go_on(found.cache, found.tokens, prompt.padding)
         self._before: SinkCache | None = None
-        if found is not None and self._needs_copy and history_of(found.cache).seen == found.tokens:
-            self._before = found.cache
-        elif found is not None and self._needs_copy and not self.columns_ahead:
-            self._before = self.cache.clone()
+        if found is not None and self._needs_copy:
+            if self._is_whole:
+                self._before = found.cache
+            elif not self.columns_ahead:
+                self._before = self.cache.clone()
 
     @classmethod
     def of(
@@ -90,11 +94,11 @@ class KeptCall:
         is_returned = bool(generation_config.return_dict_in_generate)
         return cls(model, weights, settings, prompt, found, fresh, keep, is_returned)
 
-    @property
+    @functools.cached_property
     def columns_ahead(self) -> int:
         """How many of the columns that are new go in before the copy is made; 0: no copy is made."""
         new = len(self._prompt.text) - self._read
-        if new <= MARGIN or not self._needs_copy:
+        if new <= MARGIN or not self._needs_copy or (new <= _FEW and self._begins_at_end):
             return 0
         return new - MARGIN + (0 if self._read else self._prompt.padding)
 
@@ -127,13 +131,35 @@ class KeptCall:
         if settings_of(self._model) != self._settings:
             return
         ended = self.cache.clone() if self._is_returned else self.cache
-        entry = KeptStream(self.cache.sizes, self._settings, len(self._prompt.text), ended, self._before)
+        is_shared = self._found is not None and self._before is self._found.cache
+        entry = KeptStream(
+            self.cache.sizes,
+            self._settings,
+            len(self._prompt.text),
+            ended,
+            self._before,
+            begins_at_end=is_shared and self._begins_at_end,
+        )
         store.put(self._model, self._weights, entry, self._keep, self._replaced() if has_ended else None)
 
     def _replaced(self) -> KeptStream | None:
         if self._found is None or not self._found.entry.is_continued_by(self._prompt.text, self._found.cache):
             return None
         return self._found.entry
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether the call goes on in a whole kept stream, so that its cache can stand for this call's beginning."""
+        return self._found is not None and history_of(self._found.cache).seen == self._found.tokens
+
+    @functools.cached_property
+    def _begins_at_end(self) -> bool:
+        """Whether the call goes on where an answer ended, so that answers seem to be repeated as they were."""
+        if self._found is None or not self._is_whole:
+            return False
+        entry, cache = self._found.entry, self._found.cache
+        is_other = entry.begins_at_end and not entry.is_continued_by(self._prompt.text, cache)
+        return cache is entry.ended or is_other
 
     @property
     def _needs_copy(self) -> bool:

@@ -39,6 +39,7 @@ class KeptStream:
         ended: after the answer.
         before: from before the answer, if it had to be copied: where no token has left the window, `ended` without its
             newest tokens does as well.
+        begins_at_end: whether `before` is the end of the answer before, as `ended` was then.
     """
 
     sizes: Sizes
@@ -46,6 +47,7 @@ class KeptStream:
     prompt: int
     ended: SinkCache
     before: SinkCache | None = None
+    begins_at_end: bool = False
 
     @property
     def tokens(self) -> int:

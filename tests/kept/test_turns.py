@@ -77,6 +77,31 @@ def test_the_same_prompt_again_reads_its_end_alone(tail):
     assert len(sink_patch.kept_streams) == 1  # the prompt is the first one and more, and its answer is always the same
 
 
+def test_the_last_message_may_be_another_one():
+    """Where answers are repeated as they were, a short message goes in at once, behind a stream that stays."""
+    model = llama()
+    with counted(model) as forwards:
+        talk = Talk(model, forwards)
+        history, _ = talk.ask(tokens(50), 5)
+        calls = list(talk.calls)
+        for seed in (1, 1, 2, 1, 3):
+            talk.calls = list(calls)
+            text, read = talk.ask(torch.cat((history, tokens(20, seed=seed)), dim=1), 9)
+            assert (read, forwards[0]) == (21, 21)
+            assert torch.equal(text, talk.replayed())
+
+
+def test_a_long_message_is_not_read_twice():
+    model = llama()
+    with counted(model) as forwards:
+        talk = Talk(model, forwards)
+        prompt = torch.cat((talk.ask(tokens(50), 5)[0], tokens(300, seed=1)), dim=1)
+        assert talk.ask(prompt, 9)[1] == 301
+        text, read = talk.ask(prompt, 9)
+        assert read == MARGIN
+        assert torch.equal(text, talk.replayed())
+
+
 def test_a_window_that_holds_all_goes_back_to_where_texts_part():
     """Nothing has left it, so that no copy is needed, and any beginning can be got at."""
     model, sizes = llama(max_position_embeddings=512), {"window_length": 200}
