@@ -25,9 +25,8 @@ _COUNT = "_keep_streams"  # on the generation config of a call, from when its ca
 
 
 def note(generation_config: Any, keep_streams: int) -> None:
-    """Remember how many streams are to be kept by a call whose cache is made by us, and which is no assistant's."""
-    if keep_streams and not getattr(generation_config, "is_assistant", None):
-        setattr(generation_config, _COUNT, keep_streams)
+    """Remember how many streams are to be kept by a call whose cache is made by us."""
+    setattr(generation_config, _COUNT, keep_streams)
 
 
 class KeptCall:
@@ -80,6 +79,8 @@ class KeptCall:
             input_ids: [rows, columns].
         """
         keep: int = vars(generation_config).pop(_COUNT, 0)
+        if getattr(generation_config, "is_assistant", None):  # its config is a copy of that of its target
+            return None
         if not keep or not is_text_of_one_row(instance, input_ids, generation_config, model_kwargs):
             return None
         if streams_of(fresh).facts.one_by_one is not None:  # it could not go on with many tokens at once

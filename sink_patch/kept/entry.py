@@ -107,9 +107,9 @@ def tokens_to_use(cache: SinkCache, text: array[int]) -> int:
     back = read.seen - same
     if back == 0:
         return same
-    row = (streams.rows or [None])[0]
-    is_cut = row is not None and row.can_lose(back) and back <= len(read.newest) and not streams.facts.has_states
-    return same if is_cut and same >= MARGIN else 0
+    if same < MARGIN or back > len(read.newest) or streams.facts.has_states or not streams.rows:
+        return 0
+    return same if streams.rows[0].can_lose(back) else 0
 
 
 def copy_to_go_on(cache: SinkCache, tokens: int, padding: int) -> SinkCache:

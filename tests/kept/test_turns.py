@@ -8,12 +8,14 @@ import pytest
 import torch
 
 import sink_patch
+from sink_patch import SinkCache
 from tests.kept.talk import SINK, S, Talk, W, counted, llama
 from tests.support.tiny import tiny, tokens
 
 TURNS = 25
 MARGIN = 16  # tokens at the end of a prompt that may be read twice
-FAMILIES = {"llama": {}, "gemma3_text": {"sliding_window": 9, "layer_types": ["full_attention", "sliding_attention"]}}
+NO_END = {"eos_token_id": 500, "pad_token_id": 501}  # prompt lookup needs these
+FAMILIES = {"llama": {}, "gemma3_text": {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]}}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -156,18 +158,23 @@ def test_prompts_in_pieces(size):
 
 
 def test_drafts_go_on_in_kept_streams():
-    """By prompt lookup, greedily: the text is that without drafts."""
-    model = llama()
-    text, plain = tokens(40), tokens(40)
+    """By prompt lookup: each turn reads its new tokens, and the text is that of drafts on a cache of the caller's."""
+    model, text, known = llama(), tokens(40), 0
+    cache = SinkCache(W, S, model=model)
+    asked = {"do_sample": False, "max_new_tokens": 12, "prompt_lookup_num_tokens": 3, **NO_END}
     with counted(model) as forwards:
         for turn in range(4):
-            known = 0 if turn == 0 else text.shape[1] - 12
-            asked = {**SINK, "do_sample": False, "max_new_tokens": 12}
-            new = tokens(20, seed=turn)
-            text, plain = (torch.cat((one, new), dim=1) for one in (text, plain))
+            prompt = torch.cat((text, tokens(20, seed=turn)), dim=1)
             forwards.clear()
-            text = model.generate(text, prompt_lookup_num_tokens=3, keep_streams=2, **asked)
-            assert forwards[0] < text.shape[1] - known
+            text = model.generate(prompt, keep_streams=2, **SINK, **asked)
+            ahead = prompt.shape[1] - 1 - known
+            pieces = [ahead - 15, 15] if turn == 0 else [ahead]  # the last token goes with the first draft
+            assert forwards[: len(pieces)] == pieces
+            if turn == 0:
+                with torch.no_grad():
+                    model(prompt[:, : ahead - 15], past_key_values=cache)
+            assert torch.equal(text, model.generate(prompt, past_key_values=cache, **asked))
+            known = next(iter(sink_patch.kept_streams)).tokens
     assert len(sink_patch.kept_streams) == 1
 
 
