@@ -130,6 +130,15 @@ class Chat:
             beginnings = self._beginnings(prompt, held()[-1] - columns_of(new))
             self.lineages += [[*lineage, *new] for lineage in beginnings]
 
+    def said_so_far(self, prompt: torch.Tensor) -> torch.Tensor:
+        """The prompt of the newest call, and what of its answer was read."""
+        read = torch.cat([prompt[:, :0], *self.forwards], dim=1)
+        for known in range(prompt.shape[1]):
+            new = prompt[:, known:]
+            if torch.equal(read[:, : new.shape[1]], new):
+                return torch.cat((prompt[:, :known], read), dim=1)
+        return prompt
+
     def _beginnings(self, prompt: torch.Tensor, known: int) -> list[Forwards]:
         """The forwards by which so many tokens of a prompt may have been read before, once each."""
         found: dict[tuple[int, ...], Forwards] = {}
@@ -161,6 +170,7 @@ PLACES: dict[str, Callable[[], BaseException]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PLACES)
 def test_after_a_fault_no_text_is_wrong_and_no_stream_is_lost(kind):
     model, rng, done = tiny("llama", layers=1, max_position_embeddings=64), random.Random(kind), 0
@@ -173,8 +183,11 @@ def test_after_a_fault_no_text_is_wrong_and_no_stream_is_lost(kind):
                 prompt = torch.cat((history, tokens(rng.randint(1, 30), seed=done)), dim=1)
                 where = rng.choice(["streamer", "criterion", "first layer", "last layer"])
                 chat.break_off(prompt, where, rng.randint(1, NEW), PLACES[kind]())
-                if rng.random() < 0.3:  # the user says something else
+                then = rng.choice(["the same again", "something else", "after what was said so far"])
+                if then == "something else":
                     prompt = torch.cat((history, tokens(rng.randint(1, 30), seed=done + 500)), dim=1)
+                elif then == "after what was said so far":
+                    prompt = torch.cat((chat.said_so_far(prompt), tokens(rng.randint(1, 9), seed=done)), dim=1)
                 history = chat.ask(prompt)
                 done += 1
     assert done >= FAULTS // len(PLACES)

@@ -32,6 +32,11 @@ def copied(model: PreTrainedModel) -> None:
         weight.copy_(weight * 1.01)
 
 
+def one_number(model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        model.lm_head.weight[37, 11] += 1  # hardly among the samples, but torch counts it
+
+
 def written_through_data(model: PreTrainedModel) -> None:
     model.model.layers[1].self_attn.v_proj.weight.data.mul_(-2.0)
 
@@ -59,6 +64,7 @@ def another_dtype(model: PreTrainedModel) -> None:
 
 CHANGES: dict[str, Callable[[PreTrainedModel], Any]] = {
     "copy_ without gradients": copied,
+    "one number": one_number,
     "a write through .data": written_through_data,
     "another .data": replaced_data,
     "load_state_dict": loaded,
