@@ -25,7 +25,7 @@ ERRORS = {
 """Our errors, and the built-in one by which each may be caught as well."""
 
 NAMES = {
-    *("stream", "chat_settings", "configure", "unconfigure"),
+    *("stream", "chat_settings", "configure", "unconfigure", "kept_streams"),
     *("SinkCache", "count_sink_tokens", "patch", "unpatch", "is_patched", "inspect", "Report"),
     *("register_family", "families", "Family", "PositionLimit", "coverage", "Coverage", "Verdict"),
     *("Adapter", "Rotation", "rope", "no_positions", "sinusoidal_table"),

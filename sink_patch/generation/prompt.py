@@ -13,6 +13,7 @@ from torch import nn
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.generation.inputs.pieces import PieceInputs
 from sink_patch.generation.turns import Turn
+from sink_patch.kept.calls import KeptCall
 from sink_patch.models.entries import input_device
 from sink_patch.rules.columns import Columns
 from sink_patch.rules.padding import check_left_padded, is_left_padded
@@ -83,7 +84,7 @@ class Prompt:
             return self._model(**self._piece_inputs.of(last, self._cache.get_seq_length()))
 
     @contextlib.contextmanager
-    def fed(self, *, drafting: bool = False) -> Iterator[None]:
+    def fed(self, *, drafting: bool = False, kept: KeptCall | None = None) -> Iterator[None]:
         """Feed all of the prompt but its last piece; inside, the first forward of transformers feeds just that.
 
         transformers splits prompts as well, but most of its versions start again at the first token where the cache is
@@ -91,14 +92,19 @@ class Prompt:
 
         Args:
             drafting: leave the last token alone to transformers, whatever the pieces are: it is followed by drafts.
+            kept: a copy of its cache is made in between, if it wants one.
         """
         unread, new = self._parts(self._inputs[:, self._inputs.shape[1] - self.columns.new :])
-        pieces = [piece for piece in (unread, *_ahead(new, self._piece_size, drafting=drafting)) if piece.shape[1]]
-        if pieces:
+        size, ahead = self._piece_size, 0 if kept is None else kept.columns_ahead
+        first = [unread, *torch.split(new[:, :ahead], size or max(ahead, 1), dim=1)]
+        second = _ahead(new[:, ahead:], size, drafting=drafting)
+        if any(piece.shape[1] for piece in (*first, *second)):
             self._piece_inputs.check()
         self._turn.take_back(self._streams)
-        for piece in pieces:
-            self._feed(piece)
+        self._feed_all(first)
+        if kept is not None and ahead:
+            kept.copy_before_answer()
+        self._feed_all(second)
         self._streams.call = Call(self.columns, drafting=drafting)
         try:
             yield
@@ -122,8 +128,10 @@ class Prompt:
         check_left_padded(real[:, place:])
         return columns[:, :place], columns[:, place:]
 
-    def _feed(self, piece: torch.Tensor) -> None:
-        self._model(**self._piece_inputs.of(piece, self._cache.get_seq_length()))
+    def _feed_all(self, pieces: Sequence[torch.Tensor]) -> None:
+        for piece in pieces:
+            if piece.shape[1]:
+                self._model(**self._piece_inputs.of(piece, self._cache.get_seq_length()))
 
     def _mask_whole_stream(self, columns: Columns, model_kwargs: MutableMapping[str, Any]) -> None:
         """Transformers takes ids that are as long as their mask for the whole history; tell it that these are new."""

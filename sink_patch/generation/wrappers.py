@@ -7,6 +7,7 @@ once), `decode` or `decode_with_drafts` (the prompt goes in).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from sink_patch.generation.inputs import system
 from sink_patch.generation.inputs.prepared import keep_cache, prepare_inputs
 from sink_patch.generation.prompt import Prompt
 from sink_patch.generation.request import Request
+from sink_patch.kept.calls import KeptCall, note
 from sink_patch.models.claims import read_claim
 from sink_patch.models.entries import cache_argument, unwrapped
 from sink_patch.models.examine import examine
@@ -98,7 +100,9 @@ def prepare_cache(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], 
     with guarded(None):  # it may be its own assistant, in the midst of another call
         facts = examine(unwrapped(instance), rows)
     if is_made_here:
-        cache = SinkCache(**asdict(Settings(**generation_config.cache_config).sizes()))
+        settings = Settings(**generation_config.cache_config)
+        cache = SinkCache(**asdict(settings.sizes()))
+        note(generation_config, settings.keep_streams)
     bind(cache, unwrapped(instance), facts)
     if is_made_here:
         model_kwargs[cache_argument(instance)] = cache
@@ -135,13 +139,21 @@ def _decode(
         cache = made
         drafts.record_for_assistant(given["generation_config"], cache)
     loop = given.get("streamer")
-    is_new = isinstance(loop, Loop) and loop.is_new
-    prompt = Prompt(instance, cache, given["input_ids"], given["generation_config"], model_kwargs, is_new=is_new)
     if isinstance(loop, Loop):
-        return loop.take_over(instance, cache, prompt, given)
+        told = (given["input_ids"], given["generation_config"], model_kwargs)
+        return loop.take_over(instance, cache, Prompt(instance, cache, *told, is_new=loop.is_new), given)
+    kept = KeptCall.of(instance, cache, given["input_ids"], given["generation_config"], model_kwargs)
+    if kept is not None:
+        cache = model_kwargs[cache_argument(instance)] = kept.cache
+    prompt = Prompt(instance, cache, given["input_ids"], given["generation_config"], model_kwargs)
     if drafting:
         drafts.check_history(prompt.columns)
-    with guarded(cache), prompt.fed(drafting=drafting), drafts.recorded(cache, drafting=drafting):
+    with contextlib.ExitStack() as call:
+        if kept is not None:
+            call.enter_context(kept.kept())
+        call.enter_context(guarded(cache))
+        call.enter_context(prompt.fed(drafting=drafting, kept=kept))
+        call.enter_context(drafts.recorded(cache, drafting=drafting))
         return wrapped(*bound.args, **bound.kwargs)
 
 

@@ -1,0 +1,128 @@
+"""One kept stream: the caches of it, and how far a text goes on with them."""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sink_patch.arguments import Sizes
+from sink_patch.cache.packing import attributes, tensors_in
+from sink_patch.cache.sink_cache import SinkCache
+from sink_patch.history.rows import RowHistory
+from sink_patch.kept.sameness import Digest
+from sink_patch.streaming.streams import streams_of
+
+MARGIN = 16
+"""So many of the last tokens of a prompt begin the answer at most, in a way that the next turn may not repeat.
+
+Qwen3 writes "<think>\\n\\n</think>\\n\\n" there, or leaves it out. Also the fewest tokens for which a part of another
+stream is worth a copy.
+"""
+_END_OF_ANSWER = 4
+
+
+@dataclass(frozen=True, eq=False)
+class KeptStream:
+    """A stream that has ended, of one row. Neither of its caches ever changes: a call goes on in a copy.
+
+    A prompt of a b c d, answered by x y z, of which the last one was not read:
+
+        ended    a b c d x y
+        before   a b            the prompt without its last tokens, for templates that write the answer anew
+
+    Args:
+        sizes: of both caches.
+        settings: of the model (`settings_of`).
+        prompt: tokens of the prompt that the answer followed.
+        ended: after the answer.
+        before: from before the answer, if it had to be copied: where no token has left the window, `ended` without its
+            newest tokens does as well.
+        begins_at_end: whether `before` is the end of the answer before, as `ended` was then.
+    """
+
+    sizes: Sizes
+    settings: Digest
+    prompt: int
+    ended: SinkCache
+    before: SinkCache | None = None
+    begins_at_end: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the stream has read."""
+        return history_of(self.ended).seen
+
+    @property
+    def caches(self) -> tuple[SinkCache, ...]:
+        return (self.ended,) if self.before is None else (self.ended, self.before)
+
+    def is_same_as(self, other: KeptStream) -> bool:
+        """Whether both have read the same text in the same way, so that one of them is enough."""
+        mine, theirs = (
+            (one.sizes, one.settings, one.prompt, history_of(one.ended), one.before is None) for one in (self, other)
+        )
+        return mine == theirs
+
+    def is_continued_by(self, text: array[int], went_on_in: SinkCache) -> bool:
+        """Whether a text is this talk, some turns later, so that this entry is not needed any more.
+
+        Args:
+            text: ids of a prompt that went on in one of the caches.
+            went_on_in: which one. In `before`: a longer text that holds the old prompt, or the end of the old answer
+                (thoughts are stripped from its beginning); others are branches of the talk.
+        """
+        if went_on_in is self.ended and is_whole_beginning(self.ended, text):
+            return True
+        read = history_of(self.ended)
+        same = read.common(text)
+        if same >= self.prompt:
+            return len(text) > self.prompt
+        end = read.newest[-_END_OF_ANSWER:]
+        places = range(max(0, same - MARGIN), len(text) - len(end) + 1)
+        return read.seen - self.prompt >= len(end) and any(text[place : place + len(end)] == end for place in places)
+
+
+def history_of(cache: SinkCache) -> RowHistory:
+    """What the one row of a kept cache has read."""
+    rows = streams_of(cache).history.rows
+    return rows[0] if rows else RowHistory()
+
+
+def is_whole_beginning(cache: SinkCache, text: array[int]) -> bool:
+    """Whether a text begins with all that a cache has read, and goes on."""
+    read = history_of(cache)
+    return read.seen < len(text) and read.difference(text) is None
+
+
+def tokens_to_use(cache: SinkCache, text: array[int]) -> int:
+    """How many of the first tokens of a text need not be read again, if a call goes on in a copy of this cache.
+
+    All that the cache has read, or less of it where the newest tokens can be taken back; 0: the text has another
+    beginning, or its beginning cannot be got at any more. At least one token of the text is left to be read.
+    """
+    read, streams = history_of(cache), streams_of(cache)
+    same = min(read.common(text), len(text) - 1)
+    back = read.seen - same
+    if back == 0:
+        return same
+    if same < MARGIN or back > len(read.newest) or streams.facts.has_states or not streams.rows:
+        return 0
+    return same if streams.rows[0].can_lose(back) else 0
+
+
+def copy_to_go_on(cache: SinkCache, tokens: int, padding: int) -> SinkCache:
+    """A copy of a kept cache that has read so many tokens, behind so many columns of padding."""
+    twin = cache.clone()
+    streams = streams_of(twin)
+    streams.take_back([history_of(twin).seen - tokens])
+    streams.columns = padding + tokens
+    return twin
+
+
+def bytes_of(caches: Iterable[SinkCache]) -> int:
+    """Bytes of the tensors of some caches, each counted once; recurrent states are counted in."""
+    once = {id(cache): cache for cache in caches}.values()
+    states = itertools.chain(*(tensors_in(attributes(layer)) for cache in once for layer in cache.layers))
+    return sum(cache.nbytes for cache in once) + sum(tensor.nbytes for tensor in states)
