@@ -1,0 +1,69 @@
+"""`transformers serve` over a model directory, in a process of its own, on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.support.fresh import environment
+
+TIMEOUT = 120  # seconds
+ROOT = Path(__file__).parent.parent.parent
+_PACKAGES = ("fastapi", "uvicorn", "openai")
+PROGRAM = ("transformers.cli.transformers",)
+
+needs_server = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, _PACKAGES)), reason="needs the server: pip install 'transformers[serving]'"
+)
+
+
+@contextlib.contextmanager
+def serving(folder: Path, logs: Path, program: Sequence[str] = PROGRAM) -> Iterator[str]:
+    """Inside, a server runs; yields its address.
+
+    Args:
+        folder: the model directory.
+        logs: a folder for what it says, which pytest shows if a test fails.
+        program: the module that is run, and its own arguments before those of `transformers`.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", *program, "serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
+    with (logs / "log").open("w") as output:
+        server = subprocess.Popen(
+            [*command, "--device", "cpu"], env=environment([ROOT]), cwd=logs, stdout=output, stderr=output
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait_for(f"{url}/health", server)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(TIMEOUT)
+        print((logs / "log").read_text())
+
+
+def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + TIMEOUT
+    while not _is_up(url):
+        assert server.poll() is None, f"the server ended with {server.poll()}"
+        assert time.monotonic() < end, "the server did not start"
+        time.sleep(0.2)
+
+
+def _is_up(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=5).close()
+    except OSError:
+        return False
+    return True
