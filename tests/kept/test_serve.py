@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,17 +16,14 @@ from transformers import pipeline
 import sink_patch
 from tests.kept.talk import Replay, S, W, counted
 from tests.support import directory
-from tests.support.fresh import environment
+from tests.support.server import TIMEOUT, needs_server, serving
 
-ROOT = Path(__file__).parent.parent.parent
-HAS_SERVER = all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn", "openai"))
-needs_server = pytest.mark.skipif(not HAS_SERVER, reason="needs the server: pip install 'transformers[serving]'")
 # the prompt of a turn begins with all messages and answers before it
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'user' %}w1 {{ message.content }} w2 {% else %}"
     "{{ message.content }} w3 {% endif %}{% endfor %}"
 )
-TURNS, NEW, TIMEOUT = 25, 8, 120
+TURNS, NEW = 25, 8
 SIZES = {"window_length": W, "num_sink_tokens": S, "keep_streams": 8}
 Messages = list[dict[str, str]]
 
@@ -97,34 +89,8 @@ class Server:
 @pytest.fixture(scope="module")
 def server(folder, tmp_path_factory) -> Iterator[Server]:
     logs = tmp_path_factory.mktemp("server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tests.kept.server", str(logs / "read"), "serve", str(folder)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    with (logs / "log").open("w") as output:
-        process = subprocess.Popen(command, env=environment([ROOT]), cwd=logs, stdout=output, stderr=output)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        _wait_for(f"{url}/health", process)
+    with serving(folder, logs, program=("tests.kept.server", str(logs / "read"))) as url:
         yield Server(url, logs / "read", str(folder))
-    finally:
-        process.terminate()
-        process.wait(TIMEOUT)
-        print((logs / "log").read_text())  # pytest shows it if a test fails
-
-
-def _wait_for(url: str, process: subprocess.Popen) -> None:
-    end = time.monotonic() + TIMEOUT
-    while True:
-        assert process.poll() is None, f"the server ended with {process.poll()}"
-        assert time.monotonic() < end, "the server did not start"
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-        except OSError:
-            time.sleep(0.2)
-        else:
-            return
 
 
 class Client:

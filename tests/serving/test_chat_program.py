@@ -14,15 +14,10 @@ import torch
 from sink_patch import SinkCache
 from tests.support import directory
 from tests.support.fresh import environment
-from tests.support.known_gaps import is_newest
 from tests.support.server import ROOT, needs_server, serving
 from tests.support.terminal import Terminal
 
-pytestmark = [
-    pytest.mark.slow,
-    needs_server,
-    pytest.mark.skipif(not is_newest(), reason="the programs have other names and arguments in older versions"),
-]
+pytestmark = [pytest.mark.slow, needs_server]
 W, NEW, TURNS = 24, 20, 8
 # <start> role words <end>: w1 w4 (the system), w1 w5 (the user), w1 w6 (the model), w2
 TEMPLATE = (

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import socket
-import subprocess
-import sys
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,62 +10,29 @@ from typing import Any
 import pytest
 
 from tests.support import directory
-from tests.support.fresh import environment
+from tests.support.server import TIMEOUT, needs_server, serving
 
-HAS_SERVER = all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn", "openai"))
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not HAS_SERVER, reason="needs the server: pip install 'transformers[serving]'"),
-]
+pytestmark = [pytest.mark.slow, needs_server]
 SIZES, OTHER_SIZES = ({"window_length": window, "num_sink_tokens": 3} for window in (12, 20))
 MESSAGES, PROMPT = [{"role": "user", "content": "w11 w12"}], "w1 w11 w12 w2 w3"
 NEW = 100
-TIMEOUT = 120  # seconds
 
 
 @pytest.fixture(scope="module")
 def ask(tmp_path_factory) -> Iterator[Callable[..., str]]:
     """A function that posts a chat completion to a server on loopback and returns the body of the answer."""
     folder = directory.write(tmp_path_factory.mktemp("model"), cache_implementation="sink", cache_config=SIZES)
-    log = tmp_path_factory.mktemp("server") / "log"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--host", "127.0.0.1"]
-    with log.open("w") as output:
-        command += ["--port", str(port), "--device", "cpu"]
-        server = subprocess.Popen(command, env=environment(), cwd=log.parent, stdout=output, stderr=output)
+    with serving(folder, tmp_path_factory.mktemp("server")) as server:
 
-    def post(**body: Any) -> str:
-        data = json.dumps({"messages": MESSAGES, "max_tokens": NEW, **body}).encode()
-        url = f"http://127.0.0.1:{port}/v1/chat/completions"
-        request = urllib.request.Request(url, data, {"content-type": "application/json"})
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-            return answer.read().decode()
+        def post(**body: Any) -> str:
+            data = json.dumps({"messages": MESSAGES, "max_tokens": NEW, **body}).encode()
+            request = urllib.request.Request(
+                f"{server}/v1/chat/completions", data, {"content-type": "application/json"}
+            )
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+                return answer.read().decode()
 
-    try:
-        wait_for(f"http://127.0.0.1:{port}/health", server)
         yield post
-    finally:
-        server.terminate()
-        server.wait(TIMEOUT)
-        print(log.read_text())  # pytest shows it if a test fails
-
-
-def wait_for(url: str, server: subprocess.Popen) -> None:
-    end = time.monotonic() + TIMEOUT
-    while not is_up(url):
-        assert server.poll() is None, f"the server ended with {server.poll()}"
-        assert time.monotonic() < end, "the server did not start"
-        time.sleep(0.2)
-
-
-def is_up(url: str) -> bool:
-    try:
-        urllib.request.urlopen(url, timeout=5).close()
-    except OSError:
-        return False
-    return True
 
 
 def answer(**asked: Any) -> str:

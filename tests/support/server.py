@@ -15,15 +15,24 @@ from pathlib import Path
 import pytest
 
 from tests.support.fresh import environment
+from tests.support.known_gaps import is_newest
 
 TIMEOUT = 120  # seconds
 ROOT = Path(__file__).parent.parent.parent
 _PACKAGES = ("fastapi", "uvicorn", "openai")
 PROGRAM = ("transformers.cli.transformers",)
 
-needs_server = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, _PACKAGES)), reason="needs the server: pip install 'transformers[serving]'"
-)
+
+def _why_not() -> str:
+    """Why no server can be started, empty: it can."""
+    if not is_newest():
+        return "the programs have other names and arguments in older versions of transformers"
+    if not all(map(importlib.util.find_spec, _PACKAGES)):
+        return "needs the server: pip install 'transformers[serving]'"
+    return ""
+
+
+needs_server = pytest.mark.skipif(bool(_why_not()), reason=_why_not())
 
 
 @contextlib.contextmanager
