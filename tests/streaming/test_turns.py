@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import warnings
 from dataclasses import replace
@@ -9,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 import sink_patch
-from sink_patch import CacheStateError, SinkArgumentError, SinkCache
+from sink_patch import CacheFileError, CacheStateError, SinkArgumentError, SinkCache
 from sink_patch.errors import SinkPatchWarning
 from sink_patch.history import leaving
 from sink_patch.models.examine import examine as model_facts
@@ -265,7 +268,8 @@ def test_what_was_overwritten_before_a_message_left_is_no_longer_missed():
 def test_what_sliding_windows_have_lost_is_missed_all_the_same():
     """Their own window moves on with each token; here it is nearly as long as the cache's."""
     model = tiny("gemma3_text", layers=2, layer_types=MIXED, sliding_window=W - 2)
-    for steps in ([20, 6], [1] * 30):
+    pieces = [[20, 6]] if model_facts(model).one_by_one is None else []
+    for steps in (*pieces, [1] * 30):
         cache = turns_cache(model, W, S)
         for at, new in zip([sum(steps[:number]) for number in range(len(steps))], steps, strict=True):
             model(torch.tensor([(LETTERS * 2)[at : at + new]]), past_key_values=cache)
@@ -294,6 +298,32 @@ def test_a_buffer_that_never_grew_to_the_whole_window_is_saved(tmp_path):
     cache.save(tmp_path / "cache")
     loaded = SinkCache.load(tmp_path / "cache", model=model)
     assert worst_error(model, seen, [1] * 30, cache=loaded) <= TOLERANCE
+
+
+WRONG = {
+    "more has left than was read": lambda header: header["rows"][0].update(dropped=50),
+    "messages have left, and single tokens leave": lambda header: header.pop("evict"),
+    "no ids": lambda header: header.update(turn_start=[]),
+    "no history": lambda header: header.pop("history"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
+def test_a_file_that_contradicts_itself_is_refused(change, tmp_path):
+    model, cache = tiny("llama"), turns_cache(tiny("llama"), W, S)
+    assert worst_error(model, Window(LETTERS * 3, W, S), [20, 6], cache=cache) <= TOLERANCE
+    cache.save(tmp_path / "cache")
+    with safe_open(tmp_path / "cache", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = json.loads(file.metadata()["sink_patch"])
+    assert header["rows"][0]["dropped"] == 6
+    change(header)
+    if "history" not in header:
+        del tensors["history.0"]
+    save_file(tensors, tmp_path / "cache", {"sink_patch": json.dumps(header)})
+    with pytest.raises(CacheFileError):
+        SinkCache.load(tmp_path / "cache", model=model)
 
 
 @torch.no_grad()
