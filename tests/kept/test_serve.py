@@ -108,6 +108,12 @@ class Client:
         self._server, (self._way, _, streamed) = server, way.partition(" ")
         self._streamed = bool(streamed)
 
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
     def ask(self, messages: Messages, new: int = NEW) -> str:
         """The answer."""
         made = self.start(messages, new)
@@ -177,11 +183,11 @@ class Talk:
     "way", ["chat streamed", "chat", "responses streamed", "responses", "completions streamed", "completions"]
 )
 def test_each_turn_over_http_reads_its_new_tokens_alone(server, folder, way):
-    client, talk, known = Client(server, way), Talk(), 0
-    number = len(way) + 13 * way.count("e")
+    talk, known, number = Talk(), 0, len(way) + 13 * way.count("e")
     for turn in range(TURNS if way == "chat streamed" else 4):
         talk.messages.append(user(number, turn))
-        answer = client.ask(talk.messages)
+        with Client(server, way) as client:
+            answer = client.ask(talk.messages)
         length = len(written(talk.messages).split())
         assert talk.check(server, answer) == length - known
         known = length + NEW - 1
@@ -192,11 +198,12 @@ def test_each_turn_over_http_reads_its_new_tokens_alone(server, folder, way):
 @needs_server
 def test_two_clients_at_once(server, folder):
     def run(number: int) -> list[tuple[Messages, str]]:
-        client, messages, said = Client(server, "chat streamed"), [], []
-        for turn in range(6):
-            messages = [*messages, user(number, turn)]
-            said.append((messages, client.ask(messages)))
-            messages = [*messages, {"role": "assistant", "content": said[-1][1]}]
+        messages, said = [], []
+        with Client(server, "chat streamed") as client:
+            for turn in range(6):
+                messages = [*messages, user(number, turn)]
+                said.append((messages, client.ask(messages)))
+                messages = [*messages, {"role": "assistant", "content": said[-1][1]}]
         return said
 
     with ThreadPoolExecutor(2) as threads:
@@ -212,22 +219,25 @@ def test_two_clients_at_once(server, folder):
 @pytest.mark.slow
 @needs_server
 def test_a_client_that_goes_away_leaves_the_stream_whole(server, folder):
-    client, talk = Client(server, "chat streamed"), Talk()
-    talk.messages.append(user(404, 3))
-    answer = client.ask(talk.messages)
+    talk = Talk([user(404, 3)])
+    with Client(server, "chat streamed") as client:
+        answer = client.ask(talk.messages)
     talk.check(server, answer)
     before = list(talk.calls)
     talk.messages += [{"role": "assistant", "content": answer}, user(404, 4)]
     for pieces in (1, 3):
-        stream = client.start(talk.messages, 200)
-        for _ in range(pieces):
-            next(iter(stream))
-        stream.close()
+        with Client(server, "chat streamed") as client:
+            stream = client.start(talk.messages, 200)
+            for _ in range(pieces):
+                next(iter(stream))
+            stream.close()
         _wait_until_quiet(server)
     talk.messages[-1] = user(404, 9)  # the user says something else
     length = len(written(talk.messages).split())
     talk.calls = before
-    assert talk.check(server, client.ask(talk.messages)) == length - (before[-1][0].shape[1] + NEW - 1)
+    with Client(server, "chat streamed") as client:
+        answer = client.ask(talk.messages)
+    assert talk.check(server, answer) == length - (before[-1][0].shape[1] + NEW - 1)
 
 
 def _wait_until_quiet(server: Server) -> None:
