@@ -76,4 +76,4 @@ def _visible(seen: int, new: int, window_length: int, num_sink_tokens: int) -> t
 def held(row: Row, window_length: int, num_sink_tokens: int) -> tuple[int, int]:
     """How many of the first tokens of a row are in its window, and how many of the newest ones behind them."""
     sinks = min(row.seen, num_sink_tokens)
-    return sinks, min(row.seen, window_length) - sinks
+    return sinks, min(row.seen - row.dropped, window_length) - sinks
