@@ -103,7 +103,8 @@ class Settings:
         if self.keeps_system and not (self.turn_start and self.system_start):
             raise SinkArgumentError(
                 f"num_sink_tokens={SYSTEM!r} was asked for without system_start and turn_start, so that nobody knows "
-                "where a system message begins and ends. Pass both, as token ids of the chat template."
+                "where a system message begins and ends. Pass both, as token ids of the chat template: "
+                "sink_patch.chat_settings(tokenizer) finds them where the template marks system messages."
             )
         self.sizes()
 

@@ -17,6 +17,11 @@ from tests.support.tokenizer import tiny_tokenizer
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
+TEMPLATE = (
+    "{% for message in messages %}word1 {{ {'system': 'word4', 'user': 'word5'}.get(message['role'], 'word6') }} "
+    "{{ message['content'] }} word2 {% endfor %}{% if add_generation_prompt %}word1 word6 {% endif %}"
+)
+
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
@@ -31,7 +36,7 @@ def model():
 
 def test_the_python_snippets_run_one_after_the_other(model, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    tokenizer = tiny_tokenizer()
+    tokenizer = tiny_tokenizer(chat_template=TEMPLATE)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tokenizer)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: model)
     first, *others = blocks("python")
