@@ -34,9 +34,11 @@ def patch() -> None:
         UnsupportedTransformersError: this transformers cannot be patched; it is left as it was.
     """
     with _lock:
+        if state.is_patching:  # our own imports have brought a module of transformers, before they are done
+            state.is_due = True
+            return
         try:
-            for change in list(_changes(installed_shim())):  # all are found before the first is made
-                change()
+            _change_all()
             state.is_enabled = True
             stop_refusing()
             wait_for_transformers()
@@ -77,6 +79,19 @@ def when_imported(module: ModuleType) -> None:
         refuse_all(str(failure))
     except Exception as failure:
         tell(f"{module.__name__} is not patched: {failure}")
+
+
+def _change_all() -> None:
+    """Patch what is imported so far, and what that itself imports."""
+    state.is_patching = True
+    try:
+        state.is_due = True
+        while state.is_due:
+            state.is_due = False
+            for change in list(_changes(installed_shim())):  # all are found before the first is made
+                change()
+    finally:
+        state.is_patching = False
 
 
 def _changes(shim: Shim) -> Iterator[Callable[[], None]]:

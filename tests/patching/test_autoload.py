@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
 
+from sink_patch.compat import installed_shim
 from tests.support.fresh import NO_ENTRY_POINT, STREAM, fresh
 
 OFF = {"SINK_PATCH_AUTOLOAD": "0"}
@@ -51,6 +53,25 @@ def test_importing_sink_patch_switches_it_on_whatever_was_imported_before(first)
 )
 def test_with_no_import_of_ours_torch_switches_it_on(first):
     fresh(first, STREAM)
+
+
+PATCHED = sorted({method.module for method in installed_shim().methods})
+
+
+@pytest.mark.parametrize("module", [name for name in PATCHED if not name.startswith("transformers.models.")])
+def test_each_module_that_is_patched_may_be_the_first_to_be_imported(module):
+    """Ours are imported in the middle of it then, and bring other modules of transformers that are patched."""
+    if not importable(module):
+        pytest.skip(f"{module} cannot be imported: it needs packages of a server, or is not there yet")
+    fresh(f"import {module}", STREAM)
+
+
+def importable(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
 
 
 def test_a_config_may_ask_for_the_sink_cache_before_torch_is_there():
