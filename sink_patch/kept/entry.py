@@ -109,7 +109,7 @@ def tokens_to_use(cache: SinkCache, text: array[int]) -> int:
         return same
     if same < MARGIN or back > len(read.newest) or streams.facts.has_states or not streams.rows:
         return 0
-    return same if streams.rows[0].can_lose(back) else 0
+    return same if streams.rows[0].can_lose(back, cache.num_sink_tokens) else 0
 
 
 def copy_to_go_on(cache: SinkCache, tokens: int, padding: int) -> SinkCache:
