@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 import sink_patch
 from sink_patch.models.families import registry as registry_module
 from tests.support.known_gaps import SkippedFile, reason_to_skip
+
+hypothesis.settings.register_profile("no deadline", deadline=None)  # for machines that do other work beside
+hypothesis.settings.load_profile("no deadline")
 
 COLLECTED = pytest.StashKey[list[str]]()
 
