@@ -13,8 +13,9 @@ import sink_patch
 from sink_patch.models.families import registry as registry_module
 from tests.support.known_gaps import SkippedFile, reason_to_skip
 
-hypothesis.settings.register_profile("no deadline", deadline=None)  # for machines that do other work beside
-hypothesis.settings.load_profile("no deadline")
+# for machines that do other work beside
+hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("patient")
 
 COLLECTED = pytest.StashKey[list[str]]()
 
