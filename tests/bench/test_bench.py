@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from tests.bench import decode, endless, forever, memory, precision, prefill, profile, stream, update
+from tests.bench import decode, endless, forever, memory, precision, prefill, profile, stream, turns, update
 from tests.support.known_gaps import is_newest
 from tests.support.tiny import tiny
 
@@ -63,6 +63,12 @@ def test_endless(monkeypatch):
     monkeypatch.setattr(endless, "BLOCK", 2)
     monkeypatch.setattr(endless, "STRETCH", 4)
     assert [row["tokens"] for row in endless.run(8)] == [4, 8]
+
+
+def test_turns():
+    parts = [[1, 5, 6], *[[1, 7], [1, 8, 9, 10, 11]] * 5]
+    figures = turns.run(small(), {"parts": parts, "turn_start": [[1]]}, 12)
+    assert [figures[evict]["answers"] for evict in ("tokens", "turns")] == [3, 3]
 
 
 def test_forever(monkeypatch):
