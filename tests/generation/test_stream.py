@@ -15,6 +15,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast
 import sink_patch
 from sink_patch import CacheStateError, HistoryMismatchError, SinkArgumentError, SinkCache, UnsupportedModelError
 from tests.support import directory
+from tests.support.chats import Window
 from tests.support.tiny import tiny, tokens
 from tests.support.versions import NotInThisVersion
 
@@ -398,6 +399,32 @@ def traced_of_ours() -> int:
     gc.collect()
     ours = tracemalloc.Filter(inclusive=True, filename_pattern="*sink_patch*")
     return sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces([ours]).traces)
+
+
+class Looking(StoppingCriteria):
+    """Notes the ids that it is shown."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.seen.append(input_ids[0].tolist())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+def test_where_whole_messages_leave_it_goes_on_as_generate_does_and_sees_what_is_left():
+    plain = generated(max_new_tokens=150, **GREEDY)
+    begins = max(set(plain[:-1]), key=plain.count)  # a token that comes up often
+    asked = {**GREEDY, "evict": "turns", "turn_start": [begins]}
+    wanted, looking = generated(max_new_tokens=150, **asked), Looking()
+    assert wanted != plain, "else the test shows nothing"
+    assert take(stream(stopping_criteria=[looking], **asked), 150) == wanted
+    text = [*IDS[0].tolist(), *wanted]
+    window = Window(text, W, S, runs=[[begins]])
+    window.visible(0, IDS.shape[1])
+    for length, seen in enumerate(looking.seen[:150], start=IDS.shape[1] + 1):
+        assert seen == [text[place] for place in window.visible(length - 1, 1)], length
+    assert window.floor > 3 * W, "messages have left"
 
 
 def test_nothing_grows():

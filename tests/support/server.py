@@ -17,7 +17,7 @@ import pytest
 from tests.support.fresh import environment
 from tests.support.known_gaps import is_newest
 
-TIMEOUT = 120  # seconds
+TIMEOUT = 300  # seconds
 ROOT = Path(__file__).parent.parent.parent
 _PACKAGES = ("fastapi", "uvicorn", "openai")
 PROGRAM = ("transformers.cli.transformers",)
