@@ -124,6 +124,24 @@ def test_weights_that_change_while_a_call_runs_keep_nothing_of_use():
     assert sum(forwards) == prompt.shape[1] + 5
 
 
+def test_settings_that_change_while_a_call_runs_keep_nothing_even_if_they_change_back():
+    model = copy.deepcopy(llama())
+    attention = model.model.layers[0].self_attn
+    before = attention.scaling
+
+    def change(_ids: Any, scores: torch.Tensor) -> torch.Tensor:
+        attention.scaling = 0.3
+        return scores
+
+    with counted(model) as forwards:
+        prompt = torch.cat((model.generate(tokens(40), logits_processor=[change], **ASKED), tokens(5)), dim=1)
+        attention.scaling = before
+        assert not len(sink_patch.kept_streams)
+        forwards.clear()
+        model.generate(prompt, **ASKED)
+    assert sum(forwards) == prompt.shape[1] + 5
+
+
 def with_hook(model: PreTrainedModel) -> None:
     model.model.layers[0].register_forward_hook(lambda _module, _args, out: out)
 
