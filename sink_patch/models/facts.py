@@ -69,6 +69,12 @@ class ModelFacts:
         """Whether some layers hold a recurrent or convolution state, which cannot be taken back."""
         return any(layer.entry.state for layer in self.layers)
 
+    @cached_property
+    def sliding_windows(self) -> frozenset[int]:
+        """The sliding windows that the model was trained with."""
+        windows = [layer.entry.sliding_window for layer in self.layers]
+        return frozenset(window for window in windows if window is not None)
+
     def same_as(self, other: ModelFacts) -> bool:
         """Whether what was proven for `other` holds for this, too."""
         same = (self.model_type, self.family, self.context) == (other.model_type, other.family, other.context)

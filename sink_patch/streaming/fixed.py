@@ -27,20 +27,23 @@ HAVE_GRAPHS = ("cuda",)  # devices on which torch can replay what it has recorde
 class FixedLayout(Layout):
     """Each row writes one slot and reads all of them; a mask hides those that are empty.
 
-    `slots` is int64 [rows], `visible` int64 [rows, length]: 1 for slots that hold a token.
+    `slots` is int64 [rows].
+
+    Args:
+        visible: int64 [rows, length], zeros; in it, 1 for slots that hold a token.
     """
 
     in_place = True
     brings_sinks = False  # they are in before such a step
 
-    def __init__(self, kind: LayerKind, rows: int, device: torch.device):
+    def __init__(self, kind: LayerKind, visible: torch.Tensor):
         self.kind = kind
         self.length = self.reach = kind.capacity
-        self.slots = torch.zeros(rows, dtype=torch.long, device=device)
-        self.visible = torch.zeros(rows, kind.capacity, dtype=torch.long, device=device)
-        self._rows = torch.arange(rows, device=device)
+        self.slots = visible.new_zeros(len(visible))
+        self.visible = visible
+        self._rows = torch.arange(len(visible), device=visible.device)
         self._held: list[int] | None = None  # tokens of each row that `visible` shows; None: not known
-        for tensor in (self.slots, self.visible, self._rows):
+        for tensor in (self.slots, self._rows):
             mark_as_staying(tensor)
 
     def prepare(self, plans: Sequence[RowPlan]) -> None:
@@ -70,25 +73,33 @@ class FixedStep(Step):
     """A step that is used again and again.
 
     Args:
-        store: the layers of the cache, which have all their slots and stay where they are. All kinds read one mask,
-            each its last columns: so where there are several, all their slots must be full (`is_ready`).
+        store: the layers of the cache, which have all their slots and stay where they are.
         rows, device: of the cache.
+        side_by_side: give each kind columns of its own in the mask. Else all read its last columns, each as many as it
+            sees, so that where there are several kinds all their slots must be full (`is_ready`).
     """
 
     @torch.inference_mode(False)  # else what was made in inference mode could not be changed outside it
-    def __init__(self, store: LayerStore, rows: int, device: torch.device):
+    def __init__(self, store: LayerStore, rows: int, device: torch.device, *, side_by_side: bool):
         super().__init__((), 1, (), device)
         for layer in store.sink_layers:
             for ring in layer.rings:
                 mark_as_staying(ring.buffer)
+        self.side_by_side = side_by_side
         self._keys = [None if layer.keys is None else weakref.ref(layer.keys) for layer in store.sink_layers]
-        self._fixed = [FixedLayout(kind, rows, device) for kind in store.kinds]
+        lengths = [kind.capacity for kind in store.kinds]
+        columns = sum(lengths) if side_by_side else max(lengths)
+        self._past_columns = columns - 1
+        self._ends = _ends(store.kinds) if side_by_side else [columns] * len(lengths)
+        self._mask = torch.zeros(rows, columns, dtype=torch.long, device=device)
+        self._fixed = [
+            FixedLayout(kind, self._mask[:, end - kind.capacity : end])
+            for kind, end in zip(store.kinds, self._ends, strict=True)
+        ]
         self.layouts = self._fixed
-        self._widest = max(self._fixed, key=lambda layout: layout.length)
-        self._past_columns = self._widest.length - 1
         self._positions = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self._coordinates = torch.full((1,), self._past_columns, dtype=torch.long, device=device)
-        for tensor in (self._positions, self._coordinates):
+        for tensor in (self._mask, self._positions, self._coordinates):
             mark_as_staying(tensor)
 
     @staticmethod
@@ -97,9 +108,10 @@ class FixedStep(Step):
         return len(kinds) > 0 and not any(kind.ordered for kind in kinds)
 
     @staticmethod
-    def is_ready(kinds: Sequence[LayerKind], rows: Sequence[Row]) -> bool:
+    def is_ready(kinds: Sequence[LayerKind], rows: Sequence[Row], *, side_by_side: bool) -> bool:
         """Whether they can be now: all sinks of the rows are in, nothing unseen is held."""
-        enough = [kind.num_sink_tokens if len(kinds) == 1 else kind.capacity for kind in kinds]
+        full = len(kinds) > 1 and not side_by_side
+        enough = [kind.capacity if full else kind.num_sink_tokens for kind in kinds]
         are_in = all(kind.count(row) >= count for kind, count in zip(kinds, enough, strict=True) for row in rows)
         return are_in and not any(kind.spare for kind in kinds)
 
@@ -123,9 +135,23 @@ class FixedStep(Step):
         """[1], always at the same address."""
         return self._coordinates
 
+    def mask_sizes(self, kind_index: int) -> tuple[int, int]:
+        """Its columns of the mask."""
+        length = self.layouts[kind_index].length
+        return length, self._ends[kind_index] - length
+
     def attention_mask(self, *, explicit: bool = False) -> torch.Tensor:  # noqa: ARG002
-        """[rows, length], always at the same address."""
-        return self._widest.visible
+        """[rows, columns], always at the same address."""
+        return self._mask
+
+
+def _ends(kinds: Sequence[LayerKind]) -> list[int]:
+    """Where the columns of each kind end, side by side: the widest first, then the sliding window.
+
+    A sliding window must not reach back further than from the newest column, and transformers 4.52 cuts the mask of full
+    layers from the left.
+    """
+    return [sum(other.capacity for other in kinds if other.capacity >= kind.capacity) for kind in kinds]
 
 
 class FixedSteps:
@@ -147,13 +173,13 @@ class FixedSteps:
         """Whether there is one, or all layers lie on one device, so that one can be made."""
         return self._held() is not None or len(self._store.devices()) == 1
 
-    def prepared(self, plans: Sequence[RowPlan], device: torch.device) -> FixedStep:
+    def prepared(self, plans: Sequence[RowPlan], device: torch.device, *, side_by_side: bool) -> FixedStep:
         """The step, for a forward of these plans."""
         step = self._held()
-        if step is None:
+        if step is None or step.side_by_side != side_by_side:
             self._step = None  # what it holds would be there twice
             self._store.take_all_slots()
-            step = self._step = FixedStep(self._store, len(plans), device)
+            step = self._step = FixedStep(self._store, len(plans), device, side_by_side=side_by_side)
         step.prepare(plans)
         return step
 

@@ -15,13 +15,12 @@ from transformers.generation.streamers import BaseStreamer
 
 import sink_patch
 from sink_patch import SinkCache
-from tests.kept.talk import SINK, S, W
+from tests.kept.lineages import Forwards, Lineages, columns_of, replayed
+from tests.kept.talk import SINK
 from tests.support.tiny import tiny, tokens
 
 FAULTS = 200
 NEW = 6
-Forwards = list[torch.Tensor]
-"""The ids of each forward of a stream, [1, columns] each."""
 
 
 class Fault(Exception):
@@ -84,18 +83,6 @@ def failing(model: PreTrainedModel, where: str, count: int, failure: BaseExcepti
             del layer.mlp.forward
 
 
-@torch.no_grad()
-def replayed(model: PreTrainedModel, before: Forwards, prompt: torch.Tensor, rest: Forwards) -> torch.Tensor:
-    """The text after a prompt, whose beginning came by some forwards and whose end by others."""
-    cache, text = SinkCache(W, S, model=model), prompt
-    for ids in (*before, *rest):
-        logits = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-    for _ in range(NEW - 1):
-        text = torch.cat((text, logits.argmax(-1, keepdim=True)), dim=1)
-        logits = model(text[:, -1:], past_key_values=cache, logits_to_keep=1).logits[:, -1]
-    return torch.cat((text, logits.argmax(-1, keepdim=True)), dim=1)
-
-
 class Chat:
     """A chat whose calls break off.
 
@@ -106,7 +93,7 @@ class Chat:
 
     def __init__(self, model: PreTrainedModel, forwards: Forwards):
         self.model, self.forwards = model, forwards
-        self.lineages: list[Forwards] = [[]]  # of all streams that were ever kept
+        self.lineages = Lineages()
         self.asked = {**SINK, "do_sample": False, "max_new_tokens": NEW, "keep_streams": 99}
 
     def ask(self, prompt: torch.Tensor) -> torch.Tensor:
@@ -114,9 +101,10 @@ class Chat:
         self.forwards.clear()
         text = self.model.generate(prompt, **self.asked)
         ahead = list(self.forwards[: len(self.forwards) - (NEW - 1)])
-        lineages = self._beginnings(prompt, prompt.shape[1] - columns_of(ahead))
-        assert any(torch.equal(replayed(self.model, lineage, prompt, ahead), text) for lineage in lineages)
-        self.lineages += [[*lineage, *self.forwards] for lineage in lineages]
+        known = prompt.shape[1] - columns_of(ahead)
+        beginnings = self.lineages.beginnings(prompt, known)
+        assert any(torch.equal(replayed(self.model, [*before, *ahead], prompt, NEW), text) for before in beginnings)
+        self.lineages.add(prompt, known, self.forwards)
         return text
 
     def break_off(self, prompt: torch.Tensor, where: str, count: int, failure: BaseException) -> None:
@@ -126,9 +114,7 @@ class Chat:
             self.model.generate(prompt, **self.asked, **given)
         assert not Counter(before) - Counter(held()), "a stream that was whole is lost"
         if len(held()) > len(before):
-            new = list(self.forwards)
-            beginnings = self._beginnings(prompt, held()[-1] - columns_of(new))
-            self.lineages += [[*lineage, *new] for lineage in beginnings]
+            self.lineages.add(prompt, held()[-1] - columns_of(self.forwards), self.forwards)
 
     def said_so_far(self, prompt: torch.Tensor) -> torch.Tensor:
         """The prompt of the newest call, and what of its answer was read."""
@@ -138,25 +124,6 @@ class Chat:
             if torch.equal(read[:, : new.shape[1]], new):
                 return torch.cat((prompt[:, :known], read), dim=1)
         return prompt
-
-    def _beginnings(self, prompt: torch.Tensor, known: int) -> list[Forwards]:
-        """The forwards by which so many tokens of a prompt may have been read before, once each."""
-        found: dict[tuple[int, ...], Forwards] = {}
-        for lineage in reversed(self.lineages):
-            cut, seen = [], 0
-            for ids in lineage:
-                if seen < known:
-                    cut.append(ids[:, : known - seen])
-                    seen += ids.shape[1]
-            if seen > known and seen > W:
-                continue  # nothing can be taken back there
-            if known <= seen and torch.equal(torch.cat([prompt[:, :0], *cut], dim=1), prompt[:, :known]):
-                found[tuple(ids.shape[1] for ids in cut)] = cut
-        return list(found.values())
-
-
-def columns_of(forwards: Forwards) -> int:
-    return sum(ids.shape[1] for ids in forwards)
 
 
 def held() -> list[int]:
