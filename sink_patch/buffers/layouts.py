@@ -3,7 +3,7 @@
 A buffer is a ring behind a few fixed slots: absolute index i lies in slot `i if i < S else S + (i - S) % (C - S)`, with
 C the slots and S the sinks of the layer's kind. Two layouts share one interface: `UniformLayout` (all rows of the batch
 have seen equally much: slices only) and `RaggedLayout` (ragged.py: they have not; index tensors and a mask). A third
-one, for graphs, is `FixedLayout` (streaming/fixed.py).
+one, for graphs, is `FixedLayout` (streaming/fixed/).
 """
 
 from __future__ import annotations

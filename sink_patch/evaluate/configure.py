@@ -6,11 +6,10 @@ import argparse
 from pathlib import Path
 
 from sink_patch.arguments import SYSTEM, TOKENS, TURNS, Settings
+from sink_patch.evaluate.options import DEFAULT, Commands
 
-_DEFAULT = "(default: %(default)s)"  # argparse fills it in
 
-
-def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add(commands: Commands) -> None:
     """Add the command."""
     configure = commands.add_parser(
         "configure",
@@ -24,7 +23,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         type=int,
         default=Settings.window_length,
         metavar="N",
-        help=f"tokens in the window, including the sinks {_DEFAULT}",
+        help=f"tokens in the window, including the sinks {DEFAULT}",
     )
     sinks = configure.add_mutually_exclusive_group()
     sinks.add_argument(
@@ -32,7 +31,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         type=int,
         default=Settings.num_sink_tokens,
         metavar="N",
-        help=f"first tokens that stay in the window {_DEFAULT}",
+        help=f"first tokens that stay in the window {DEFAULT}",
     )
     sinks.add_argument("--keep-system", action="store_true", help="the system message stays in the window")
     configure.add_argument(
@@ -43,7 +42,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         type=int,
         default=Settings.keep_streams,
         metavar="N",
-        help=f"streams that are kept for longer texts that begin alike {_DEFAULT}",
+        help=f"streams that are kept for longer texts that begin alike {DEFAULT}",
     )
     configure.add_argument("--dry-run", action="store_true", help="show what would change, and write nothing")
     configure.add_argument("--remove", action="store_true", help="put back what was there before")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import sink_patch
 from sink_patch.errors import SinkArgumentError
+from sink_patch.evaluate.options import Commands
 
 _GENERATE = '''\
 """`model.generate(..., custom_generate=...)` with the attention-sink cache of sink_patch (pip install sink-patch)."""
@@ -63,6 +64,19 @@ out = model.generate(
 With `return_dict_in_generate=True`, `past_key_values` is a `sink_patch.SinkCache`. Decoder-only models with rotary
 positions are served; others are refused by name.
 """
+
+
+def add(commands: Commands) -> None:
+    """Add the command."""
+    export = commands.add_parser(
+        "export-custom-generate",
+        help="write a directory for generate(custom_generate=DIR)",
+        description="Writes custom_generate/generate.py, its requirements.txt and a README.md, for "
+        "generate(custom_generate=DIR, trust_remote_code=True) or to be uploaded to a hub. It needs sink-patch to be "
+        "installed where it is used.",
+    )
+    export.add_argument("directory", type=Path, metavar="DIR", help="where to write it")
+    export.set_defaults(run=lambda arguments: print(*custom_generate(arguments.directory), sep="\n"))
 
 
 def custom_generate(directory: Path) -> list[Path]:

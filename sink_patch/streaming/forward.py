@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sink_patch.errors import CacheStateError
-from sink_patch.streaming.fixed import FixedStep
+from sink_patch.streaming.fixed.step import FixedStep
 from sink_patch.streaming.steps import Step
 
 

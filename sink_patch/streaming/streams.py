@@ -13,18 +13,14 @@ from torch import nn
 from sink_patch.arguments import Sizes
 from sink_patch.buffers.store import LayerStore
 from sink_patch.errors import CacheStateError, UnboundCacheError
-from sink_patch.models.entries import text_config
 from sink_patch.rules.plans import RowPlan
 from sink_patch.rules.rows import Row
-from sink_patch.streaming.fixed import FixedStep, FixedSteps
+from sink_patch.streaming.fixed.steps import FixedSteps
 from sink_patch.streaming.forward import Phase
 from sink_patch.streaming.inputs import Call, replaced_inputs
 from sink_patch.streaming.planning import Planner
 from sink_patch.streaming.rows import Rows
 from sink_patch.streaming.steps import Step
-
-
-_READ_BY_COORDINATE = ("eager", "sdpa")
 
 
 class StreamingCache:
@@ -74,7 +70,7 @@ class Streams(Rows):
         self.entrances = tuple(weakref.ref(module) for module in entrances)
         self.call: Call | None = None
         self.offered_to_compiler = False  # while `generate` asks whether it may compile (generation/compiled.py)
-        self._fixed = FixedSteps(store)
+        self._fixed = FixedSteps(store, planner.facts, entrances[0])
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy takes no part in the call."""
@@ -116,12 +112,10 @@ class Streams(Rows):
         if self.recording:
             self._have_spare(columns)
         fixed = fixed and all(plan.new == 1 for plan in plans)
-        if any(plan.dropped for plan in plans):  # then the window is not full, and some layers need that
+        if any(plan.dropped for plan in plans):  # then the window is not full, and some layers may need that
             fixed = fixed and self.can_be_fixed_now
-        if fixed:
-            step: Step = self._fixed.prepared(plans, device, side_by_side=self._side_by_side)
-        else:
-            step = Step(plans, columns, self.store.kinds, device)
+        kinds = self.store.kinds
+        step = self._fixed.prepared(plans, device) if fixed else Step(plans, columns, kinds, device)
         self._set_clock(plans)
         self.store.sinks.show(step.sink_turn)
         self.forward.begin(module, step, outside_the_call=outside_the_call)
@@ -193,26 +187,11 @@ class Streams(Rows):
     @property
     def can_be_fixed(self) -> bool:
         """Whether single tokens may go through a graph that is compiled once."""
-        by_position_ids = self.facts.position_source == "position_ids"
-        return by_position_ids and FixedStep.is_possible(self.store.kinds) and not self.facts.has_states
+        return self._fixed.are_possible
 
     @property
     def can_be_fixed_now(self) -> bool:
         """Whether the next one may."""
         if not self.can_be_fixed or self.recording or self.rows is None:
             return False
-        if not FixedStep.is_ready(self.store.kinds, self.rows, side_by_side=self._side_by_side):
-            return False
-        return self._fixed.can_be_ready()
-
-    @property
-    def _side_by_side(self) -> bool:
-        """Whether each kind of layers may have columns of its own in the mask.
-
-        Its attention must read the mask where the cache says (flash attention reads its last columns), and there must
-        be but one sliding window.
-        """
-        if len(self.store.kinds) == 1 or len(self.facts.sliding_windows) > 1:
-            return False
-        model = self.entrances[0]()
-        return getattr(text_config(model), "_attn_implementation", None) in _READ_BY_COORDINATE
+        return self._fixed.can_follow(self.rows)

@@ -1,8 +1,8 @@
 """A million tokens of `sink_patch.stream`: `python -m tests.bench.endless [--tokens 1000000] [--json PATH]`.
 
 A random Llama of one layer, a window of 64, sampling and a repetition penalty. Time a token and memory of the process,
-stretch by stretch; each block of 500 tokens is followed by 100 tokens of a second, young stream, which is begun anew with
-each stretch: the ratio of the two does not depend on the load of the machine.
+stretch by stretch; each block of 500 tokens is followed by 100 tokens of a second, young stream, which is begun anew
+with each stretch: the ratio of the two does not depend on the load of the machine.
 """
 
 from __future__ import annotations

@@ -18,7 +18,9 @@ from transformers.utils import logging as transformers_logging
 
 import sink_patch
 from sink_patch import cli
-from sink_patch.evaluate import demo, figures, models, perplexity, scoring
+from sink_patch.evaluate import models
+from sink_patch.evaluate.demo import story as demo
+from sink_patch.evaluate.measures import figures, perplexity, scoring
 from tests.support.tokenizer import WORDS, tiny_tokenizer
 
 W, S = 12, 3
@@ -121,8 +123,11 @@ def test_perplexity_prints_a_table_and_writes_json(
     model_dir: str, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out_file = tmp_path / "figures.json"
-    plan = ["--tokens", "150", "--every", "5"]
-    assert cli.main(["perplexity", model_dir, "--text", str(text_file), *window(), *plan, "--json", str(out_file)]) == 0
+    plan = ["--tokens", "150", "--every", "5", "--json", str(out_file)]
+    assert (
+        cli.main(["eval", "perplexity", model_dir, "--text", str(text_file), *window(), *plan, "--json", str(out_file)])
+        == 0
+    )
     out = capsys.readouterr().out
     written = out_file.read_text(encoding="utf-8")
     found = json.loads(written)
@@ -140,7 +145,7 @@ def test_perplexity_prints_a_table_and_writes_json(
 def test_progress_is_shown_on_stderr_and_not_on_stdout(
     model_dir: str, text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["perplexity", model_dir, "--text", str(text_file), *window(), "--tokens", "50"]) == 0
+    assert cli.main(["eval", "perplexity", model_dir, "--text", str(text_file), *window(), "--tokens", "50"]) == 0
     out, err = capsys.readouterr()
     bars = [line.rpartition("\r")[2] for line in err.split("\n") if "%|" in line]  # the last state of each
     modes = ["recomputed", "3 sinks", "0 sinks", "3 sinks, positions of the text"]
@@ -157,7 +162,7 @@ def test_no_deprecated_name_of_the_cache_is_used(
     monkeypatch.setattr(
         logging.Logger, "warning_once", lambda _self, message, *_args, **_kwargs: logged.append(message)
     )
-    assert cli.main(["perplexity", model_dir, "--text", str(text_file), *window(), "--tokens", "50"]) == 0
+    assert cli.main(["eval", "perplexity", model_dir, "--text", str(text_file), *window(), "--tokens", "50"]) == 0
     assert cli.main(["demo", model_dir, *window(), "--max-new-tokens", "30"]) == 0
     assert not [message for message in logged if "past_key_values" in message]
 
@@ -250,12 +255,12 @@ def failure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_perplexity_refuses(
     extra: list[str], message: str, model_dir: str, text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert message in failure(["perplexity", model_dir, "--text", str(text_file), *window(), *extra], capsys)
+    assert message in failure(["eval", "perplexity", model_dir, "--text", str(text_file), *window(), *extra], capsys)
 
 
 def test_missing_text(model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = str(tmp_path / "missing.txt")
-    assert "cannot be read" in failure(["perplexity", model_dir, "--text", missing], capsys)
+    assert "cannot be read" in failure(["eval", "perplexity", model_dir, "--text", missing], capsys)
 
 
 def test_missing_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +274,7 @@ def test_demo_refuses_no_tokens(model_dir: str, capsys: pytest.CaptureFixture[st
 
 
 def test_help_needs_no_model(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--help"], ["demo", "--help"], ["inspect", "--help"], ["perplexity", "--help"]):
+    for arguments in (["--help"], ["demo", "--help"], ["inspect", "--help"], ["eval", "perplexity", "--help"]):
         with pytest.raises(SystemExit) as left:
             cli.main(arguments)
         assert left.value.code == 0

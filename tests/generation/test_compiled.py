@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 from sink_patch import SinkCache
-from sink_patch.streaming import fixed
+from sink_patch.streaming.fixed import layout
 from tests.support import zoo
 from tests.support.chats import Window
 from tests.support.known_gaps import is_newest, skip_if_model_is_newer
@@ -100,7 +100,7 @@ TURNS = {"evict": "turns", "turn_start": [[token] for token in range(0, 97, 8)],
 
 @pytest.mark.parametrize("model_type", ["llama", "cohere", "gemma3_text"])
 def test_the_graph_stays_the_same_when_whole_messages_leave(model_type, monkeypatch):
-    monkeypatch.setattr(fixed, "HAVE_GRAPHS", ("cpu",))
+    monkeypatch.setattr(layout, "HAVE_GRAPHS", ("cpu",))
     model = tiny(model_type, layers=2, attention="sdpa", max_position_embeddings=CONTEXT, **MODELS[model_type])
     for prompt in (1, 6, 2 * W):
         ids, found = tokens(prompt, seed=prompt), []
@@ -168,7 +168,7 @@ def test_two_kinds_of_layers_in_rows_of_different_lengths():
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_a_graph_writes_only_to_static_inputs_at_fixed_addresses(model_type, evict, monkeypatch):
     """Otherwise torch does not use CUDA graphs (torch/_inductor/cudagraph_utils.py, on mutated inputs)."""
-    monkeypatch.setattr(fixed, "HAVE_GRAPHS", ("cpu",))
+    monkeypatch.setattr(layout, "HAVE_GRAPHS", ("cpu",))
     model = tiny(model_type, layers=2, attention="sdpa", max_position_embeddings=CONTEXT, **MODELS[model_type])
     addresses = []
 

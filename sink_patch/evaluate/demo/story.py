@@ -12,14 +12,14 @@ from transformers import LogitsProcessorList
 import sink_patch  # noqa: F401 - patches generate
 from sink_patch.arguments import Sizes
 from sink_patch.errors import SinkArgumentError
-from sink_patch.evaluate.models import Loaded
-from sink_patch.evaluate.progress import (
+from sink_patch.evaluate.demo.progress import (
     CacheCapture,
     Measurement,
     MeasuringStreamer,
     RecentRepetitionPenalty,
     sink_cache_in,
 )
+from sink_patch.evaluate.models import Loaded
 
 PROMPT = (
     "Write a very long adventure story, with much dialogue, about a young sailor called Nora who crosses an unknown "

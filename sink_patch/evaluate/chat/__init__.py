@@ -1,0 +1,1 @@
+"""`sink-patch chat`."""

@@ -1,0 +1,1 @@
+"""`sink-patch eval`: what a model does in a stream, as figures."""

@@ -1,0 +1,48 @@
+"""Arguments that several commands have."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TypeAlias
+
+from sink_patch.arguments import Sizes
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+DEFAULT = "(default: %(default)s)"  # argparse fills it in
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_model(command: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    """Add MODEL."""
+    command.add_argument(
+        "model",
+        nargs="?" if optional else None,
+        metavar="MODEL",
+        help="a model directory, or a name on the Hugging Face hub",
+    )
+
+
+def add_window(command: argparse.ArgumentParser) -> None:
+    """Add the two sizes."""
+    sizes = Sizes()
+    command.add_argument(
+        "--window-length",
+        type=int,
+        default=sizes.window_length,
+        metavar="N",
+        help=f"tokens in the window, including the sinks {DEFAULT}",
+    )
+    command.add_argument(
+        "--num-sink-tokens",
+        type=int,
+        default=sizes.num_sink_tokens,
+        metavar="N",
+        help=f"first tokens that stay in the window {DEFAULT}",
+    )
+
+
+def add_dtype(command: argparse.ArgumentParser) -> None:
+    """Add the precision."""
+    command.add_argument(
+        "--dtype", choices=_DTYPES, default="float32", help=f"precision to load the model in {DEFAULT}"
+    )
