@@ -19,7 +19,7 @@ import pytest
 import torch
 import transformers.utils
 from torch.nn import functional
-from transformers import PreTrainedModel, modeling_flash_attention_utils
+from transformers import CompileConfig, PreTrainedModel, modeling_flash_attention_utils
 
 from sink_patch import SinkCache
 from tests.support.oracle import relative_error, worst_error
@@ -145,9 +145,10 @@ class Flash:
     tolerance: float = 3e-2  # of bfloat16
     is_installed: bool = True
 
-    def model(self, model_type: str, layers: int = 1) -> PreTrainedModel:
+    def model(self, model_type: str, layers: int = 1, sliding_window: int | None = None) -> PreTrainedModel:
         """A model that a test may change."""
-        settings = {"max_position_embeddings": CONTEXT, "sliding_window": LOCAL.get(model_type, 128)}
+        sliding_window = sliding_window or LOCAL.get(model_type, 128)
+        settings = {"max_position_embeddings": CONTEXT, "sliding_window": sliding_window}
         # without the package, transformers refuses to build a model with flash attention
         built = self.attention if self.is_installed else "eager"
         model = copy.deepcopy(tiny(model_type, layers=layers, attention=built, **settings))
@@ -249,3 +250,18 @@ def test_the_text_is_that_of_eager_attention(on_cpu, model_type):
     found = model.generate(ids, **asked)
     model.config._attn_implementation = "eager"
     assert torch.equal(found, model.generate(ids, **asked))
+
+
+def test_at_fixed_shapes_a_model_with_a_sliding_window_reads_its_mask_from_the_right(on_cpu, monkeypatch):
+    """So these forwards run only where all kinds of layers are full; messages leave in between."""
+    monkeypatch.setattr(torch, "compile", lambda call, **_asked: call)  # what would be compiled runs as it is
+    model = on_cpu.model("gemma2", layers=2, sliding_window=7)
+    config = CompileConfig()
+    config._compile_all_devices = True
+    turns = {"evict": "turns", "turn_start": [[token] for token in range(0, 97, 8)]}
+    asked = {"max_new_tokens": 5 * W, "do_sample": True, "temperature": 9.0, "top_k": 0, **SINK, **turns}
+    texts = []
+    for compiled in ({}, {"compile_config": config}):
+        torch.manual_seed(0)
+        texts.append(model.generate(tokens(9), **asked, **compiled))
+    assert torch.equal(*texts)
