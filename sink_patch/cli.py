@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import sink_patch
 from sink_patch.errors import SinkPatchError
 from sink_patch.evaluate import configure, export, inspect
 from sink_patch.evaluate.demo import command as demo
@@ -15,7 +16,11 @@ _COMMANDS = (demo, inspect, configure, measures, export)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 after a `SinkPatchError`, 130 after an interrupt."""
+    """Run one command, or print the help where none is named.
+
+    Returns:
+        The exit status: 0, 2 after a `SinkPatchError`, 130 after an interrupt.
+    """
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
@@ -32,7 +37,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sink-patch", description="Attention-sink caches for transformers: see one at work, and check a model."
     )
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"sink-patch {sink_patch.__version__}")
+    parser.set_defaults(run=lambda _arguments: parser.print_help())  # each command sets its own
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for command in _COMMANDS:
         command.add(commands)
     return parser

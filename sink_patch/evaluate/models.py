@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sink_patch.errors import SinkArgumentError, SinkPatchError
+from sink_patch.evaluate.paths import model_source
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
 HOME_VARIABLE = "SINK_PATCH_HOME"
@@ -53,7 +54,8 @@ def load(model: str | None = None, dtype: str = "float32") -> Loaded:
         SinkArgumentError: there is no such model.
     """
     if model is not None:
-        return Loaded(Path(model).name, *_from_pretrained(model, dtype))
+        source = model_source(model)
+        return Loaded(Path(source).name, *_from_pretrained(source, dtype))
     if find_spec("gguf") is None or find_spec("accelerate") is None:  # transformers needs both for this
         raise SinkPatchError(f'The demo model is a GGUF file: pip install "sink-patch[demo]". {_OTHER_MODEL}.')
     file = demo_file()

@@ -158,5 +158,5 @@ def _moved(what: str) -> str:
 
     return (
         f"transformers {transformers.__version__} has no {what}, which sink_patch builds on. It is left as it was. Use "
-        "a transformers that is in the table of sink_patch's README, or a newer sink_patch."
+        "a transformers that is in the table of compat/README.md of sink_patch, or a newer sink_patch."
     )

@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="files of --json: their records of versions that are not run now are added to the result",
     )
-    it.add_argument("--readme", action="store_true", help="put the table into README.md")
+    it.add_argument("--readme", action="store_true", help="put the table into compat/README.md")
     return it
 
 
@@ -131,7 +131,7 @@ def write_files(records: Sequence[Record], asked: argparse.Namespace) -> None:
     if asked.json:
         asked.json.write_text(json.dumps([asdict(record) for record in records], indent=1) + "\n")
     if asked.readme:
-        readme = CHECKOUT / "README.md"
+        readme = CHECKOUT / "compat" / "README.md"
         readme.write_text(with_table(readme.read_text(), table(records)))
 
 

@@ -250,10 +250,11 @@ def test_an_environment_that_cannot_be_created_ends_with_1_and_runs_nothing(pyte
 
 
 def test_the_numbers_are_written_to_the_files_of_the_options(pytest_runs, tmp_path):
-    (tmp_path / "README.md").write_text("<!-- matrix -->\n<!-- /matrix -->")
+    (tmp_path / "compat").mkdir()
+    (tmp_path / "compat" / "README.md").write_text("<!-- matrix -->\n<!-- /matrix -->")
     run("--full", "5.23.0", "4.52.4", "--json", str(tmp_path / "numbers"), "--readme")
     assert json.loads((tmp_path / "numbers").read_text()) == [asdict(QUICK), asdict(GOOD)]
-    assert report.table([QUICK, GOOD]) in (tmp_path / "README.md").read_text()
+    assert report.table([QUICK, GOOD]) in (tmp_path / "compat" / "README.md").read_text()
 
 
 def test_earlier_numbers_are_added_to_the_new_ones(pytest_runs, tmp_path, capsys):

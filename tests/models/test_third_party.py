@@ -1,4 +1,4 @@
-"""A family of somebody else's: by the README's ten lines, and by an installed distribution with an entry point."""
+"""A family of somebody else's: by ten lines of a README, and by an installed distribution with an entry point."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def wave() -> WaveForCausalLM:
 def readme_snippet() -> str:
     return re.search(
         r"^```python\n(import sink_patch\n\n\n@sink_patch\.register_family.*?)^```",
-        (ROOT / "README.md").read_text(),
+        (ROOT / "sink_patch" / "models" / "README.md").read_text(),
         re.M | re.S,
     ).group(1)
 
