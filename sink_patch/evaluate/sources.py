@@ -15,11 +15,13 @@ def check(model: str) -> None:
         SinkArgumentError: it is a path by its form, and nothing is there; or what is there is no model.
     """
     path = Path(model)
-    if path.exists():
+    if not model.strip():
+        why = "is not there"
+    elif path.exists():
         if (path / "config.json").is_file():
             return
         why = "has no config.json" if path.is_dir() else "is a file"
-    elif path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or not model.strip():
+    elif path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         why = "is not there"
     else:
         return
