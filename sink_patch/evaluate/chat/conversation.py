@@ -83,12 +83,12 @@ class Conversation:
         ids = self.template.ids(messages, answering=True)
         asked = self.template.ids(messages, answering=False)
         self._go_back(ids)
-        border = max(len(state.ids), min(common(ids, asked), len(ids) - 1))
+        answer = max(len(state.ids), common(ids, asked))  # where it begins, or the prompt for it
         try:
             state.borders.append(len(state.ids))
-            self._read(ids[:border])
+            self._read(ids[: min(answer, len(ids) - 1)])  # one token at least is left for the stream
             state.before = state.cache.clone()
-            state.borders.append(border)
+            state.borders.append(answer)
             text = self._answered(ids, say, is_over)
         except BaseException:  # an interrupt as well: what the cache has read by then is not known
             self._forget()
