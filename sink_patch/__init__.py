@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # the public names, each with its home: imported when it is f
     from sink_patch.generation.chat import count_sink_tokens as count_sink_tokens
     from sink_patch.generation.endless.stream import stream as stream
     from sink_patch.generation.templates.settings import chat_settings as chat_settings
+    from sink_patch.history.windows import Window as Window
     from sink_patch.kept.public import kept_streams as kept_streams
     from sink_patch.models.adapters.adapter import Adapter as Adapter
     from sink_patch.models.adapters.rope import no_positions as no_positions

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import sink_patch
 from sink_patch.errors import SinkPatchError
 from sink_patch.evaluate import configure, export, inspect
+from sink_patch.evaluate.chat import command as chat
 from sink_patch.evaluate.demo import command as demo
 from sink_patch.evaluate.measures import command as measures
 
-_COMMANDS = (demo, inspect, configure, measures, export)
+_COMMANDS = (demo, chat, inspect, configure, measures, export)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

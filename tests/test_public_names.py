@@ -26,13 +26,13 @@ ERRORS = {
 
 NAMES = {
     *("stream", "chat_settings", "configure", "unconfigure", "kept_streams"),
-    *("SinkCache", "count_sink_tokens", "patch", "unpatch", "is_patched", "inspect", "Report"),
+    *("SinkCache", "Window", "count_sink_tokens", "patch", "unpatch", "is_patched", "inspect", "Report"),
     *("register_family", "families", "Family", "PositionLimit", "coverage", "Coverage", "Verdict"),
     *("Adapter", "Rotation", "rope", "no_positions", "sinusoidal_table"),
     *("SinkPatchError", "SinkPatchWarning", *ERRORS),
 }
 OF_THE_CACHE = {
-    *("window_length", "num_sink_tokens", "evict", "turn_start", "nbytes", "bind", "is_bound_to", "check"),
+    *("window_length", "num_sink_tokens", "evict", "turn_start", "nbytes", "window", "bind", "is_bound_to", "check"),
     *("save", "load", "clone", "activate_past_recording", "deactivate_past_recording", "is_croppable"),
     *("batch_size", "get_max_length", "get_mask_sizes", "update_indexer", "is_compileable", "is_initialized"),
     *("batch_repeat_interleave", "batch_select_indices", "crop", "reset", "is_sliding"),

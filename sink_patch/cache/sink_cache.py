@@ -18,7 +18,8 @@ from sink_patch.cache import files
 from sink_patch.cache.binding import bind, check_holds_nothing, new_streams, tie
 from sink_patch.cache.packing import attributes, tensors_in
 from sink_patch.cache.transformers_cache import TransformersCache
-from sink_patch.errors import CacheStateError, UnboundCacheError, UnpicklableCacheError
+from sink_patch.errors import CacheStateError, SinkArgumentError, UnboundCacheError, UnpicklableCacheError
+from sink_patch.history import windows
 from sink_patch.models.entries import unwrapped
 
 if TYPE_CHECKING:
@@ -79,6 +80,40 @@ class SinkCache(TransformersCache):
     def nbytes(self) -> int:
         """Bytes of all keys and values (not of recurrent states, which are transformers' own)."""
         return 0 if self._streams is None else self._streams.store.nbytes
+
+    def window(self, ids: Any = None, attention_mask: Any = None) -> list[windows.Window]:
+        """What the window of each row holds: its sinks, its newest tokens, and where messages begin (`turn_start`).
+
+            >>> cache.window()[0]
+            Window(sinks=range(0, 4), recent=range(812, 1064), turns=(812, 901, 1003))
+
+        Layers with a sliding window of their own that is shorter hold the newest tokens alone. A cache that has read
+        nothing has no rows.
+
+        Args:
+            ids: the whole text [rows, columns], with padding; it may go on behind what was read. Then places are
+                columns of it, and `turns` are all in what was read. None: places count the tokens of a row from 0 on,
+                and `turns` are those behind the sinks that are in the window.
+            attention_mask: of the ids, [rows, columns], 1 for tokens. Where padding stands between tokens, as behind
+                rows that ended before others, it counts as a part of the ranges around it.
+
+        Raises:
+            HistoryMismatchError: the ids do not begin with what was read.
+            SinkArgumentError: ids or mask are of another shape, or a mask was given alone.
+            CacheStateError: a forward is in progress, or tokens were lost.
+        """
+        if ids is None and attention_mask is not None:
+            raise SinkArgumentError("attention_mask was given without ids. Give the ids of the whole text as well.")
+        streams = self._streams
+        if streams is None:
+            return []
+        streams.check_between_forwards("asked what it holds")
+        streams.forward.check_whole()
+        if streams.rows is None:
+            return []
+        if ids is None:
+            return windows.remembered(streams.rows, self.sizes, streams.history)
+        return windows.in_text(streams.rows, self.sizes, streams.history, ids, attention_mask)
 
     def bind(self, model: nn.Module) -> None:
         """Tie the cache to a model: find and prove its adapters, and let its forward know sink caches.

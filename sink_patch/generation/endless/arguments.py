@@ -108,5 +108,5 @@ def _check_options(arguments: Mapping[str, Any], config: Any, own: Any) -> None:
 
 def taken(arguments: dict[str, Any]) -> dict[str, Any]:
     """Take from the arguments those that are no objects of a call, for a generation config."""
-    of_calls = ("past_key_values", "logits_processor", "stopping_criteria", "tokenizer", "prefix_allowed_tokens_fn")
+    of_calls = ("logits_processor", "stopping_criteria", "tokenizer", "prefix_allowed_tokens_fn")
     return {name: arguments.pop(name) for name in list(arguments) if name not in of_calls}

@@ -17,7 +17,7 @@ from sink_patch.generation.endless.arguments import Messages, asked_for, check, 
 from sink_patch.generation.endless.loop import Loop
 from sink_patch.generation.endless.steps import Steps
 from sink_patch.generation.endless.text import Decoder
-from sink_patch.models.entries import input_device, unwrapped
+from sink_patch.models.entries import cache_argument, input_device, unwrapped
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -78,11 +78,10 @@ def _begun(
     arguments["max_new_tokens"] = loop.max_new_tokens or _ENDLESS
     if cache is None:
         arguments |= {"cache_implementation": CACHE_IMPLEMENTATION, "keep_streams": 0}  # the caller has the cache
-    else:
-        arguments["past_key_values"] = cache
     if config is not None:  # beside which transformers does not like options
         arguments |= {**config.update(**taken(arguments)), "generation_config": config}
-    model.generate(input_ids=ids, streamer=loop, **arguments)
+    given = {} if cache is None else {cache_argument(unwrapped(model)): cache}
+    model.generate(input_ids=ids, streamer=loop, **given, **arguments)
     if loop.steps is None:
         raise UnsupportedGenerationError(
             f"generate of this {type(model).__name__} does not decode as transformers' own does, so nothing can be "
