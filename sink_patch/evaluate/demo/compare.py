@@ -46,8 +46,8 @@ def show(loaded: Loaded, ids: torch.Tensor, window_length: int, num_sink_tokens:
     screen.line(
         f"\nThe same model now reads {len(ids)} tokens of Pride and Prejudice, which none of the three ways has "
         f"written, three times side by side: with plain transformers' cache of all tokens, with a window of "
-        f"{window_length} without sinks, and with the same window and {num_sink_tokens} sinks. Shown are perplexity over "
-        "the newest window of tokens (lower is better) and the size of the cache.\n"
+        f"{window_length} without sinks, and with the same window and {num_sink_tokens} sinks. Shown are perplexity "
+        "over the newest window of tokens (lower is better) and the size of the cache.\n"
     )
     rows: list[list[str]] = [["tokens read", *ways(num_sink_tokens)]]
     points: list[Point] = []
@@ -104,7 +104,7 @@ def read(model: Any, ids: torch.Tensor, window_length: int, num_sink_tokens: int
         positions = list(range(start, min(start + piece, len(ids) - 1)))
         for cache, found in zip(caches, scores, strict=True):
             logits = reading.forward(ids[None, positions], len(positions), cache)  # [1, positions, vocabulary]
-            found += reading.score(logits[0], positions).tolist()
+            found.extend(reading.score(logits[0], positions).tolist())
             del found[:-window_length]
         perplexity = tuple(math.exp(math.fsum(found) / len(found)) for found in scores)
         yield Point(positions[-1] + 1, perplexity, tuple(megabytes(cache) for cache in caches))

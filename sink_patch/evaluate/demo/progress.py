@@ -43,19 +43,18 @@ class Meter:
 
     Args:
         cache: of the stream.
-        tokens: length of the prompt.
         window_length: so many tokens apart are the `windows`.
     """
 
-    def __init__(self, cache: sink_patch.SinkCache, tokens: int, window_length: int):
-        self.tokens = tokens
+    def __init__(self, cache: sink_patch.SinkCache, window_length: int):
+        self.tokens = 0
         self.windows: list[Measurement] = []
         self._cache, self._window_length = cache, window_length
         self._newest = self._window = (0.0, 0)  # when, and at which length, the last of its kind was taken
 
-    def token(self) -> tuple[Measurement | None, bool]:
-        """After each token: a measurement now and then, and whether a whole window has passed with it."""
-        self.tokens += 1
+    def piece(self) -> tuple[Measurement | None, bool]:
+        """After each piece of text: a measurement now and then, and whether a whole window has passed with it."""
+        self.tokens = self._cache.get_seq_length()
         now = (time.perf_counter(), self.tokens)
         if self._newest == (0.0, 0):
             self._newest = self._window = now

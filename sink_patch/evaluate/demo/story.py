@@ -78,12 +78,12 @@ def tell(loaded: Loaded, settings: Settings, screen: Screen) -> None:
         suppress_tokens=loaded.tokenizer.all_special_ids,  # the story does not end, and no other message begins
         **_SAMPLING,
     )
-    meter = Meter(stream.cache, ids.shape[1], settings.window_length)
+    meter = Meter(stream.cache, settings.window_length)
     try:
         with screen:
             for piece in stream:
                 screen.text(piece)
-                measurement, is_window = meter.token()
+                measurement, is_window = meter.piece()
                 if measurement is not None:
                     screen.figures(measurement.line(settings.window_length), is_window=is_window)
     finally:

@@ -1,7 +1,7 @@
 """A model directory that is made once from a downloaded file, and loads in a second from then on.
 
-It is the same whatever the version of transformers. A mark in it holds a checksum of every file, which tells damage (and
-no more than that).
+It is the same whatever the version of transformers. A mark in it holds a checksum of every file, which tells
+damage, and no more than that.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from sink_patch.errors import SinkPatchError
@@ -30,7 +31,8 @@ def ensure(folder: Path, source: Callable[[], Path], say: Callable[[str], None])
         say: is told what takes a while.
 
     Raises:
-        SinkPatchError: what has this name was not made here; it cannot be written; what `source` raises.
+        SinkPatchError: what has this name was not made here; the package `gguf` is missing; it cannot be written; what
+            `source` raises.
     """
     if is_whole(folder):
         return folder
@@ -38,6 +40,11 @@ def ensure(folder: Path, source: Callable[[], Path], say: Callable[[str], None])
         raise SinkPatchError(
             f"{folder} was not written by sink-patch, as it has no {MARK}, and so it stays as it is. Move it away, or "
             "set SINK_PATCH_HOME to another directory."
+        )
+    if find_spec("gguf") is None:
+        raise SinkPatchError(
+            'The demo model is a GGUF file: pip install "sink-patch[demo]". Or pass a model of your own, a directory '
+            "or a name on the Hugging Face hub."
         )
     say(f"{folder} is damaged and is made anew." if folder.exists() else f"Converting it, once, to {folder} ...")
     file = source()

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from sink_patch.errors import SinkPatchError
-
 _DTYPE = "float16"  # of the file: a rounding of 2^-11, beside 4-bit weights; half of what float32 would be to read
 _FIXED = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _IN_LAYER = {
@@ -34,15 +32,8 @@ _CONTROL = 3  # the type of special tokens in GGUF
 
 
 def convert(file: Path, folder: Path) -> None:
-    """Write config.json, model.safetensors and the files of the tokenizer into an empty directory.
-
-    Raises:
-        SinkPatchError: the package `gguf` is missing.
-    """
-    try:
-        gguf: Any = importlib.import_module("gguf")
-    except ImportError as failure:
-        raise SinkPatchError('The demo model is a GGUF file: pip install "sink-patch[demo]".') from failure
+    """Write config.json, model.safetensors and the files of the tokenizer into an empty directory."""
+    gguf: Any = importlib.import_module("gguf")
     reader = gguf.GGUFReader(file)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     weights = {
