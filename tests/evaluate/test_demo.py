@@ -49,7 +49,7 @@ def model_dir(tmp_path_factory) -> str:
 def short_text(monkeypatch) -> None:
     """A text in words of the tiny model, in place of that of the demo."""
     ids = directory.tokenizer()(TEXT, return_tensors="pt")["input_ids"][0]
-    monkeypatch.setattr(compare, "text_ids", lambda _loaded, window_length: ids[: 6 * window_length])
+    monkeypatch.setattr(compare, "text_ids", lambda _loaded, window_length: ids[: 6 * window_length + 1])
 
 
 def window(length: int = W, sinks: int | None = S) -> list[str]:
@@ -282,7 +282,7 @@ def test_the_comparison_as_plain_text_and_its_picture(model_dir, tmp_path, capsy
     out = capsys.readouterr().out
     assert "window, 3 sinks" in out
     rows = [line.split() for line in out.splitlines() if re.fullmatch(r" *\d+( +[\d.]+ in [\d.]+ MB){3}", line)]
-    assert [int(row[0]) // W for row in rows] == [1, 2, 3, 4, 5]
+    assert [int(row[0]) // W for row in rows] == [1, 2, 3, 4, 5, 6]
     assert f"Drawn: {file}" in out
     drawn = file.read_text()
     assert drawn.startswith("<?xml")
@@ -290,7 +290,7 @@ def test_the_comparison_as_plain_text_and_its_picture(model_dir, tmp_path, capsy
 
 def test_the_text_is_read_by_some_windows_of_it():
     loaded = models.Loaded("tiny", directory.model(), directory.tokenizer())
-    assert len(compare.text_ids(loaded, 24)) == 6 * 24
+    assert len(compare.text_ids(loaded, 24)) == 6 * 24 + 1
     with pytest.raises(ValueError, match="less than two windows of 100000"):
         compare.text_ids(loaded, 100_000)
 

@@ -76,7 +76,7 @@ def text_ids(loaded: Loaded, window_length: int) -> torch.Tensor:
             f"The text for the comparison has {len(ids)} tokens, which are less than two windows of {window_length}. "
             f"Use --window-length {len(ids) // 2} or less here; for longer windows: sink-patch eval perplexity."
         )
-    return ids[: _WINDOWS * window_length]
+    return ids[: _WINDOWS * window_length + 1]  # the last one is only scored
 
 
 @torch.inference_mode()
