@@ -1,7 +1,7 @@
 """The picture of `sink-patch demo` for the README: `python -m tests.bench.demo_picture [--run]`.
 
 With `--run` the demo runs with SmolLM2-135M-Instruct and its defaults (some minutes; the model is downloaded once),
-and what it said is kept in results/demo-smollm2.json. The picture results/demo.png is drawn from that file (needs matplotlib).
+and what it said is kept in results/demo-smollm2.json. From that file results/demo.png is drawn (needs matplotlib).
 """
 
 from __future__ import annotations
