@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import logging
 import math
@@ -19,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from sink_patch import cli
 from sink_patch.evaluate import models
-from sink_patch.evaluate.demo import command, compare, picture, progress, screens, story
+from sink_patch.evaluate.demo import compare, defaults, picture, progress, screens, story
 from tests.support import directory
 from tests.support.fresh import environment
 from tests.support.server import ROOT
@@ -325,10 +324,9 @@ def test_a_wrong_path_of_a_model(capsys, tmp_path, monkeypatch):
 
 
 def test_defaults(capsys):
-    assert (story.Settings().window_length, story.Settings().max_new_tokens) == (command.WINDOW, command.TOKENS)
+    assert (story.Settings().window_length, story.Settings().max_new_tokens) == (defaults.WINDOW, defaults.TOKENS)
     with pytest.raises(SystemExit):
         cli.main(["demo", "--help"])
     out = " ".join(capsys.readouterr().out.split())
-    assert f"(default: {command.WINDOW})" in out
+    assert f"(default: {defaults.WINDOW})" in out
     assert "(default: the whole prompt" in out
-    assert importlib.util.find_spec("sink_patch.evaluate.demo") is not None

@@ -6,9 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from sink_patch.evaluate.demo.defaults import PROMPT, TOKENS, WINDOW
 from sink_patch.evaluate.options import DEFAULT, Commands, add_dtype, add_model
-
-WINDOW, TOKENS = 192, 900  # several windows in about a minute, at 15 tokens a second
 
 
 def add(commands: Commands) -> None:
@@ -37,7 +36,9 @@ def add(commands: Commands) -> None:
     demo.add_argument(
         "--max-new-tokens", type=int, default=TOKENS, metavar="N", help=f"length of the story in tokens {DEFAULT}"
     )
-    demo.add_argument("--prompt", metavar="TEXT", help="what to ask the model for, instead of the story")
+    demo.add_argument(
+        "--prompt", default=PROMPT, metavar="TEXT", help="what to ask the model for, instead of the story"
+    )
     demo.add_argument(
         "--compare",
         action="store_true",
@@ -68,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
         window_length=arguments.window_length,
         num_sink_tokens=arguments.num_sink_tokens,
         max_new_tokens=arguments.max_new_tokens,
-        prompt=story.PROMPT if arguments.prompt is None else arguments.prompt,
+        prompt=arguments.prompt,
     )
     loaded = models.load(arguments.model, arguments.dtype)
     screen = screens.screen_on(sys.stdout)

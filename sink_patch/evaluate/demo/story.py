@@ -11,15 +11,11 @@ from transformers import LogitsProcessorList
 import sink_patch
 from sink_patch.arguments import Sizes
 from sink_patch.errors import SinkArgumentError
-from sink_patch.evaluate.demo.command import TOKENS, WINDOW
+from sink_patch.evaluate.demo.defaults import PROMPT, TOKENS, WINDOW
 from sink_patch.evaluate.demo.progress import Measurement, Meter, RecentRepetitionPenalty
 from sink_patch.evaluate.demo.screens import Screen
 from sink_patch.evaluate.models import Loaded
 
-PROMPT = (
-    "Write a very long adventure story, with much dialogue, about a young sailor called Nora who crosses an unknown "
-    "sea. Describe each day of the journey."
-)
 _SEED = 7
 _SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "no_repeat_ngram_size": 6}
 
