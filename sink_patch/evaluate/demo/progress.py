@@ -1,17 +1,17 @@
-"""What the demo shows while a model generates: the text as it comes, and now and then its speed and memory."""
+"""What is measured while a model generates: speed and memory."""
 
 from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TextIO
 
 import torch
-from transformers import LogitsProcessor, TextStreamer
+from transformers import LogitsProcessor
 
 import sink_patch
+
+_EVERY = 8  # tokens; the line of figures changes about once a second on a slow machine
 
 
 @dataclass(frozen=True)
@@ -38,84 +38,59 @@ class Measurement:
         )
 
 
-class RecentRepetitionPenalty(LogitsProcessor):
-    """Makes the newest tokens less likely, because a small model otherwise repeats one sentence without end.
-
-    The repetition penalty of `generate` applies to the whole text, so a long story would run out of words such as "the"
-    and "and".
+class Meter:
+    """Measures a stream, token by token. The time for the prompt is left out: the clock starts at the first new token.
 
     Args:
-        penalty: positive scores are divided by it, negative ones multiplied, as in `RepetitionPenaltyLogitsProcessor`.
-        tokens: how many of the newest tokens it applies to.
+        cache: of the stream.
+        window_length: so many tokens apart are the `windows`.
     """
 
-    def __init__(self, penalty: float = 1.15, tokens: int = 256):
-        self._penalty, self._tokens = penalty, tokens
+    def __init__(self, cache: sink_patch.SinkCache, window_length: int):
+        self.tokens = 0
+        self.windows: list[Measurement] = []
+        self._cache, self._window_length = cache, window_length
+        self._newest = self._window = (0.0, 0)  # when, and at which length, the last of its kind was taken
+
+    def piece(self) -> tuple[Measurement | None, bool]:
+        """After each piece of text: a measurement now and then, and whether a whole window has passed with it."""
+        self.tokens = self._cache.get_seq_length()
+        now = (time.perf_counter(), self.tokens)
+        if self._newest == (0.0, 0):
+            self._newest = self._window = now
+        if self.tokens - self._window[1] >= self._window_length:
+            self.windows.append(self._since(self._window, now))
+            self._newest = self._window = now
+            return self.windows[-1], True
+        if self.tokens - self._newest[1] < _EVERY:
+            return None, False
+        newest, self._newest = self._since(self._newest, now), now
+        return newest, False
+
+    def _since(self, before: tuple[float, int], now: tuple[float, int]) -> Measurement:
+        seconds = now[0] - before[0]
+        speed = (now[1] - before[1]) / seconds if seconds else 0.0
+        return Measurement(now[1], speed, float(self._cache.nbytes) / 1e6, process_megabytes())
+
+
+class RecentRepetitionPenalty(LogitsProcessor):
+    """Makes the tokens behind the sinks less likely, because a small model otherwise repeats one sentence without end.
+
+    The repetition penalty of `generate` would make the words of the prompt less likely, too, for as long as they stay.
+
+    Args:
+        num_sink_tokens: how many of the first ids it leaves alone.
+        penalty: positive scores are divided by it, negative ones multiplied, as in `RepetitionPenaltyLogitsProcessor`.
+    """
+
+    def __init__(self, num_sink_tokens: int, penalty: float = 1.15):
+        self._sinks, self._penalty = num_sink_tokens, penalty
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [rows, vocabulary] after input_ids [rows, tokens]."""
-        recent = input_ids[:, -self._tokens :]
+        """Scores [rows, vocabulary] after the ids of the window [rows, tokens]."""
+        recent = input_ids[:, self._sinks :]  # [rows, recent]
         old = scores.gather(1, recent)  # [rows, recent]
         return scores.scatter(1, recent, torch.where(old < 0, old * self._penalty, old / self._penalty))
-
-
-class CacheCapture:
-    """A forward hook (`with_kwargs=True`) that keeps a reference to the `SinkCache` that `generate` has made."""
-
-    cache: sink_patch.SinkCache | None = None
-
-    def __call__(self, _module: Any, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
-        self.cache = sink_cache_in(kwargs.values()) or self.cache
-
-    def megabytes(self) -> float:
-        """Size of the cache in 10^6 bytes; 0 before the first forward."""
-        return 0.0 if self.cache is None else float(self.cache.nbytes) / 1e6
-
-
-class MeasuringStreamer(TextStreamer):
-    """Prints the text as it comes, and a measurement every `window_length` tokens.
-
-    It writes plain text without control codes, so that the output can go to a file. The time for the prompt is not
-    measured: the clock starts at the first generated token.
-    """
-
-    def __init__(self, tokenizer: Any, capture: CacheCapture, window_length: int, out: TextIO):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.measurements: list[Measurement] = []
-        self._capture, self._window_length, self._out = capture, window_length, out
-        self._tokens = self._measured_tokens = 0
-        self._measured_at: float | None = None
-        self._unprinted = False
-
-    def put(self, value: torch.Tensor) -> None:
-        """Token ids: the prompt, shape [1, tokens], then one token at a time."""
-        self._tokens += value.numel()
-        super().put(value)  # type: ignore[no-untyped-call]
-        if self._measured_at is None and value.numel() == 1:
-            self._measured_at, self._measured_tokens = time.perf_counter(), self._tokens
-        if self._tokens - self._measured_tokens >= self._window_length:
-            self._measure()
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self._out.write(text)
-        if self._unprinted and text:  # between two words, since TextStreamer holds text back until a word is complete
-            self._out.write(f"\n\n{self.measurements[-1].line(self._window_length)}\n\n")
-            self._unprinted = False
-        if stream_end:
-            self._out.write("\n")
-        self._out.flush()
-
-    def _measure(self) -> None:
-        now = time.perf_counter()
-        seconds = now - (self._measured_at or now)
-        speed = (self._tokens - self._measured_tokens) / seconds if seconds else 0.0
-        self.measurements.append(Measurement(self._tokens, speed, self._capture.megabytes(), process_megabytes()))
-        self._measured_at, self._measured_tokens, self._unprinted = now, self._tokens, True
-
-
-def sink_cache_in(values: Iterable[Any]) -> sink_patch.SinkCache | None:
-    """The first `SinkCache` among arguments or outputs, whose names differ between versions of transformers."""
-    return next((value for value in values if isinstance(value, sink_patch.SinkCache)), None)
 
 
 def process_megabytes() -> float | None:

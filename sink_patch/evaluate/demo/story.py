@@ -1,32 +1,22 @@
-"""`sink-patch demo`: generates a story far longer than the window, and shows that speed and memory stay the same."""
+"""A story far longer than the window, while speed and memory stay the same."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from transformers import LogitsProcessorList
 
-import sink_patch  # noqa: F401 - patches generate
+import sink_patch
 from sink_patch.arguments import Sizes
 from sink_patch.errors import SinkArgumentError
-from sink_patch.evaluate.demo.progress import (
-    CacheCapture,
-    Measurement,
-    MeasuringStreamer,
-    RecentRepetitionPenalty,
-    sink_cache_in,
-)
+from sink_patch.evaluate.demo.defaults import PROMPT, TOKENS, WINDOW
+from sink_patch.evaluate.demo.progress import Measurement, Meter, RecentRepetitionPenalty
+from sink_patch.evaluate.demo.screens import Screen
 from sink_patch.evaluate.models import Loaded
 
-PROMPT = (
-    "Write a very long adventure story, with much dialogue, about a young sailor called Nora who crosses an unknown "
-    "sea. Describe each day of the journey."
-)
 _SEED = 7
-_SIZES = Sizes()
 _SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "no_repeat_ngram_size": 6}
 
 
@@ -36,69 +26,77 @@ class Settings:
 
     Args:
         window_length: tokens in the window, including the sinks.
-        num_sink_tokens: first tokens that stay in the window.
+        num_sink_tokens: first tokens that stay in the window; None: the whole prompt, where it takes half of the window
+            at most, else the default of the cache.
         max_new_tokens: length of the story in tokens.
         prompt: what to ask the model for.
 
     Raises:
-        SinkArgumentError: `max_new_tokens` is below 1.
+        SinkArgumentError: `max_new_tokens` is below 1, or the sizes are impossible.
     """
 
-    window_length: int = _SIZES.window_length
-    num_sink_tokens: int = _SIZES.num_sink_tokens
-    max_new_tokens: int = 1500
+    window_length: int = WINDOW
+    num_sink_tokens: int | None = None
+    max_new_tokens: int = TOKENS
     prompt: str = PROMPT
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise SinkArgumentError(f"max_new_tokens={self.max_new_tokens}: give a number of tokens, 1 or more.")
+        Sizes(self.window_length, self.sinks(self.window_length))
+
+    def sinks(self, prompt_tokens: int) -> int:
+        """How many sinks there are with a prompt of this length."""
+        if self.num_sink_tokens is not None:
+            return self.num_sink_tokens
+        return prompt_tokens if 2 * prompt_tokens <= self.window_length else Sizes().num_sink_tokens
 
 
-def run(loaded: Loaded, settings: Settings, out: TextIO | None = None) -> None:
-    """Write the story to `out` (default: stdout), then a summary.
+def tell(loaded: Loaded, settings: Settings, screen: Screen) -> None:
+    """Show the story, then a summary, which an interrupt does not prevent.
 
     Raises:
-        SinkArgumentError: impossible sizes.
         UnsupportedModelError: the model cannot stream.
+        KeyboardInterrupt: Ctrl-C, after the summary.
     """
-    out = out or sys.stdout
-    capture = CacheCapture()
-    streamer = MeasuringStreamer(loaded.tokenizer, capture, settings.window_length, out)
-    encoded = inputs(loaded.tokenizer, settings.prompt)
-    out.write(f"{loaded.name}, window of {settings.window_length} tokens, {settings.num_sink_tokens} sinks\n\n")
+    ids = prompt_ids(loaded.tokenizer, settings.prompt)
+    sinks = settings.sinks(ids.shape[1])
+    screen.line(f"{loaded.name}, window of {settings.window_length} tokens, {sinks} sinks\n")
     torch.manual_seed(_SEED)
-    hook = loaded.model.register_forward_hook(capture, with_kwargs=True)
+    stream = sink_patch.stream(
+        loaded.model,
+        loaded.tokenizer,
+        ids,
+        window_length=settings.window_length,
+        num_sink_tokens=sinks,
+        max_new_tokens=settings.max_new_tokens,
+        logits_processor=LogitsProcessorList([RecentRepetitionPenalty(sinks)]),
+        suppress_tokens=loaded.tokenizer.all_special_ids,  # the story does not end, and no other message begins
+        **_SAMPLING,
+    )
+    meter = Meter(stream.cache, settings.window_length)
     try:
-        output = loaded.model.generate(
-            **encoded,
-            cache_implementation="sink",
-            window_length=settings.window_length,
-            num_sink_tokens=settings.num_sink_tokens,
-            max_new_tokens=settings.max_new_tokens,
-            min_new_tokens=settings.max_new_tokens,  # an end-of-text token does not stop it
-            logits_processor=LogitsProcessorList([RecentRepetitionPenalty()]),
-            streamer=streamer,
-            return_dict_in_generate=True,
-            **_SAMPLING,
-        )
+        with screen:
+            for piece in stream:
+                screen.text(piece)
+                measurement, is_window = meter.piece()
+                if measurement is not None:
+                    screen.figures(measurement.line(settings.window_length), is_window=is_window)
     finally:
-        hook.remove()
-    out.write("\n" + summary(settings, encoded["input_ids"].shape[1], output, streamer.measurements) + "\n")
+        screen.line("\n" + summary(settings, ids.shape[1], meter.tokens, meter.windows))
 
 
-def summary(settings: Settings, prompt_tokens: int, output: Any, measurements: list[Measurement]) -> str:
+def summary(settings: Settings, prompt_tokens: int, tokens: int, measurements: list[Measurement]) -> str:
     """What happened, in a few sentences.
 
     Args:
         settings: of this run.
         prompt_tokens: length of the prompt.
-        output: what `generate` returned.
-        measurements: those of the streamer, in order.
+        tokens: of the whole stream.
+        measurements: one a window.
     """
-    tokens = output.sequences.shape[1]
-    windows = tokens / settings.window_length
-    cache = type(sink_cache_in(output.values())).__name__
-    lines = [f"{tokens} tokens, prompt counted in: {windows:.1f} windows, in a {cache}."]
+    sinks = settings.sinks(prompt_tokens)
+    lines = [f"{tokens} tokens, prompt counted in: {tokens / settings.window_length:.1f} windows."]
     if len(measurements) > 1:
         first, last = measurements[0], measurements[-1]
         lines += [
@@ -108,25 +106,22 @@ def summary(settings: Settings, prompt_tokens: int, output: Any, measurements: l
         if first.process_megabytes is not None and last.process_megabytes is not None:
             sizes = f"{first.process_megabytes:.0f} MB at first, {last.process_megabytes:.0f} MB at the end"
             lines.append(f"Memory of the process: {sizes}.")
-    recent = settings.window_length - settings.num_sink_tokens
-    if windows > 1:
-        lines.append(
-            f"The model sees the first {settings.num_sink_tokens} tokens and the newest {recent}. What left the window "
-            "is forgotten: the text goes on fluently, but it cannot recall how it began, and may wander off."
-        )
-        if settings.num_sink_tokens < prompt_tokens < settings.window_length:
-            lines.append(f"To keep the whole prompt in sight, make it the sinks: --num-sink-tokens {prompt_tokens}")
+    if tokens <= settings.window_length:
+        return "\n".join([*lines, "Nothing has left the window yet: ask for more with --max-new-tokens."])
+    seen = f"The model sees the first {sinks} tokens and the newest {settings.window_length - sinks}."
+    if sinks >= prompt_tokens:
+        lines.append(f"{seen} The first are the prompt, so it keeps to its subject. What lies between is forgotten.")
     else:
-        lines.append("Nothing has left the window yet: ask for more with --max-new-tokens.")
+        lines.append(f"{seen} What lies between is forgotten, the prompt too, so that it may wander off its subject.")
     return "\n".join(lines)
 
 
-def inputs(tokenizer: Any, prompt: str) -> dict[str, Any]:
-    """The prompt in the model's chat template, or unchanged for a model without one: tensors of shape [1, tokens]."""
+def prompt_ids(tokenizer: Any, prompt: str) -> torch.Tensor:
+    """Ids [1, tokens] of the prompt in the model's chat template, or as it is for a model without one."""
     text, special = prompt, True
     if tokenizer.chat_template is not None:
         chat = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         special = False  # the template contains them
-    encoded = tokenizer(text, return_tensors="pt", add_special_tokens=special)
-    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    ids: torch.Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=special)["input_ids"]
+    return ids
