@@ -20,7 +20,8 @@ import sink_patch
 from sink_patch import cli
 from sink_patch.evaluate import models
 from sink_patch.evaluate.demo import story as demo
-from sink_patch.evaluate.measures import figures, perplexity, scoring
+from sink_patch.evaluate.measures.perplexity import figures, scoring
+from sink_patch.evaluate.measures.perplexity import run as perplexity
 from tests.support.tokenizer import WORDS, tiny_tokenizer
 
 W, S = 12, 3

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 import sink_patch
 from sink_patch.errors import SinkArgumentError
-from sink_patch.evaluate.measures import scoring
-from sink_patch.evaluate.measures.figures import Plan, Row, as_dict, table
+from sink_patch.evaluate.measures.perplexity import scoring
+from sink_patch.evaluate.measures.perplexity.figures import Plan, Row, as_dict, table
 from sink_patch.evaluate.models import Loaded
 
 
