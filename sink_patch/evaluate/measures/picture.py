@@ -49,7 +49,10 @@ def draw(found: Sequence[Record], path: Path) -> None:
 
 def _panels() -> dict[str, Panels]:
     """By the name of a measure: what makes the panels of its records."""
-    return {}
+    from sink_patch.evaluate.recall import figures as recall
+    from sink_patch.evaluate.recall.sinks import figures as sinks
+
+    return {"streameval": recall.panels, "questions": recall.panels, "recall": recall.panels, "sinks": sinks.panels}
 
 
 def _title(found: Sequence[Record]) -> str:
