@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from sink_patch.evaluate.measures import picture
+from sink_patch.evaluate.measures.cost import command as cost
 from sink_patch.evaluate.measures.perplexity import command as perplexity
 from sink_patch.evaluate.options import Commands
 
-_MEASURES = (perplexity, picture)
+_MEASURES = (perplexity, cost, picture)
 
 
 def add(commands: Commands) -> None:

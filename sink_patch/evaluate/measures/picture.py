@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sink_patch.errors import SinkArgumentError
 from sink_patch.evaluate.measures import plots, records
+from sink_patch.evaluate.measures.cost import figures as cost
 from sink_patch.evaluate.measures.perplexity import figures as perplexity
 from sink_patch.evaluate.measures.records import Record
 from sink_patch.evaluate.options import Commands
@@ -50,7 +51,7 @@ def draw(found: Sequence[Record], path: Path) -> None:
 
 def _panels() -> dict[str, Panels]:
     """By the name of a measure: what makes the panels of its records."""
-    return {"perplexity": perplexity.panels}
+    return {"perplexity": perplexity.panels, "cost": cost.panels}
 
 
 def _title(found: Sequence[Record]) -> str:

@@ -17,7 +17,7 @@ def add(measures: Commands) -> None:
         "perplexity",
         help="compare the perplexity of a stream with that of exact recomputation and of the dense cache",
         description="Reads a long text with a sink cache, token by token, and compares its perplexity with that of "
-        "other ways: the model's own cache, which grows (dense); the newest window read anew for each token, which is exact "
+        "other ways: the model's own cache, which grows (dense); the newest window read anew for each token, exact "
         "and slow (recomputed); a window without sinks (window); sinks that keep their positions in the text "
         "(text-positions). On a CPU this takes minutes. With --json the same command goes on where it was stopped.",
     )

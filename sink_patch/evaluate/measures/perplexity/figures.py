@@ -15,6 +15,8 @@ _STRETCH_WINDOWS = 4  # perplexity is also given for each stretch of this many w
 _SCORES_OF_A_STRETCH = 64  # but over this many scores at least,
 _MOST_STRETCHES = 50
 _DIGITS = 5
+_LABELS = {"window": "window, no sinks", "text-positions": "sinks, positions of the text"}
+"""Of curves, which have one label whatever the sizes, so that records of several sizes share their colours."""
 
 
 @dataclass(eq=False)
@@ -123,7 +125,7 @@ def panels(record: Record) -> list[Panel]:
             record["window_length"] + every * (number * size + end) / 2 if end else 0 for number, end in enumerate(ends)
         ]
         if parts:
-            curves.append(Curve(row["name"], middles, parts))
+            curves.append(Curve(_LABELS.get(row["way"], row["way"]), middles, parts))
     values = [value for curve in curves for value in curve.y]
     context = record["context_length"]
     shown = bool(curves) and context < record["tokens"]

@@ -6,7 +6,6 @@ All ways but the dense one see W tokens at such a position, token p counted in, 
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,9 +16,9 @@ import torch
 from torch import nn
 
 import sink_patch
+from sink_patch.evaluate.measures.forwards import Forwards
 from sink_patch.evaluate.measures.memory import cache_bytes
 
-_CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # in forwards, by the version of transformers and the model
 _WINDOWS_AT_ONCE = 4
 
 
@@ -40,9 +39,9 @@ class Reading:
     window_length: int
 
     @cached_property
-    def _parameters(self) -> frozenset[str]:
-        """Names of the arguments of the model's forward."""
-        return frozenset(inspect.signature(self.model.forward).parameters)
+    def forward(self) -> Forwards:
+        """Forwards of the model."""
+        return Forwards(self.model)
 
     def scored(self, start: int, stop: int) -> list[int]:
         """The positions from `start` to below `stop` that are scored."""
@@ -52,30 +51,6 @@ class Reading:
         """Scores [positions] from logits [positions, vocabulary]."""
         targets = self.ids[[position + 1 for position in positions]]
         return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-
-    def forward(
-        self, ids: torch.Tensor, wanted: list[int], cache: Any = None, **options: Any
-    ) -> tuple[torch.Tensor, Any]:
-        """A forward with the logits that are wanted alone: in a small model the output layer takes half the time.
-
-        Args:
-            ids: token ids, shape [rows, tokens].
-            wanted: indices of tokens.
-            cache: of transformers or ours; None: none is given.
-            options: other arguments of the model's forward.
-
-        Returns:
-            Logits, shape [rows, wanted, vocabulary], and the cache that the model gives back, or None.
-        """
-        if cache is not None:
-            options[next(name for name in _CACHE_NAMES if name in self._parameters)] = cache
-        keeps = "logits_to_keep" in self._parameters
-        if keeps:
-            options["logits_to_keep"] = torch.tensor(wanted, dtype=torch.long)
-        output = self.model(ids, **options)
-        found = (output.get(name) for name in _CACHE_NAMES)
-        logits: torch.Tensor = output.logits
-        return logits if keeps else logits[:, wanted], next((one for one in found if one is not None), None)
 
 
 class Way(ABC):
