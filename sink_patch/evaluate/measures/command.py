@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from sink_patch.evaluate.measures import picture
+from sink_patch.evaluate.measures.cost import command as cost
 from sink_patch.evaluate.measures.perplexity import command as perplexity
 from sink_patch.evaluate.options import Commands
 from sink_patch.evaluate.recall import command as recall
 
-_MEASURES = (perplexity, recall, picture)
+_MEASURES = (perplexity, cost, recall, picture)
 
 
 def add(commands: Commands) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from sink_patch.errors import SinkArgumentError
 from sink_patch.evaluate.measures import plots, records
+from sink_patch.evaluate.measures.cost import figures as cost
+from sink_patch.evaluate.measures.perplexity import figures as perplexity
 from sink_patch.evaluate.measures.records import Record
 from sink_patch.evaluate.options import Commands
 
@@ -49,10 +51,8 @@ def draw(found: Sequence[Record], path: Path) -> None:
 
 def _panels() -> dict[str, Panels]:
     """By the name of a measure: what makes the panels of its records."""
-    from sink_patch.evaluate.recall import figures as recall
-    from sink_patch.evaluate.recall.sinks import figures as sinks
-
-    return {"streameval": recall.panels, "questions": recall.panels, "recall": recall.panels, "sinks": sinks.panels}
+    asked = dict.fromkeys(("streameval", "questions", "recall"), recall.panels)
+    return {"perplexity": perplexity.panels, "cost": cost.panels, **asked, "sinks": sinks.panels}
 
 
 def _title(found: Sequence[Record]) -> str:

@@ -119,7 +119,7 @@ def _draw(axes: Any, panel: Panel, colours: dict[str, str]) -> None:
         )
     axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
     if panel.log_y:
-        _log(axes.yaxis, axes.set_yscale, *axes.get_ylim())
+        _log(axes.yaxis, axes.set_yscale, [y for curve in panel.curves for y in curve.y])
     if panel.log_x:
         ticks = sorted({x for curve in panel.curves for x in curve.x})
         axes.set_xscale("log")
@@ -143,12 +143,12 @@ def _draw(axes: Any, panel: Panel, colours: dict[str, str]) -> None:
     axes.legend(fontsize=8)
 
 
-def _log(axis: Any, scale: Any, low: float, high: float) -> None:
-    """A logarithmic axis with plain numbers at 1, 2, 5, 10 and so on."""
+def _log(axis: Any, scale: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis with plain numbers: at 1, 2, 5, 10 and so on, or at powers of ten where these are many."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     scale("log")
-    steps = (1.0, 2.0, 5.0) if high < 100 * max(low, 1e-9) else (1.0,)
+    steps = (1.0, 2.0, 5.0) if max(values) < 1000 * max(min(values), 1e-9) else (1.0,)
     axis.set_major_locator(LogLocator(subs=steps, numticks=20))
     axis.set_major_formatter(FuncFormatter(lambda value, _place: f"{value:,.10g}"))
     axis.set_minor_formatter(NullFormatter())

@@ -23,14 +23,14 @@ _NUMBERS = re.compile(r"\[\n\s*([^\[\]{}\"]*?)\s*\]")  # a list of them, which j
 
 
 def about(loaded: Loaded) -> Record:
-    """The model and what it was measured with: name, kind, size, precision, threads, versions."""
+    """The model and what it was measured with: name, kind, weights (a digest), precision, threads, versions."""
     import torch
 
     model = loaded.model
     return {
         "model": loaded.name,
         "model_type": model.config.model_type,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "weights": _fingerprint(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "versions": versions(),
@@ -50,6 +50,15 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "sink_patch": sink_patch.__version__,
     }
+
+
+def _fingerprint(model: Any) -> str:
+    """A digest of the first numbers of each parameter, by which trained models differ."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        if parameter.device.type != "meta":  # which holds no numbers
+            digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def read_text(path: Path) -> str:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+import sink_patch
+from sink_patch.evaluate.measures.forwards import Forwards
 from sink_patch.evaluate.recall.scripts.script import Ids, Part, Question
-
-_CACHE_ARGUMENTS = ("cache", "past_key_values")  # of forwards, by the version of transformers
 
 
 @dataclass(frozen=True)
@@ -38,35 +37,31 @@ class Answer:
 
 
 class Stream:
-    """A model with a cache of some kind.
+    """A model that reads with a cache of some kind.
 
     Args:
         model: a causal language model of transformers.
-        cache: that reads the stream: a `SinkCache`, or a cache of transformers.
+        cache: a `SinkCache`, or None for the one that the model makes itself, which holds all tokens.
     """
 
-    def __init__(self, model: Any, cache: Any):
-        parameters = inspect.signature(model.forward).parameters
-        self._argument = next(name for name in _CACHE_ARGUMENTS if name in parameters)
-        self._keeps_logits = "logits_to_keep" in parameters
-        self._model, self.cache, self.read = model, cache, 0
+    def __init__(self, model: Any, cache: Any = None):
+        self._forward, self._cache, self.read = Forwards(model), cache, 0
 
     def feed(self, ids: Ids, last: int = 1) -> torch.Tensor:
         """Read tokens, one or more; the logits of the last of them, shape [last, vocabulary]."""
-        logits = self._logits(self.cache, ids, last)
+        logits, self._cache = self._logits(self._cache, ids, last)
         self.read += len(ids)
         return logits
 
     def ask(self, question: Question) -> Answer:
         """The answer to a question; the stream stays as it was."""
-        asked = copy.deepcopy(self.cache)
-        first = self._logits(asked, question.prompt, 1)  # [1, vocabulary]
+        first, asked = self._logits(copy.deepcopy(self._cache), question.prompt, 1)  # [1, vocabulary]
         scores: list[float] = []
         exact = False
         for number, choice in enumerate(question.choices):
             logits = first
             if len(choice) > 1:
-                rest = self._logits(copy.deepcopy(asked), choice[:-1], len(choice) - 1)
+                rest, _ = self._logits(copy.deepcopy(asked), choice[:-1], len(choice) - 1)
                 logits = torch.cat([first, rest])  # [tokens of the choice, vocabulary]
             wanted = torch.tensor(choice, device=logits.device)  # [tokens of the choice]
             scores.append(float(logits.float().log_softmax(-1).gather(1, wanted[:, None]).mean()))
@@ -74,18 +69,15 @@ class Stream:
                 exact = bool((logits.argmax(-1) == wanted).all())  # what greedy decoding writes, token by token
         return Answer(question, self.read, exact, tuple(scores))
 
-    def _logits(self, cache: Any, ids: Ids, last: int) -> torch.Tensor:
-        """The logits of the last tokens, shape [last, vocabulary]."""
-        options: dict[str, Any] = {self._argument: cache, "use_cache": True}
-        if self._keeps_logits:
-            options["logits_to_keep"] = last
-        tokens = torch.tensor([ids], device=self._model.device)  # [1, tokens]
-        logits: torch.Tensor = self._model(tokens, **options).logits
-        return logits[0, -last:]
+    def _logits(self, cache: Any, ids: Ids, last: int) -> tuple[torch.Tensor, Any]:
+        """The logits of the last tokens, shape [last, vocabulary], and the cache behind them."""
+        tokens = torch.tensor([ids], device=self._forward.model.device)  # [1, tokens]
+        logits, after = self._forward(tokens, range(len(ids) - last, len(ids)), cache, use_cache=True)
+        return logits[0], after if cache is None else cache
 
 
-def in_one_stream(model: Any, cache: Any, parts: Iterable[Part]) -> list[Answer]:
-    """The answers where one cache reads all parts."""
+def in_one_stream(model: Any, cache: sink_patch.SinkCache | None, parts: Iterable[Part]) -> list[Answer]:
+    """The answers where one cache reads all parts; None: the model's own."""
     stream, answers = Stream(model, cache), []
     with torch.inference_mode():
         for part in parts:
@@ -97,13 +89,11 @@ def in_one_stream(model: Any, cache: Any, parts: Iterable[Part]) -> list[Answer]
 
 def one_by_one(model: Any, beginning: Ids, parts: Iterable[Part]) -> list[Answer]:
     """The answers where each question is asked alone, in an empty cache behind the beginning."""
-    from transformers import DynamicCache
-
     answers = []
     with torch.inference_mode():
         for part in parts:
             for question in part.questions:
-                stream = Stream(model, DynamicCache())
+                stream = Stream(model)
                 if beginning:
                     stream.feed(beginning)
                 answers.append(stream.ask(question))

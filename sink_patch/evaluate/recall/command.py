@@ -27,8 +27,8 @@ def _add_streameval(measures: Commands) -> None:
         "streameval",
         help="ask in a long stream for facts inside and outside of the window (StreamEval of StreamingLLM)",
         description="Reads a stream of lines with facts, and asks every 10 lines what a line 5, 20, 50 and 100 lines "
-        "back said: inside of the window the answers should be those of a dense cache, outside of it nothing is known. With "
-        "--questions the stream is made of the questions of a file, each followed by its right answer.",
+        "back said: inside of the window the answers should be those of a dense cache, outside of it nothing is known. "
+        "With --questions the stream is made of the questions of a file, each followed by its right answer.",
     )
     add_model(streameval)
     add_window(streameval)

@@ -150,8 +150,6 @@ def _measure(
 
 def _ways(common: Common, loaded: Loaded, parts: Sequence[Part], system: int) -> list[_Way]:
     """What each way does. Impossible sizes are refused here, before the long work."""
-    from transformers import DynamicCache
-
     model, (window, sinks) = loaded.model, common.window
     caches = {"sinks": (f"{sinks} sinks", sinks), "window": ("0 sinks", 0), "system": ("system message kept", system)}
     found: list[_Way] = []
@@ -162,7 +160,7 @@ def _ways(common: Common, loaded: Loaded, parts: Sequence[Part], system: int) ->
             found.append(_Way(name, (window, number), _in_one_stream(model, cache, parts, name)))
         elif way == "dense":
             few = asking.within(parts[: common.dense_parts], asking.context(model))
-            found.append(_Way(way, common.window, _in_one_stream(model, DynamicCache(), few, way)))
+            found.append(_Way(way, common.window, _in_one_stream(model, None, few, way)))
         else:
             found.append(_Way("one by one", common.window, _one_by_one(loaded, parts)))
     return found

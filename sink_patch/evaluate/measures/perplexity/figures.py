@@ -1,71 +1,56 @@
-"""Perplexities of several ways to read one text: as a table, and as JSON."""
+"""Perplexities of several ways to read one text: as a table, for JSON, and as a picture."""
 
 from __future__ import annotations
 
-import hashlib
-import platform
-from dataclasses import dataclass
-from pathlib import Path
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from sink_patch.evaluate.measures.plots import Curve, Panel
+from sink_patch.evaluate.measures.records import Record
 
-import sink_patch
-from sink_patch.arguments import Sizes
-from sink_patch.errors import SinkArgumentError
-from sink_patch.evaluate.models import Loaded
+_STRETCH_WINDOWS = 4  # perplexity is also given for each stretch of this many windows,
+_SCORES_OF_A_STRETCH = 64  # but over this many scores at least,
+_MOST_STRETCHES = 50
+_DIGITS = 5
+_LABELS = {"window": "window, no sinks", "text-positions": "sinks, positions of the text"}
+"""Of curves, which have one label whatever the sizes, so that records of several sizes share their colours."""
 
-_STRETCH_WINDOWS = 4  # perplexity is also given for each stretch of this many windows
-_SIZES = Sizes()
 
-
-@dataclass(frozen=True)
-class Plan:
-    """What is read and where it is scored.
+@dataclass(eq=False)
+class Row:
+    """The result of one way of reading, as far as it has come.
 
     Args:
-        window_length: tokens in the window, including the sinks.
-        num_sink_tokens: first tokens that stay in the window.
-        tokens: how many tokens of the text are read.
-        every: every so many positions past the first window, one is scored.
-
-    Raises:
-        SinkArgumentError: nothing would be scored.
+        way: one of `plan.WAYS`.
+        name: for people.
+        end: how many tokens it reads.
+        read: how many of them it has read.
+        seconds: that it took.
+        scores: negative log-likelihoods in nats of the scored positions, the first ones.
+        state: name of the file from which it goes on; None: none.
+        note: what is to be said of it.
     """
 
-    window_length: int = _SIZES.window_length
-    num_sink_tokens: int = _SIZES.num_sink_tokens
-    tokens: int = 4096
-    every: int = 8
+    way: str
+    name: str
+    end: int
+    read: int = 0
+    seconds: float = 0.0
+    scores: list[float] = field(default_factory=list)
+    state: str | None = None
+    note: str | None = None
 
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise SinkArgumentError(f"every={self.every}: give 1 to score each position, 8 for every eighth.")
-        if self.tokens < self.window_length + 2:
-            raise SinkArgumentError(
-                f"tokens={self.tokens} does not reach past a window of {self.window_length}. Read "
-                f"{self.window_length + 2} tokens or more; with fewer than 4 windows the figures mean little."
-            )
+    def add(self, scores: Sequence[float], read: int, seconds: float) -> None:
+        """Scores of one more piece. They are rounded at once: a run that goes on in a file has the same."""
+        self.scores += [round(score, _DIGITS) for score in scores]
+        self.read, self.seconds = read, self.seconds + seconds
 
     @property
-    def positions(self) -> range:
-        """Positions whose next token is scored."""
-        return range(self.window_length, self.tokens - 1, self.every)
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """The result of one way of reading.
-
-    Args:
-        mode: the name of the way.
-        scores: negative log-likelihoods in nats, shape [positions].
-        seconds: that it took.
-    """
-
-    mode: str
-    scores: torch.Tensor
-    seconds: float
+    def done(self) -> bool:
+        return self.read >= self.end
 
     @property
     def perplexity(self) -> float:
@@ -73,66 +58,94 @@ class Row:
         return _perplexity(self.scores)
 
     def ratio_to(self, other: Row) -> tuple[float, float]:
-        """Perplexity divided by that of another row over the same positions, and the standard error of this ratio."""
-        difference = (self.scores - other.scores).double()
-        ratio = float(difference.mean().exp())
-        error = float(difference.std()) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
+        """Perplexity divided by that of another row, over the positions that both have, and its standard error."""
+        shared = min(len(self.scores), len(other.scores))
+        differences = [mine - theirs for mine, theirs in zip(self.scores[:shared], other.scores[:shared], strict=True)]
+        if not differences:
+            return math.nan, math.nan
+        ratio = math.exp(statistics.fmean(differences))
+        error = statistics.stdev(differences) / shared**0.5 if shared > 1 else 0.0
         return ratio, ratio * error
 
-    def as_dict(self, first: Row, plan: Plan) -> dict[str, Any]:
-        """The row for JSON; `first` is the row that all are compared with."""
-        size = max(1, _STRETCH_WINDOWS * plan.window_length // plan.every)
-        stretches: tuple[torch.Tensor, ...] = torch.split(self.scores, size)
+    def as_dict(self, first: Row, size: int) -> dict[str, Any]:
+        """The row for JSON; `first` is the row that all are compared with, `size` the scores of a stretch."""
         ratio, error = self.ratio_to(first)
-        return {
-            "mode": self.mode,
-            "perplexity": round(self.perplexity, 4),
-            "to_recomputed": round(ratio, 4),
-            "standard_error": round(error, 4),
-            "perplexity_by_stretch": [round(_perplexity(stretch), 3) for stretch in stretches],
-            "seconds": round(self.seconds, 1),
-        }
+        figures: dict[str, Any] = {}
+        if self.scores:
+            figures = {
+                "perplexity": round(self.perplexity, 4),
+                "ratio": None if math.isnan(ratio) else round(ratio, 4),
+                "ratio_to": first.way,
+                "standard_error": None if math.isnan(error) else round(error, 4),
+                "perplexity_by_stretch": [round(_perplexity(part), 3) for part in _parts(self.scores, size)],
+            }
+        own = {"way": self.way, "name": self.name, "end": self.end, "read": self.read, "done": self.done}
+        optional = {key: value for key in ("note", "state") if (value := getattr(self, key)) is not None}
+        return {**own, **optional, "seconds": round(self.seconds, 1), **figures, "scores": self.scores}
+
+    @classmethod
+    def from_dict(cls, row: Record) -> Row:
+        """The row that `as_dict` was."""
+        names = ("way", "name", "end", "read", "seconds", "scores", "state", "note")
+        return cls(**{name: row[name] for name in names if name in row})
 
 
-def table(rows: list[Row]) -> str:
-    """A table of perplexity, its ratio to the first row's with the standard error, and seconds."""
-    width = max(len(row.mode) for row in rows)
-    lines = [f"{'':{width}}  perplexity     to recomputed   seconds"]
+def stretch(window_length: int, every: int, scores: int) -> int:
+    """How many scores one point of a curve stands for."""
+    wanted = (_STRETCH_WINDOWS * window_length // every, _SCORES_OF_A_STRETCH, math.ceil(scores / _MOST_STRETCHES))
+    return max(1, min(max(wanted), max(scores // 4, 1)))
+
+
+def reference(rows: Sequence[Row]) -> Row:
+    """The row that the others are compared with: the exact one, or else the first."""
+    return next((row for row in rows if row.way == "recomputed" and row.scores), rows[0])
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A table of perplexity, its ratio to that of the `reference` with the standard error, tokens and seconds."""
+    first, width = reference(rows), max(len(row.name) for row in rows)
+    head = f"to {first.name}"
+    lines = [f"{'':{width}}  perplexity  {head:>18}  {'tokens':>9}  {'seconds':>8}"]
     for row in rows:
-        ratio, error = row.ratio_to(rows[0])
-        lines.append(f"{row.mode:{width}}  {row.perplexity:10.3f}  {ratio:7.3f} +- {error:5.3f}  {row.seconds:8.0f}")
-    return "\n".join(lines)
+        ratio, error = row.ratio_to(first)
+        figures = (
+            f"{row.perplexity:10.3f}  {f'{ratio:.3f} +- {error:.3f}':>18}" if row.scores else f"{'-':>10}  {'':18}"
+        )
+        lines.append(f"{row.name:{width}}  {figures}  {row.read:>9,}  {row.seconds:8.0f}")
+    return "\n".join([*lines, *(f"{row.name}: {row.note}." for row in rows if row.note)])
 
 
-def as_dict(rows: list[Row], loaded: Loaded, text_file: Path, plan: Plan) -> dict[str, Any]:
-    """The rows for JSON, with all that is needed to reproduce them: file names only, no paths of this machine."""
-    return {
-        "model": loaded.name,
-        "model_type": loaded.model.config.model_type,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "text": {"name": text_file.name, "sha256": hashlib.sha256(text_file.read_bytes()).hexdigest()},
-        "window_length": plan.window_length,
-        "num_sink_tokens": plan.num_sink_tokens,
-        "tokens": plan.tokens,
-        "every": plan.every,
-        "scored_positions": len(plan.positions),
-        "stretch_tokens": _STRETCH_WINDOWS * plan.window_length,
-        "threads": torch.get_num_threads(),
-        "versions": _versions(),
-        "rows": [row.as_dict(rows[0], plan) for row in rows],
-    }
+def panels(record: Record) -> list[Panel]:
+    """The curves of a record: perplexity over tokens, each point over a stretch of the text."""
+    every, size, curves = record["every"], record["stretch_scores"], []
+    for row in record["rows"]:
+        parts = row.get("perplexity_by_stretch", [])
+        ends = [min((number + 1) * size, len(row["scores"])) for number in range(len(parts))]
+        middles = [
+            record["window_length"] + every * (number * size + end) / 2 if end else 0 for number, end in enumerate(ends)
+        ]
+        if parts:
+            curves.append(Curve(_LABELS.get(row["way"], row["way"]), middles, parts))
+    values = [value for curve in curves for value in curve.y]
+    context = record["context_length"]
+    shown = bool(curves) and context < record["tokens"]
+    return [
+        Panel(
+            title=f"Perplexity of {record['text']['name']}",
+            x_label=f"tokens (a point: {every * size:,} of them)",
+            y_label="perplexity",
+            curves=tuple(curves),
+            log_y=bool(values) and max(values) > 3 * min(values),
+            marks=((context, "trained context"),) if shown else (),
+        )
+    ]
 
 
-def _perplexity(scores: torch.Tensor) -> float:
-    return float(scores.double().mean().exp())
+def _perplexity(scores: Sequence[float]) -> float:
+    return math.exp(min(statistics.fmean(scores), 700.0))  # of which exp is no infinity yet
 
 
-def _versions() -> dict[str, str]:
-    import transformers
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "sink_patch": sink_patch.__version__,
-    }
+def _parts(scores: Sequence[float], size: int) -> list[Sequence[float]]:
+    """Stretches of `size` scores; a short rest goes with the one before."""
+    starts = [start for start in range(0, len(scores), size) if start == 0 or start + size // 2 < len(scores)]
+    return [scores[start:end] for start, end in zip(starts, [*starts[1:], len(scores)], strict=True)]
