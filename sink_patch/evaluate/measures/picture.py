@@ -12,6 +12,8 @@ from sink_patch.evaluate.measures.cost import figures as cost
 from sink_patch.evaluate.measures.perplexity import figures as perplexity
 from sink_patch.evaluate.measures.records import Record
 from sink_patch.evaluate.options import Commands
+from sink_patch.evaluate.recall import figures as recall
+from sink_patch.evaluate.recall.sinks import figures as sinks
 
 Panels = Callable[[Record], "list[plots.Panel]"]
 

@@ -76,13 +76,23 @@ class Stream:
         return logits[0], after if cache is None else cache
 
 
-def in_one_stream(model: Any, cache: sink_patch.SinkCache | None, parts: Iterable[Part]) -> list[Answer]:
-    """The answers where one cache reads all parts; None: the model's own."""
+def in_one_stream(model: Any, cache: sink_patch.SinkCache | None, parts: Iterable[Part], longest: int) -> list[Answer]:
+    """The answers where one cache reads all parts.
+
+    Args:
+        model: a causal language model of transformers.
+        cache: that reads; None: the model's own, which holds all tokens.
+        parts: of the stream. Those between two questions go in together, which is faster than each alone.
+        longest: tokens in a forward at most; less than the window, as a longer forward sees none of the older tokens.
+    """
     stream, answers = Stream(model, cache), []
+    waiting: list[int] = []
     with torch.inference_mode():
         for part in parts:
-            if part.ids:
-                stream.feed(part.ids)
+            waiting += part.ids
+            while len(waiting) >= longest or (waiting and part.questions):
+                stream.feed(tuple(waiting[:longest]))
+                del waiting[:longest]
             answers += [stream.ask(question) for question in part.questions]
     return answers
 

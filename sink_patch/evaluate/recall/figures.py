@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sink_patch.evaluate.recall.asking import Answer
 
 _STRETCHES = 10  # of a stream, for accuracy over it
+DENSE = "dense"
 AS_FAR = "as far as dense"
 """Names the figures of a way at the questions alone that the dense cache has come to."""
 
@@ -96,32 +97,38 @@ def _groups(rows: Iterable[Record]) -> list[int | str]:
 def panels(record: Record) -> list[Panel]:
     """What is drawn of a record: answers over the stream, and over distance where that was asked for."""
     rows = [row for row in record["rows"] if AS_FAR not in row["way"]]
-    over_distance = [_over_distance(record, rows, *one) for one in _MEASURED] if _distances(rows) else []
-    return over_distance if record["measure"] == "recall" else [_over_stream(record, rows), *over_distance[:1]]
+    over_distance = {field: _over_distance(record, rows, field) for field in _TITLES} if _distances(rows) else {}
+    if record["measure"] == "questions":
+        return [_over_stream(rows, *_PLACES["chosen"])]
+    if record["measure"] == "recall":
+        return list(over_distance.values())
+    in_windows = [row for row in rows if row["way"] != DENSE]
+    return [_over_stream(in_windows, *_PLACES["exact"]), over_distance["exact"], over_distance["chosen"]]
 
 
-_MEASURED = (
-    ("exact", "right answers, as the model writes them"),
-    ("log_probability", "log-probability of the right answer"),
-)
+_TITLES = {
+    "exact": "Right answers, as the model writes them",
+    "chosen": "Right answers, as it chooses among 4",
+    "log_probability": "Log-probability of the right answer",
+}
+_PLACES = {"exact": (1, "as the model writes them"), "chosen": (2, "as it chooses")}  # in what _over_the_stream gives
 
 
-def _over_stream(record: Record, rows: Sequence[Record]) -> Panel:
-    field, what = (2, "chosen") if record["measure"] == "questions" else (1, "written")
+def _over_stream(rows: Sequence[Record], field: int, how: str) -> Panel:
     curves = [
         Curve(_label(row, found), [point[0] for point in stretch], [point[field] for point in stretch])
         for row in rows
         for found in row["groups"]
         for stretch in [found["over_the_stream"]]
     ]
-    return Panel(f"Right answers over the stream, as {what}", "tokens read", "share", tuple(curves), from_zero=True)
+    return Panel(f"Right answers over the stream, {how}", "tokens read", "share", tuple(curves), from_zero=True)
 
 
 def _label(row: Record, found: Record) -> str:
     return f"{row['way']}, {found['group']} lines back" if isinstance(found["group"], int) else str(row["way"])
 
 
-def _over_distance(record: Record, rows: Sequence[Record], field: str, title: str) -> Panel:
+def _over_distance(record: Record, rows: Sequence[Record], field: str) -> Panel:
     """A curve for each way; what was asked about the system message does not depend on distance."""
     distances = _distances(rows)
     curves = []
@@ -132,10 +139,9 @@ def _over_distance(record: Record, rows: Sequence[Record], field: str, title: st
         curves += [
             Curve(f"{row['way']}: of the system message", [distances[0], distances[-1]], [y, y]) for y in constant
         ]
-    y_label = "share" if field == "exact" else "nats"
-    return Panel(
-        title.capitalize(), record["group_name"], y_label, tuple(curves), log_x=True, from_zero=field == "exact"
-    )
+    shares = field != "log_probability"
+    y_label = "share" if shares else "nats"
+    return Panel(_TITLES[field], record["group_name"], y_label, tuple(curves), log_x=True, from_zero=shares)
 
 
 def _distances(rows: Sequence[Record]) -> list[int]:

@@ -106,7 +106,7 @@ def questions_of_a_file(common: Common, path: Path) -> None:
     """
     items = questions.read(path)
     loaded = models.load(common.model, common.dtype)
-    parts = questions.parts(loaded.tokenizer, items, common.sizes.window_length)
+    parts = questions.parts(loaded.tokenizer, items)
     about = {"questions": records.about_text(path, records.read_text(path)), "group_name": "asked"}
     _measure(common, loaded, "questions", parts, about)
 
@@ -157,17 +157,20 @@ def _ways(common: Common, loaded: Loaded, parts: Sequence[Part], system: int) ->
         if way in caches:
             name, number = caches[way]
             cache = sink_patch.SinkCache(window, number, model=model)
-            found.append(_Way(name, (window, number), _in_one_stream(model, cache, parts, name)))
+            found.append(_Way(name, (window, number), _in_one_stream(common, model, cache, parts, name)))
         elif way == "dense":
             few = asking.within(parts[: common.dense_parts], asking.context(model))
-            found.append(_Way(way, common.window, _in_one_stream(model, None, few, way)))
+            found.append(_Way(figures.DENSE, common.window, _in_one_stream(common, model, None, few, figures.DENSE)))
         else:
             found.append(_Way("one by one", common.window, _one_by_one(loaded, parts)))
     return found
 
 
-def _in_one_stream(model: Any, cache: Any, parts: Sequence[Part], name: str) -> Callable[[], list[asking.Answer]]:
-    return lambda: asking.in_one_stream(model, cache, tqdm(parts, desc=name))
+def _in_one_stream(
+    common: Common, model: Any, cache: Any, parts: Sequence[Part], name: str
+) -> Callable[[], list[asking.Answer]]:
+    longest = max(1, common.sizes.window_length // 2)
+    return lambda: asking.in_one_stream(model, cache, tqdm(parts, desc=name), longest)
 
 
 def _one_by_one(loaded: Loaded, parts: Sequence[Part]) -> Callable[[], list[asking.Answer]]:

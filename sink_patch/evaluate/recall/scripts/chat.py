@@ -9,7 +9,7 @@ from typing import Any
 
 import sink_patch
 from sink_patch.errors import SinkArgumentError
-from sink_patch.evaluate.recall.scripts.lines import CHOICES, Line, lines
+from sink_patch.evaluate.recall.scripts.lines import CHOICES, ENOUGH, Line, lines
 from sink_patch.evaluate.recall.scripts.script import Ids, Part, Question, following
 from sink_patch.evaluate.recall.scripts.words import WORDS, short
 
@@ -47,7 +47,7 @@ class Plan:
                 f"distance={','.join(map(str, self.distances))}: each fact is answered by the assistant, so "
                 "give even numbers of messages, 2 or more."
             )
-        if self.messages < max(self.every, min(self.distances)):
+        if self.messages < max(self.every, 2 * ENOUGH, min(self.distances)):
             raise SinkArgumentError(f"messages={self.messages}: nothing would be asked. Ask for more.")
 
 
@@ -130,7 +130,7 @@ def parts(tokenizer: Any, plan: Plan) -> tuple[list[Part], int]:
         places.append((read, read + len(ids)))
         read += len(ids)
         asked: list[Question] = []
-        if 2 * len(said) % plan.every == 0:
+        if 2 * len(said) % plan.every == 0 and len(said) >= ENOUGH:
             back = [distance for distance in plan.distances if distance <= 2 * len(said)]
             asked = [_question(chat, said, len(said) - one // 2, one, places[len(said) - one // 2]) for one in back]
             asked.append(_question(chat, [*said, system], len(said), SYSTEM, (0, chat.num_sink_tokens)))

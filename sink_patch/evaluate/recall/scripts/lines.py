@@ -3,7 +3,8 @@
 The paper asks after every 10 lines what line 20 lines back said; its code is not published. Its lines are of the form
 "line 7: REGISTER_CONTENT is <12345>", which a model of 135M parameters cannot look up even in a dense cache. So a line
 here is a key of three words and a word ("Anna baker Paris = tiger"), and a question begins with other keys and their
-words, which shows what is asked for: SmolLM2-135M then writes 8 to 9 of 10 words right in a dense cache.
+words, which shows what is asked for. Of 35 such lines, SmolLM2-135M writes about every second word right in a dense
+cache, and chooses 8 of 10 among four; without the examples it writes hardly any.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from sink_patch.evaluate.recall.scripts.words import CITIES, JOBS, NAMES, WORDS,
 CHOICES = 4
 _HEADER = "Now read them again:\n"
 _EXAMPLES = (0, 6, 1)  # lines back
+ENOUGH = CHOICES + len(_EXAMPLES)
+"""So many lines there are before anything is asked."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,8 @@ def parts(tokenizer: Any, plan: Plan) -> list[Part]:
         said.append(line)
         places.append((read, read + len(ids)))
         read += len(ids)
-        due = [one for one in plan.distances if one < len(said)] if len(said) % plan.every == 0 else []
-        found.append(Part(ids, tuple(_question(tokenizer, said, places, distance) for distance in due)))
+        due = plan.distances if len(said) % plan.every == 0 and len(said) >= ENOUGH else ()
+        found.append(Part(ids, tuple(_question(tokenizer, said, places, one) for one in due if one < len(said))))
         if read >= plan.tokens:
             break
     if not any(part.questions for part in found):

@@ -80,21 +80,12 @@ def _no_question(path: Path, number: int, what: str) -> SinkArgumentError:
     return SinkArgumentError(f"Line {number} of {path} {what}. Give lines such as {_EXAMPLE}")
 
 
-def parts(tokenizer: Any, items: Sequence[Item], window_length: int) -> list[Part]:
-    """The stream: before each question all older ones stand with their answers.
-
-    Args:
-        tokenizer: of the model.
-        items: in the order of the stream.
-        window_length: tokens in the window. A text of more than half of it goes in as several parts, as a
-            forward that is longer than the window would not see the older tokens in it.
-    """
+def parts(tokenizer: Any, items: Sequence[Item]) -> list[Part]:
+    """The stream in ids: before each question all older ones stand with their answers."""
     found: list[Part] = []
     ids = beginning(tokenizer)
     for item in items:
         question = ask(tokenizer, item.prompt, [f" {choice}" for choice in item.choices], GROUP, None)
-        pieces = [ids[start : start + window_length // 2] for start in range(0, len(ids), max(1, window_length // 2))]
-        found += [Part(piece) for piece in pieces[:-1]]
-        found.append(Part(pieces[-1] if pieces else (), (question,)))
+        found.append(Part(ids, (question,)))
         ids = following(tokenizer, "\n", item.text)
     return found

@@ -49,10 +49,12 @@ CITIES = tuple(
 
 def without_end(rng: random.Random, words: Sequence[str]) -> Iterator[str]:
     """Words in a random order, none of which comes again within three quarters of their number."""
-    newest: deque[str] = deque(maxlen=len(words) * 3 // 4)
+    free, newest = list(words), deque[str]()
     while True:
-        newest.append(rng.choice([word for word in words if word not in newest]))
+        newest.append(free.pop(rng.randrange(len(free))))
         yield newest[-1]
+        if len(newest) > len(words) * 3 // 4:
+            free.append(newest.popleft())
 
 
 def short(tokenizer: Any, before: str, words: Sequence[str]) -> Sequence[str]:

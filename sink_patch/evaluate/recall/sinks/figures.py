@@ -87,7 +87,7 @@ def answer(record: Record) -> str:
     if learned > _LEARNED:
         said += f" {learned:.0%} of its attention lies on sinks that it has learned and that are no tokens."
     elif number == 0:
-        said += " So it is with models whose attention is gated, and others that can look at nothing."
+        said += " That is usual where attention is gated."
     return said
 
 

@@ -71,6 +71,7 @@ def _heads(axes: Any, record: Record) -> Any:
         list(itertools.zip_longest(*shares, fillvalue=float("nan"))), vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto"
     )
     axes.set(title=f"Share of attention on the first {found['first']} tokens", xlabel="layer", ylabel="head")
+    axes.set_yticks(range(0, max(map(len, shares)), max(1, max(map(len, shares)) // 10)))
     labels = [layer["layer"] for layer in found["layers"]]
     step = max(1, len(labels) // 10)
     axes.set_xticks(range(0, len(labels), step), labels[::step])
