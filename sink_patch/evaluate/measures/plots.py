@@ -64,7 +64,9 @@ def check(path: Path | None) -> None:
         raise SinkArgumentError(f"{path.name} is no picture that can be drawn. Give a name that ends in .png or .svg.")
     check_writable(path)
     if find_spec("matplotlib") is None:
-        raise SinkPatchError(f"Drawing {path.name} needs matplotlib, which is not installed: pip install matplotlib")
+        raise SinkPatchError(
+            f'Drawing {path.name} needs matplotlib, which is not installed: pip install "sink-patch[plot]"'
+        )
 
 
 def together(records: Sequence[Record], panels: Iterable[Sequence[Panel]]) -> list[Panel]:
