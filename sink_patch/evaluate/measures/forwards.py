@@ -47,6 +47,7 @@ class Forwards:
         if keeps:
             options["logits_to_keep"] = torch.tensor(wanted, dtype=torch.long)
         output = self.model(ids, **options)
-        found = (output.get(name) for name in _CACHE_NAMES)
         logits: torch.Tensor = output.logits
-        return logits if keeps else logits[:, wanted], next((one for one in found if one is not None), None)
+        plain = dict(output.items())  # without the old names, which outputs of new versions still answer to
+        returned = next((plain[name] for name in _CACHE_NAMES if name in plain), None)
+        return logits if keeps else logits[:, wanted], returned

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -64,7 +65,9 @@ def check(path: Path | None) -> None:
         raise SinkArgumentError(f"{path.name} is no picture that can be drawn. Give a name that ends in .png or .svg.")
     check_writable(path)
     if find_spec("matplotlib") is None:
-        raise SinkPatchError(f"Drawing {path.name} needs matplotlib, which is not installed: pip install matplotlib")
+        raise SinkPatchError(
+            f'Drawing {path.name} needs matplotlib, which is not installed: pip install "sink-patch[plot]"'
+        )
 
 
 def together(records: Sequence[Record], panels: Iterable[Sequence[Panel]]) -> list[Panel]:
@@ -140,7 +143,8 @@ def _draw(axes: Any, panel: Panel, colours: dict[str, str]) -> None:
             fontsize=8,
         )
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
+    if panel.curves:
+        axes.legend(fontsize=8)
 
 
 def _log(axis: Any, scale: Any, values: Sequence[float]) -> None:
@@ -148,7 +152,8 @@ def _log(axis: Any, scale: Any, values: Sequence[float]) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     scale("log")
-    steps = (1.0, 2.0, 5.0) if max(values) < 1000 * max(min(values), 1e-9) else (1.0,)
+    shown = [value for value in values if math.isfinite(value) and value > 0]
+    steps = (1.0, 2.0, 5.0) if shown and max(shown) < 1000 * min(shown) else (1.0,)
     axis.set_major_locator(LogLocator(subs=steps, numticks=20))
     axis.set_major_formatter(FuncFormatter(lambda value, _place: f"{value:,.10g}"))
     axis.set_minor_formatter(NullFormatter())

@@ -77,7 +77,9 @@ class Row:
                 "ratio": None if math.isnan(ratio) else round(ratio, 4),
                 "ratio_to": first.way,
                 "standard_error": None if math.isnan(error) else round(error, 4),
-                "perplexity_by_stretch": [round(_perplexity(part), 3) for part in _parts(self.scores, size)],
+                "perplexity_by_stretch": [
+                    round(_perplexity(self.scores[start:end]), 3) for start, end in _bounds(len(self.scores), size)
+                ],
             }
         own = {"way": self.way, "name": self.name, "end": self.end, "read": self.read, "done": self.done}
         optional = {key: value for key in ("note", "state") if (value := getattr(self, key)) is not None}
@@ -108,10 +110,8 @@ def table(rows: Sequence[Row]) -> str:
     lines = [f"{'':{width}}  perplexity  {head:>18}  {'tokens':>9}  {'seconds':>8}"]
     for row in rows:
         ratio, error = row.ratio_to(first)
-        figures = (
-            f"{row.perplexity:10.3f}  {f'{ratio:.3f} +- {error:.3f}':>18}" if row.scores else f"{'-':>10}  {'':18}"
-        )
-        lines.append(f"{row.name:{width}}  {figures}  {row.read:>9,}  {row.seconds:8.0f}")
+        own, compared = (f"{row.perplexity:.3f}", f"{ratio:.3f} +- {error:.3f}") if row.scores else ("-", "-")
+        lines.append(f"{row.name:{width}}  {own:>10}  {compared:>18}  {row.read:>9,}  {row.seconds:8.0f}")
     return "\n".join([*lines, *(f"{row.name}: {row.note}." for row in rows if row.note)])
 
 
@@ -119,13 +119,10 @@ def panels(record: Record) -> list[Panel]:
     """The curves of a record: perplexity over tokens, each point over a stretch of the text."""
     every, size, curves = record["every"], record["stretch_scores"], []
     for row in record["rows"]:
-        parts = row.get("perplexity_by_stretch", [])
-        ends = [min((number + 1) * size, len(row["scores"])) for number in range(len(parts))]
-        middles = [
-            record["window_length"] + every * (number * size + end) / 2 if end else 0 for number, end in enumerate(ends)
-        ]
-        if parts:
-            curves.append(Curve(_LABELS.get(row["way"], row["way"]), middles, parts))
+        bounds = _bounds(len(row["scores"]), size)
+        middles = [record["window_length"] + every * (start + end) / 2 for start, end in bounds]
+        if bounds:
+            curves.append(Curve(_LABELS.get(row["way"], row["way"]), middles, row["perplexity_by_stretch"]))
     values = [value for curve in curves for value in curve.y]
     context = record["context_length"]
     shown = bool(curves) and context < record["tokens"]
@@ -145,7 +142,7 @@ def _perplexity(scores: Sequence[float]) -> float:
     return math.exp(min(statistics.fmean(scores), 700.0))  # of which exp is no infinity yet
 
 
-def _parts(scores: Sequence[float], size: int) -> list[Sequence[float]]:
-    """Stretches of `size` scores; a short rest goes with the one before."""
-    starts = [start for start in range(0, len(scores), size) if start == 0 or start + size // 2 < len(scores)]
-    return [scores[start:end] for start, end in zip(starts, [*starts[1:], len(scores)], strict=True)]
+def _bounds(count: int, size: int) -> list[tuple[int, int]]:
+    """Where stretches of `size` scores begin and end; a short rest goes with the one before."""
+    starts = [start for start in range(0, count, size) if start == 0 or start + size // 2 < count]
+    return list(zip(starts, [*starts[1:], count], strict=True)) if count else []
