@@ -1,0 +1,1 @@
+"""What a model recalls of its stream, and how much of its attention lies on the sinks."""

@@ -1,0 +1,1 @@
+"""Texts with facts and questions, in token ids: lines, questions of a file, a chat."""

@@ -1,0 +1,1 @@
+"""Attention on the sinks, and how many of them a model needs."""
