@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64, help="read one by one as well (%(default)s)")
     parser.add_argument("--pieces", type=int, default=4, help="how many, read as one batch (%(default)s)")
     parser.add_argument("--budgets", type=int, nargs="+", default=[128, 512], help="of the pieces (%(default)s)")
+    parser.add_argument("--only", nargs="+", choices=["stream", "pieces", "one by one"], help="default: all three")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     entries, model = models.load(arguments)
@@ -64,6 +65,8 @@ def main() -> None:
         "pieces": lambda: in_pieces(model, ids[: PIECE * arguments.pieces].view(-1, PIECE), sinks, arguments.budgets),
         "one by one": lambda: one_by_one(model, ids, window, sinks, arguments.steps),
     }.items():
+        if name not in (arguments.only or [name]):
+            continue
         found[name] = measure()
         print(f"{name}: {json.dumps(found[name], indent=1)}", flush=True)
         records.write(arguments.json, **entries, figures=found)
