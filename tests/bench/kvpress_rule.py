@@ -212,13 +212,11 @@ def one_by_one(model: Any, ids: torch.Tensor, window: int, sinks: int, steps: in
     reading = scoring.Reading(model, ids[: window + steps + 1], range(window, window + steps), window, tqdm)
     with torch.inference_mode():
         ours = scoring.streamed(reading, sinks)
+    by_hooks = pressed(reading, "as it is", sinks)
     pairs = {
-        "the press, from the same under a mask": (
-            pressed(reading, "as it is", sinks),
-            masked(reading, press("as it is", sinks)),
-        ),
+        "the press, from the same under a mask": (by_hooks, masked(reading, press("as it is", sinks))),
         "the press with turned keys, from a SinkCache": (pressed(reading, "turned", sinks), ours),
-        "the press, from a SinkCache": (pressed(reading, "as it is", sinks), ours),
+        "the press, from a SinkCache": (by_hooks, ours),
     }
     return {name: round(float((one - other).abs().max()), 6) for name, (one, other) in pairs.items()}
 
