@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
 
-from tests.bench import decode, endless, forever, memory, precision, prefill, profile, stream, turns, update
+from tests.bench import (
+    decode,
+    endless,
+    forever,
+    kvpress_rule,
+    memory,
+    precision,
+    prefill,
+    profile,
+    stream,
+    turns,
+    update,
+)
+from tests.bench.__main__ import RESULTS
 from tests.support.known_gaps import is_newest
 from tests.support.tiny import tiny
 
@@ -82,3 +96,22 @@ def test_forever(monkeypatch):
 def test_precision(monkeypatch):
     monkeypatch.setattr(precision, "POINTS", (80,))
     assert precision.run(precision.Ours, torch.float32, 80)[0]["worst_error"] < 1e-4
+
+
+def test_kvpress_rule_without_kvpress(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kvpress_rule", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        kvpress_rule.main()
+    assert "--beside" in capsys.readouterr().out
+    monkeypatch.setattr(kvpress_rule, "PIECE", 40)
+    monkeypatch.setattr(kvpress_rule, "SCORED", 8)
+    ids = torch.randint(0, 1000, (2, 40), generator=torch.Generator().manual_seed(0))
+    assert "dense" in kvpress_rule.in_pieces(small(), ids, 4, [])
+
+
+def test_kvpress_rule_beside():
+    record = RESULTS / "perplexity-smollm2-w256.json"
+    settings = {"tokens": 6144, "every": 4, "num_sink_tokens": 4, "window_length": 256}
+    assert "4 sinks" in kvpress_rule.beside(record, settings)
+    with pytest.raises(SystemExit, match=r"'every': 4}, not with .*'every': 8"):
+        kvpress_rule.beside(record, settings | {"every": 8})
