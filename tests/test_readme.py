@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import re
 import shlex
@@ -82,14 +83,14 @@ def langchain_huggingface() -> ModuleType:
     module = ModuleType("langchain_huggingface")
     roles = {"system": "system", "human": "user", "ai": "assistant"}
 
-    def invoke(llm, said):
+    def invoke(llm, said, skip_prompt=False):
         chat = [{"role": roles[role], "content": content} for role, content in said]
         text = llm.pipeline.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        ((answer,),) = llm.pipeline([text], **llm.pipeline_kwargs)
-        return SimpleNamespace(content=answer["generated_text"])
+        ((answer,),) = llm.pipeline([text])
+        return SimpleNamespace(content=answer["generated_text"][len(text) if skip_prompt else 0 :])
 
     module.HuggingFacePipeline = SimpleNamespace
-    module.ChatHuggingFace = lambda llm: SimpleNamespace(invoke=lambda said: invoke(llm, said))
+    module.ChatHuggingFace = lambda llm: SimpleNamespace(invoke=functools.partial(invoke, llm))
     return module
 
 
