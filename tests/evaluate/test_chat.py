@@ -508,6 +508,14 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(folder, asked, said,
     assert said in capsys.readouterr().err
 
 
+def test_a_template_without_a_system_prompt_says_so():
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('No system') }}{% endif %}"
+    template = Template(tokenizer(refusing + TEMPLATE))
+    with pytest.raises(SinkArgumentError, match=r"takes no system prompt \(No system\)\. Leave it out"):
+        template.check_room(Settings(system="Be kind."))
+    template.check_room(Settings())
+
+
 @pytest.mark.parametrize(
     ("where", "said"),
     [

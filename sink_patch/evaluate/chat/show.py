@@ -71,7 +71,7 @@ def _rows(window: Window, shown: Sequence[Line], gone: int) -> Iterator[tuple[st
     """(state, tokens, text) of each line, with one for all that has left."""
     has_told = not window.left
     for line in shown:
-        if not has_told and line.place.stop > window.left.start and line.state != KEPT:
+        if not has_told and line.place.stop > window.left.stop:
             yield _of_what_left(window, gone)
             has_told = True
         tokens = f"{line.held:,}" if line.held == len(line.place) else f"{line.held:,} of {len(line.place):,}"

@@ -79,7 +79,15 @@ class Template:
         Raises:
             SinkArgumentError: it does; or the template takes no system prompt.
         """
-        sinks = self.sinks(system_message(settings.system))
+        try:
+            sinks = self.sinks(system_message(settings.system))
+        except SinkArgumentError as failure:
+            if settings.system is None:
+                raise
+            raise SinkArgumentError(
+                "--system was given, and the chat template of this model takes no system prompt "
+                f"({failure.__cause__ or failure}). Leave it out, and say it in your first message."
+            ) from failure
         if sinks >= settings.window_length:
             raise SinkArgumentError(
                 f"--window-length {settings.window_length} leaves no room for a talk: {sinks} tokens stay in the "
