@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from sink_patch.evaluate import models
-from sink_patch.evaluate.demo import compare, story
-from tests.bench import records
-
 RESULTS = Path(__file__).parent / "results"
 RECORD, PICTURE = RESULTS / "demo-smollm2.json", RESULTS / "demo.png"
-COLUMNS, ROWS = 74, 30
+COLUMNS, ROWS = 72, 27
 COLOURS = ("tab:gray", "tab:red", "tab:blue")
 
 
@@ -56,6 +53,10 @@ class Recorder:
 
 
 def run() -> None:
+    from sink_patch.evaluate import models
+    from sink_patch.evaluate.demo import compare, story
+    from tests.bench import records
+
     settings, screen, loaded = story.Settings(), Recorder(), models.load()
     ids = compare.text_ids(loaded, settings.window_length)
     story.tell(loaded, settings, screen)
@@ -79,22 +80,17 @@ def run() -> None:
 
 
 def terminal(axes: Axes, record: dict[str, Any]) -> None:
-    """The beginning and the end of the story, with the figures, as a terminal shows them."""
+    """Three places of the story and the figures, as a terminal shows them."""
     axes.set_facecolor("#1e1e1e")
-    axes.set(xticks=[], yticks=[], xlim=(0, COLUMNS + 4), ylim=(ROWS + 1.5, -1))
-    first, last = record["windows"][0], [one for one in record["windows"] if "figures" in one][-1]
-    begins, ends = wrapped(first["text"]), wrapped(last["text"])
-    room = (ROWS - 6) // 2
-    shown = [
-        ("$ sink-patch demo --compare", "#8ae234"),
-        *((line, "white") for line in begins[:room]),
-        ("…", "#888888"),
-        *((line, "white") for line in ends[-room:]),
-        ("", "white"),
-        (last["figures"], "#fce94f"),
-    ]
-    for row, (words, colour) in enumerate(shown):
-        axes.text(2, row, words, color=colour, family="monospace", fontsize=7.6, va="center")
+    axes.set(xticks=[], yticks=[], xlim=(0, COLUMNS + 4), ylim=(ROWS, -1))
+    shown = [("$ sink-patch demo --compare", "#8ae234")]
+    for place, lines in ((0, slice(9)), (3, slice(9)), (-1, slice(-4, None))):
+        shown += [(line, "white") for line in wrapped(record["windows"][place]["text"])[lines]]
+        shown.append(("…" if place >= 0 else "", "#888888"))
+    # without the speed: the tables of the README have it, from a machine that does nothing else
+    figures = re.sub(r" \| [\d.]+ tokens/s", "", record["windows"][-1]["figures"])
+    for row, (words, colour) in enumerate([*shown, (figures, "#fce94f")]):
+        axes.text(2, row, words, color=colour, family="monospace", fontsize=8.6, va="center")
 
 
 def wrapped(text: str) -> list[str]:
@@ -119,7 +115,9 @@ def draw() -> None:
         [["terminal", "perplexity"], ["terminal", "memory"]], figsize=(11, 5), width_ratios=(3, 2), layout="constrained"
     )
     terminal(places["terminal"], record)
-    places["terminal"].set_title(f"{record['model']} tells a story, {length} tokens in sight", fontsize=10)
+    places["terminal"].set_title(
+        f"{record['model']} tells a story, {length} tokens in sight, the prompt among them", fontsize=10
+    )
     curves(places["perplexity"], record, "perplexity", length)
     places["perplexity"].set_title(f"Reading a novel: perplexity of the newest {length} tokens", fontsize=10)
     curves(places["memory"], record, "megabytes", 0)
