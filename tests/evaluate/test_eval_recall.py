@@ -382,14 +382,14 @@ def test_learned_sinks_are_found() -> None:
 
 @torch.no_grad()
 def test_perplexity_over_sinks_by_plain_forwards() -> None:
-    model, window = tiny_model(), 40
-    ids = torch.arange(100) * 7 % 90 + 1
-    found = run.scores(model, ids, run.Plan(window, 2, sinks=(0, 3), tokens=100, attention_tokens=30))
+    model, window, piece = tiny_model(), 70, 32
+    ids = torch.arange(150) * 7 % 90 + 1
+    found = run.scores(model, ids, run.Plan(window, 2, sinks=(0, 3), tokens=150, attention_tokens=30))
     for sinks, scores in found.items():
         expected = []
-        for start in range(window, 99, 16):
-            for token in range(start, min(start + 16, 99)):
-                behind = min(start + 16, 99)  # room is made for the whole piece
+        for start in range(window, 149, piece):
+            behind = min(start + piece, 149)  # room is made for the whole piece
+            for token in range(start, behind):
                 visible = [*range(sinks), *range(behind - window + sinks, token + 1)]
                 logits = model(ids[visible][None], use_cache=False).logits[0, -1]
                 expected.append(-float(logits.log_softmax(-1)[ids[token + 1]]))
@@ -442,7 +442,7 @@ SIZES = ["--window-length", str(W), "--num-sink-tokens", str(S)]
 
 
 def measured(arguments: list[str], folder: Path, *, draw: bool = False) -> dict[str, Any]:
-    """The record of a command, which is drawn where that is asked for (it takes a second) and matplotlib is installed."""
+    """The record of a command, drawn where that is asked for (it takes a second) and matplotlib is installed."""
     files = [folder / "a.json", folder / "a.png"]
     drawn = ["--plot", str(files[1])] if draw and find_spec("matplotlib") else []
     assert cli.main(["eval", *arguments, "--json", str(files[0]), *drawn]) == 0
@@ -508,7 +508,8 @@ def test_sinks(model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
     file = tmp_path / "text.txt"
     file.write_text(" ".join(words.WORDS) * 2)
     options = ["--text", str(file), "--tokens", "150", "--attention-tokens", "30", "--sinks", "2,0"]
-    found = measured(["sinks", model_dir, *SIZES, *options], tmp_path, draw=True)
+    options += ["--window-length", "70", "--num-sink-tokens", "2"]
+    found = measured(["sinks", model_dir, *options], tmp_path, draw=True)
     assert found["perplexity"]["sinks"] == [0, 2]
     assert [len(layer["heads"]) for layer in found["attention"]["layers"]] == [2, 2]
     out = capsys.readouterr().out
@@ -533,7 +534,7 @@ def test_sinks(model_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["recall", "no/model", "--plot", "no/such/x.png"], "no directory"),
         (["sinks", "no/model", "--text", "no/file.txt"], "cannot be read"),
         (["sinks", "no/model", "--text", "no/file.txt", "--tokens", "300"], "512 tokens or more"),
-        (["sinks", "no/model", "--text", "no/file.txt", "--window-length", "20"], "too short"),
+        (["sinks", "no/model", "--text", "no/file.txt", "--window-length", "60"], "too short"),
         (["sinks", "no/model", "--text", "no/file.txt", "--attention-tokens", "3"], "attention_tokens=3"),
     ],
 )

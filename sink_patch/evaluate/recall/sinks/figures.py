@@ -98,10 +98,10 @@ def table(record: Record) -> str:
         f"{record['model']}, {record['text']['name']}: share of attention on the first {shares['first']} of "
         f"{shares['tokens']} tokens (if all tokens were looked at alike: {shares['even_share']:.1%})",
         "",
-        "layer   mean of heads   least   most",
+        "layer   mean of heads   least    most",
     ]
     lines += [
-        f"{layer['layer']:5}   {layer['share']:13.1%}  {min(layer['heads']):6.1%}  {max(layer['heads']):5.1%}"
+        f"{layer['layer']:5}   {layer['share']:13.1%}  {min(layer['heads']):6.1%}  {max(layer['heads']):6.1%}"
         for layer in shares["layers"]
     ]
     lines += [f"  all   {_mean([layer['share'] for layer in shares['layers']]):13.1%}", ""]

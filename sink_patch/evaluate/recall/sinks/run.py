@@ -24,7 +24,7 @@ from sink_patch.evaluate.measures.records import Record
 from sink_patch.evaluate.recall.asking import Stream
 from sink_patch.evaluate.recall.sinks import attention, figures, maps
 
-_PIECE = 16  # tokens in a forward
+_PIECE = 32  # tokens in a forward
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> None:
 def scores(model: Any, ids: torch.Tensor, plan: Plan) -> dict[int, torch.Tensor]:
     """By number of sinks: negative log-likelihoods in nats of the tokens behind the first window, shape [scored].
 
-    The text goes in by pieces of 16 tokens, so that a token sees the sinks and between W - 16 and W tokens in all;
+    The text goes in by pieces of 32 tokens, so that a token sees the sinks and between W - 32 and W tokens in all;
     that is some times as fast as single tokens, and the same for all numbers of sinks.
     """
     found = {}
