@@ -98,8 +98,6 @@ def test_help_needs_no_model(capsys: pytest.CaptureFixture[str]) -> None:
         assert "usage: sink-patch" in capsys.readouterr().out
 
 
-
-
 def test_families_prints_the_table_of_the_repository(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["families"]) == 0
     assert capsys.readouterr().out == (Path(__file__).parent.parent / "COVERAGE.md").read_text()
