@@ -3,8 +3,8 @@
 The paper asks after every 10 lines what line 20 lines back said; its code is not published. Its lines are of the form
 "line 7: REGISTER_CONTENT is <12345>", which a model of 135M parameters cannot look up even in a dense cache. So a line
 here is a key of three words and a word ("Anna baker Paris = tiger"), and a question begins with other keys and their
-words, which shows what is asked for. SmolLM2-135M then writes about half of the words right 5 lines back, and a fifth to
-a third 20 lines back, in a dense cache as in a window; without the examples it writes hardly any.
+words, which shows what is asked for. SmolLM2-135M then writes about half of the words right 5 lines back, and a fifth
+to a third 20 lines back, in a dense cache as in a window; without the examples it writes hardly any.
 """
 
 from __future__ import annotations
