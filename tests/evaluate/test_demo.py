@@ -13,7 +13,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from transformers import DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from sink_patch import cli
@@ -263,14 +262,6 @@ def test_the_three_ways_equal_plain_forwards_over_what_they_see():
     key = 2 * 16 * 4 / 1e6  # 2 heads of 16, 4 bytes; the sinks' keys are kept twice
     sizes = (96 * 2 * key, length * 2 * key, length * 2 * key + S * key)
     assert (last.tokens, last.megabytes) == (96, pytest.approx(sizes))
-
-
-def test_size_of_a_cache_of_transformers():
-    cache = DynamicCache()
-    assert compare.megabytes(cache) == 0.0
-    for layer in range(2):
-        cache.update(torch.zeros(1, 2, 5, 16), torch.zeros(1, 2, 5, 16), layer)
-    assert compare.megabytes(cache) == 2 * 2 * 2 * 5 * 16 * 4 / 1e6
 
 
 @pytest.mark.usefixtures("short_text")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import sink_patch
 from sink_patch import cli
@@ -112,3 +113,11 @@ def test_refused_before_a_model_is_loaded(
 ) -> None:
     monkeypatch.setattr(models, "load", lambda *_: pytest.fail("a model was loaded"))
     assert message in failure(["eval", "cost", "tiny", *extra], capsys)
+
+
+def test_size_of_a_cache_of_transformers():
+    cache = DynamicCache()
+    assert memory.cache_bytes(cache) == 0
+    for layer in range(2):
+        cache.update(torch.zeros(1, 2, 5, 16), torch.zeros(1, 2, 5, 16), layer)
+    assert memory.cache_bytes(cache) == 2 * 2 * 2 * 5 * 16 * 4

@@ -59,7 +59,7 @@ def save(path: Path, conversation: Conversation) -> None:
         format=1,
         sink_patch=__version__,
         template=conversation.template.digest,
-        messages=[Said(message["role"], message["content"]) for message in state.messages],
+        messages=[msgspec.convert(message, Said) for message in state.messages],
         seed=state.seed,
         answers=state.answers,
         ids=state.ids,

@@ -13,7 +13,8 @@ import torch
 import sink_patch
 from sink_patch.errors import SinkArgumentError
 from sink_patch.evaluate.demo.screens import Screen
-from sink_patch.evaluate.measures.scoring import Reading
+from sink_patch.evaluate.measures.memory import cache_bytes
+from sink_patch.evaluate.measures.perplexity.scoring import Reading
 from sink_patch.evaluate.models import Loaded
 
 SINKS = 4
@@ -103,25 +104,9 @@ def read(model: Any, ids: torch.Tensor, window_length: int, num_sink_tokens: int
     for start in range(0, len(ids) - 1, piece):
         positions = list(range(start, min(start + piece, len(ids) - 1)))
         for cache, found in zip(caches, scores, strict=True):
-            logits = reading.forward(ids[None, positions], len(positions), cache)  # [1, positions, vocabulary]
+            # logits: [1, positions, vocabulary]
+            logits, _ = reading.forward(ids[None, positions], range(len(positions)), cache)
             found.extend(reading.score(logits[0], positions).tolist())
             del found[:-window_length]
         perplexity = tuple(math.exp(math.fsum(found) / len(found)) for found in scores)
-        yield Point(positions[-1] + 1, perplexity, tuple(megabytes(cache) for cache in caches))
-
-
-def megabytes(cache: Any) -> float:
-    """The tensors of a cache in 10^6 bytes, whatever its class and the version of transformers call them."""
-    if isinstance(cache, sink_patch.SinkCache):
-        return float(cache.nbytes) / 1e6
-    found: dict[int, torch.Tensor] = {}
-    waiting = [cache]
-    while waiting:
-        one = waiting.pop()
-        if isinstance(one, torch.Tensor):
-            found[id(one)] = one
-        elif isinstance(one, (list, tuple)):
-            waiting += one
-        elif type(one).__module__.startswith("transformers."):
-            waiting += vars(one).values()
-    return sum(tensor.nbytes for tensor in found.values()) / 1e6
+        yield Point(positions[-1] + 1, perplexity, tuple(cache_bytes(cache) / 1e6 for cache in caches))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import time
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 from transformers import LogitsProcessor
 
 import sink_patch
+from sink_patch.evaluate.measures.memory import process_bytes
 
 _EVERY = 8  # tokens; the line of figures changes about once a second on a slow machine
 
@@ -70,7 +70,8 @@ class Meter:
     def _since(self, before: tuple[float, int], now: tuple[float, int]) -> Measurement:
         seconds = now[0] - before[0]
         speed = (now[1] - before[1]) / seconds if seconds else 0.0
-        return Measurement(now[1], speed, float(self._cache.nbytes) / 1e6, process_megabytes())
+        process = process_bytes()
+        return Measurement(now[1], speed, self._cache.nbytes / 1e6, None if process is None else process / 1e6)
 
 
 class RecentRepetitionPenalty(LogitsProcessor):
@@ -91,12 +92,3 @@ class RecentRepetitionPenalty(LogitsProcessor):
         recent = input_ids[:, self._sinks :]  # [rows, recent]
         old = scores.gather(1, recent)  # [rows, recent]
         return scores.scatter(1, recent, torch.where(old < 0, old * self._penalty, old / self._penalty))
-
-
-def process_megabytes() -> float | None:
-    """Resident memory of this process in 10^6 bytes; None where psutil is not installed."""
-    try:
-        psutil = importlib.import_module("psutil")
-    except ImportError:
-        return None
-    return float(psutil.Process().memory_info().rss) / 1e6
