@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, DynamicCache
 
 import sink_patch
-from sink_patch.evaluate.measures import scoring
+from sink_patch.evaluate.measures.perplexity.scoring import Reading, Streamed
 from tests.bench import models, records
 
 PIECE, SCORED = 1024, 128
@@ -61,7 +61,7 @@ def main() -> None:
         "other ways": beside(arguments.beside, {**settings, "window_length": window}),
     }
     for name, measure in {
-        "stream": lambda: stream(scoring.Reading(model, ids[: arguments.tokens], positions, window, tqdm), sinks),
+        "stream": lambda: stream(Reading(model, ids[: arguments.tokens], positions, window), sinks),
         "pieces": lambda: in_pieces(model, ids[: PIECE * arguments.pieces].view(-1, PIECE), sinks, arguments.budgets),
         "one by one": lambda: one_by_one(model, ids, window, sinks, arguments.steps),
     }.items():
@@ -155,7 +155,7 @@ def kept(target: int, sinks: int, interval: int, rounds: tuple[int, ...]) -> dic
     return {"target_size": target, "compression_interval": interval, **found}
 
 
-def stream(reading: scoring.Reading, sinks: int) -> dict[str, dict[str, Any]]:
+def stream(reading: Reading, sinks: int) -> dict[str, dict[str, Any]]:
     """Perplexity of the stream, also by stretches of four windows: the press as it is, and with its cache in order."""
     size, found = 4 * reading.window_length // reading.positions.step, {}
     for kind in ("as it is", "in order"):
@@ -169,26 +169,27 @@ def stream(reading: scoring.Reading, sinks: int) -> dict[str, dict[str, Any]]:
 
 
 @torch.inference_mode()
-def masked(reading: scoring.Reading, base: Any) -> torch.Tensor:
+def masked(reading: Reading, base: Any) -> torch.Tensor:
     """Scores [positions] where each token sees what the press has kept, at its position in the text."""
     window, cache, scores = reading.window_length, DynamicCache(), []
     tokens = Tokens(decoding(base, window - 1), window - 1)
-    for start in reading.progress(range(0, reading.end, window)):
-        stop = min(start + window, reading.end)
+    end = reading.positions[-1] + 1
+    for start in tqdm(range(0, end, window)):
+        stop = min(start + window, end)
         seen = torch.ones(stop - start, stop, dtype=torch.bool).tril(start)  # [tokens, tokens so far]
         for position in range(max(start, window - 1), stop):
             seen[position - start] = False
             seen[position - start, tokens.feed(1)] = True
-        chosen = [position for position in reading.positions if start <= position < stop]
-        logits = reading.forward(
+        chosen = reading.scored(start, stop)
+        logits, _ = reading.forward(
             reading.ids[None, start:stop],
-            stop - start if chosen else 0,
+            [position - start for position in chosen],
             cache,
             attention_mask=_additive(seen, reading.model.dtype),
             position_ids=torch.arange(start, stop)[None],
         )
         if chosen:
-            scores.append(reading.score(logits[0, [position - start for position in chosen]], chosen))
+            scores.append(reading.score(logits[0], chosen))
     return torch.cat(scores)
 
 
@@ -209,9 +210,10 @@ def pressing(model: Any, rule: Any) -> Iterator[None]:
 
 def one_by_one(model: Any, ids: torch.Tensor, window: int, sinks: int, steps: int) -> dict[str, float]:
     """Largest differences of scores, in nats, over the first tokens past the window."""
-    reading = scoring.Reading(model, ids[: window + steps + 1], range(window, window + steps), window, tqdm)
+    reading = Reading(model, ids[: window + steps + 1], range(window, window + steps), window)
     with torch.inference_mode():
-        ours = scoring.streamed(reading, sinks)
+        way, end = Streamed(reading, sinks), window + steps
+        ours = torch.cat([way.read(0, window), *(way.read(start, start + 1) for start in range(window, end))])
     by_hooks = pressed(reading, "as it is", sinks)
     pairs = {
         "the press, from the same under a mask": (by_hooks, masked(reading, press("as it is", sinks))),
@@ -222,18 +224,19 @@ def one_by_one(model: Any, ids: torch.Tensor, window: int, sinks: int, steps: in
 
 
 @torch.inference_mode()
-def pressed(reading: scoring.Reading, kind: str, sinks: int) -> torch.Tensor:
+def pressed(reading: Reading, kind: str, sinks: int) -> torch.Tensor:
     """Scores [positions] of one pass with a `DynamicCache` that `DecodingPress` cuts down after each token.
 
     Positions are those of the text, as in the pipeline of kvpress; of turned keys those of the cache.
     """
     cache, scores, first = DynamicCache(), [], reading.window_length - 1
     with pressing(reading.model, decoding(press(kind, sinks), first)):
-        reading.forward(reading.ids[None, :first], 0, cache)
-        for position in reading.progress(range(first, reading.end)):
+        reading.forward(reading.ids[None, :first], [], cache)
+        for position in tqdm(range(first, reading.positions[-1] + 1)):
             wanted = position in reading.positions
             named = {} if kind == "turned" else {"position_ids": torch.tensor([[position]])}
-            logits = reading.forward(reading.ids[None, position : position + 1], int(wanted), cache, **named)
+            ids = reading.ids[None, position : position + 1]
+            logits, _ = reading.forward(ids, [0] if wanted else [], cache, **named)
             if wanted:
                 scores.append(reading.score(logits[0], [position]))
     return torch.cat(scores)
