@@ -60,7 +60,7 @@ class Conversation:
     def __init__(self, loaded: Loaded, template: Template, settings: Settings):
         self.model, self.tokenizer, self.template, self._settings = loaded.model, loaded.tokenizer, template, settings
         system = system_message(settings.system)
-        turns = {"evict": "turns", "turn_start": template.turn_start} if template.turn_start else {}
+        turns: dict[str, Any] = {"evict": "turns", "turn_start": template.turn_start} if template.turn_start else {}
         cache = SinkCache(settings.window_length, template.sinks(system), model=loaded.model, **turns)
         self.state = State(cache, system, settings.seed)
 

@@ -149,7 +149,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
     An answer ends between two tokens, since a forward that is broken off may lose what the cache holds.
     """
-    pressed = []
+    pressed: list[bool] = []
 
     def note(number: int, frame: Any) -> None:
         if pressed:
