@@ -29,7 +29,7 @@ Count = Annotated[int, Meta(ge=0, lt=2**53)]
 class Said(Struct, frozen=True, forbid_unknown_fields=True):
     """One message."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Annotated[str, Meta(pattern=r"^(system|user|assistant)\Z")]
     content: str
 
 
