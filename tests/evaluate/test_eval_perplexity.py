@@ -43,7 +43,7 @@ def text_file(tmp_path: Path) -> Path:
 def command(model_dir: str, text_file: Path) -> Callable[..., list[str]]:
     def arguments(*more: str, model: str = model_dir, text: Path = text_file) -> list[str]:
         sizes = ["--window-length", str(W), "--num-sink-tokens", str(S)]
-        return ["eval", "perplexity", model, "--text", str(text), *sizes, "--tokens", "150", "--every", "3", *more]
+        return ["eval", "perplexity", model, "--text", str(text), *sizes, "--tokens", "102", "--every", "3", *more]
 
     return arguments
 
@@ -91,7 +91,7 @@ def by_hand(model: Any, ids: torch.Tensor, seen: list[int], target: int) -> floa
 @torch.no_grad()
 def test_scores_equal_those_of_plain_forwards_over_the_visible_tokens() -> None:
     """With one layer a key depends on its own token alone, so that each way of reading has an oracle."""
-    model, ids = tiny_model(num_layers=1), torch.arange(100) * 7 % 60 + 3
+    model, ids = tiny_model(num_layers=1), torch.arange(70) * 7 % 60 + 3
     one = reading(model, ids)
     for sinks in (0, S):
         expected = [
@@ -107,12 +107,12 @@ def test_scores_equal_those_of_plain_forwards_over_the_visible_tokens() -> None:
 
 @torch.no_grad()
 def test_dense_is_one_forward_over_the_whole_text() -> None:
-    model, ids = tiny_model(), torch.arange(100) * 7 % 60 + 3
+    model, ids = tiny_model(), torch.arange(70) * 7 % 60 + 3
     one = scoring.Dense(reading(model, ids))
     one.step = 20
     logits = model(ids[None]).logits[0].log_softmax(-1)
     assert scores(one) == pytest.approx([float(-logits[p, ids[p + 1]]) for p in one.reading.positions], rel=1e-4)
-    assert one.nbytes == 2 * 2 * 97 * 16 * 4  # layers, keys and values, tokens, head_dim, bytes
+    assert one.nbytes == 2 * 2 * 67 * 16 * 4  # layers, keys and values, tokens, head_dim, bytes
 
 
 @torch.no_grad()
@@ -150,7 +150,7 @@ def test_a_model_with_shorter_windows_of_its_own_is_not_read_by_a_mask() -> None
 def test_a_model_that_changes_with_the_length_is_not_read_by_a_mask() -> None:
     """Its trial is at the last positions of the text, where it would differ."""
     scaled = tiny("llama", layers=2, rope_scaling={"rope_type": "dynamic", "factor": 4.0}, max_position_embeddings=64)
-    ids = tokens(400)[0]
+    ids = tokens(300)[0]
     assert masked.disagreement(reading(scaled, ids)) is not None
     assert masked.disagreement(reading(scaled, ids[:60])) is None
 
@@ -162,14 +162,14 @@ def test_table_record_and_progress(
     command: Callable[..., list[str]], tmp_path: Path, model_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "figures.json"
-    assert cli.main(command("--json", str(file), "--dense-tokens", "100")) == 0
+    assert cli.main(command("--json", str(file), "--dense-tokens", "70")) == 0
     out, err = capsys.readouterr()
     found = read(file)
     assert [row["way"] for row in found["rows"]] == list(WAYS)
     assert [row["name"] for row in found["rows"]] == NAMES
     assert all(name in out for name in NAMES)
-    assert (found["model"], found["tokens"], found["window_length"]) == ("tiny", 150, W)
-    assert found["scored_positions"] == len(range(W, 149, 3))
+    assert (found["model"], found["tokens"], found["window_length"]) == ("tiny", 102, W)
+    assert found["scored_positions"] == len(range(W, 101, 3))
     assert found["done"]
     assert [row["ratio"] for row in found["rows"] if row["way"] == "recomputed"] == [1.0]
     assert found["versions"]["sink_patch"] == sink_patch.__version__
@@ -178,8 +178,8 @@ def test_table_record_and_progress(
     for row in found["rows"]:
         assert row["perplexity"] == pytest.approx(math.exp(statistics.fmean(row["scores"])), rel=1e-4)
     dense = found["rows"][0]
-    assert len(dense["scores"]) == len(range(W, 99, 3))
-    assert "stopped after 97 tokens, where its cache holds" in dense["note"]
+    assert len(dense["scores"]) == len(range(W, 69, 3))
+    assert "stopped after 67 tokens, where its cache holds" in dense["note"]
     assert dense["note"] in out
     assert sorted(tmp_path.glob("figures.json*")) == [file]
 
@@ -198,8 +198,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_figures(
     way: str, command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after each second piece, again and again; no piece is scored twice."""
-    monkeypatch.setattr(scoring.Way, "step", 24)
-    monkeypatch.setattr(scoring.Streamed, "step", 24)
+    monkeypatch.setattr(scoring.Way, "step", 16)
+    monkeypatch.setattr(scoring.Streamed, "step", 16)
     monkeypatch.setattr(masked, "_TOKENS_OF_THE_TRIAL", 3)
     whole, file = tmp_path / "whole.json", tmp_path / "parts.json"
     assert cli.main(command("--ways", way, "--json", str(whole))) == 0
@@ -209,7 +209,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_figures(
     plain, counts = kind.read, {"pieces": 0, "stops": 0}
 
     def read_or_stop(self: Any, start: int, stop: int) -> torch.Tensor:
-        if self.reading.ids.shape[0] == 150 and len(self.reading.positions) > 20:  # not the trial of masks
+        if self.reading.ids.shape[0] == 102 and len(self.reading.positions) > 20:  # not the trial of masks
             counts["pieces"] += 1
             if counts["pieces"] % 3 == 0:
                 counts["stops"] += 1
@@ -224,7 +224,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_figures(
         except _StopError:
             partial = read(file)
             assert not partial["done"]
-            assert 0 < partial["rows"][0]["read"] < 148
+            (tmp_path / f"parts.json.{way}-7.safetensors").touch()  # as after a crash between two files
+            assert 0 < partial["rows"][0]["read"] < 100
     assert counts["stops"] >= 2
     assert without_times(read(file)) == without_times(read(whole))
     assert sorted(tmp_path.glob("parts.json*")) == [file]
@@ -348,7 +349,7 @@ def test_a_file_of_another_plan_text_or_model_name_is_refused_by_name_before_a_m
 ) -> None:
     file = ["--json", str(written)]
     said = failure(command(*file, "--every", "4"), capsys)
-    assert f"{written} holds figures of another every: 3, and this is 4." in said
+    assert f"{written} holds figures with another every: 3, and this is 4." in said
     assert "another dtype: float32, and this is bfloat16" in failure(command(*file, "--dtype", "bfloat16"), capsys)
     assert "another model: tiny, and this is other" in failure(command(*file, model="some/other"), capsys)
     other = tmp_path / "other.txt"

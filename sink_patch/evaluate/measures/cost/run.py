@@ -67,27 +67,8 @@ def measure(loaded: Loaded, plan: Plan) -> Record:
     generator = torch.Generator().manual_seed(_SEED)
     vocabulary = loaded.model.get_input_embeddings().num_embeddings
     ids = torch.randint(vocabulary, (1, total), generator=generator)
-    forward, piece = Forwards(loaded.model), plan.window_length - plan.num_sink_tokens
-
-    def streamed() -> _Stream:
-        cache = sink_patch.SinkCache(plan.window_length, plan.num_sink_tokens, model=loaded.model)
-        return _Stream(forward, ids, piece, cache)
-
-    figures: dict[str, dict[str, list[Any]]] = {name: {} for name in ("dense", "sinks")}
-    with torch.inference_mode(), tqdm(total=3 * total, desc="cost", unit="token") as bar:
-        alone = streamed()
-        alone_bytes = []
-        for tokens in lengths:
-            alone.go_to(tokens, bar)
-            alone_bytes.append(process_bytes())
-        del alone
-        streams = {"dense": _Stream(forward, ids, piece), "sinks": streamed()}
-        for place, tokens in enumerate(lengths):
-            for name, row in _at(streams, tokens, plan.block, bar).items():
-                row["process_bytes"] = process_bytes() if name == "dense" else alone_bytes[place]
-                for key, value in row.items():
-                    figures[name].setdefault(key, []).append(value)
-        bar.update(bar.total - bar.n)
+    with torch.inference_mode(), tqdm(total=lengths[-1] + 2 * total, desc="cost", unit="token") as bar:
+        rows = _rows(Forwards(loaded.model), ids, plan, lengths, bar)
     return {
         "measure": MEASURE,
         **records.about(loaded),
@@ -96,8 +77,33 @@ def measure(loaded: Loaded, plan: Plan) -> Record:
         "tokens": lengths,
         "block_tokens": plan.block,
         "rounds": ROUNDS,
-        "rows": [{"name": name, **row} for name, row in figures.items()],
+        "rows": [{"name": name, **row} for name, row in rows.items()],
     }
+
+
+def _rows(
+    forward: Forwards, ids: torch.Tensor, plan: Plan, lengths: list[int], bar: tqdm[Any]
+) -> dict[str, dict[str, list[Any]]]:
+    """Figures of both caches, each a list over the lengths; ids [1, tokens]."""
+    piece = plan.window_length - plan.num_sink_tokens
+
+    def streamed() -> _Stream:
+        cache = sink_patch.SinkCache(plan.window_length, plan.num_sink_tokens, model=forward.model)
+        return _Stream(forward, ids, piece, cache)
+
+    alone, alone_bytes = streamed(), []
+    for tokens in lengths:
+        alone.go_to(tokens, bar)
+        alone_bytes.append(process_bytes())
+    del alone
+    streams = {"dense": _Stream(forward, ids, piece), "sinks": streamed()}
+    rows: dict[str, dict[str, list[Any]]] = {name: {} for name in streams}
+    for place, tokens in enumerate(lengths):
+        for name, row in _at(streams, tokens, plan.block, bar).items():
+            row["process_bytes"] = process_bytes() if name == "dense" else alone_bytes[place]
+            for key, value in row.items():
+                rows[name].setdefault(key, []).append(value)
+    return rows
 
 
 def _at(streams: dict[str, _Stream], tokens: int, block: int, bar: tqdm[Any]) -> dict[str, dict[str, Any]]:

@@ -51,7 +51,7 @@ class Results:
             before = self.record.get(name, value)
             if name in (*_IDENTITY, *_PLAN, "versions") and before != value:
                 raise SinkArgumentError(
-                    f"{self._path} holds figures of another {name}: {_short(before)}, and this is {_short(value)}. "
+                    f"{self._path} holds figures with another {name}: {_short(before)}, and this is {_short(value)}. "
                     "Give another file, or delete this one to begin anew."
                 )
         self.record.update({name: value for name, value in facts.items() if name not in self.record})
@@ -89,14 +89,15 @@ class Results:
         """
         if self._path is None:
             return
-        before = row.state
         row.state = None
         if not row.done:
             name = f"{self._path.name}.{row.way}-{row.read}.safetensors"
             row.state = name if way.save(self._path.with_name(name)) else None
         self.write()
-        if before is not None and before != row.state:
-            self._path.with_name(before).unlink(missing_ok=True)
+        for other in self._path.parent.iterdir():  # also what a crash has left
+            ours = other.name.startswith(f"{self._path.name}.{row.way}-") and other.suffix == ".safetensors"
+            if ours and other.name != row.state:
+                other.unlink()
 
     def write(self) -> None:
         """Write the file alone."""
