@@ -85,10 +85,13 @@ def test_the_sdist_gives_the_wheel_of_the_checkout(checkout, wheel, tmp_path):
     assert contents(built("build_wheel", checkout, tmp_path / "dist")) == contents(wheel)
 
 
+DATA = ("sink_patch/py.typed", "sink_patch/evaluate/demo/text.txt")
+
+
 def test_the_wheel_holds_the_code_and_nothing_else(wheel):
     code = {f"{file.name}" if file.room != "compat" else f"sink_patch/{file.name}" for file in FOUND}
     info = f"sink_patch-{sink_patch.__version__}.dist-info/"
-    assert {name for name in contents(wheel) if not name.startswith(info)} == {*code, "sink_patch/py.typed"}
+    assert {name for name in contents(wheel) if not name.startswith(info)} == {*code, *DATA}
 
 
 def test_the_sdist_holds_what_the_readme_links_to(sdist):

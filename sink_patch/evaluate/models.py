@@ -62,6 +62,23 @@ def load(model: str | None = None, dtype: str = "float32") -> Loaded:
     return Loaded(DEMO_NAME, *_from_pretrained(str(folder), dtype))
 
 
+def tokenizer_of(model: str) -> Any:
+    """The tokenizer of a model alone, from a directory or the hub.
+
+    Raises:
+        SinkArgumentError: there is no such model, or no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model_source(model))
+    except (OSError, ValueError, ImportError) as failure:
+        raise SinkArgumentError(
+            f"The tokenizer of the model {model!r} cannot be loaded: {failure}. Give a directory with config.json, "
+            "weights and tokenizer, or a name on the Hugging Face hub."
+        ) from failure
+
+
 def home() -> Path:
     """The directory of downloads: $SINK_PATCH_HOME, or by default ~/.cache/sink_patch."""
     return Path(os.environ.get(HOME_VARIABLE) or Path.home() / ".cache" / "sink_patch")

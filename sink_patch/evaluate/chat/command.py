@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from sink_patch.evaluate import sources
 from sink_patch.evaluate.chat.settings import MOST_TOKENS, WINDOW, Settings
 from sink_patch.evaluate.options import DEFAULT, Commands, add_dtype, add_model
+from sink_patch.evaluate.paths import model_source
 
 
 def add(commands: Commands) -> None:
@@ -56,11 +56,11 @@ def run(arguments: argparse.Namespace) -> None:
         greedy=arguments.greedy,
         seed=arguments.seed,
     )
-    sources.check(arguments.model)
+    model_source(arguments.model)  # which refuses a wrong one
     from sink_patch.evaluate import models
     from sink_patch.evaluate.chat import program
     from sink_patch.evaluate.chat.template import Template
 
-    template = Template(sources.tokenizer_of(arguments.model))
+    template = Template(models.tokenizer_of(arguments.model))
     template.check_room(settings)
     program.run(models.load(arguments.model, arguments.dtype), template, settings)

@@ -153,7 +153,7 @@ def _log(axis: Any, scale: Any, values: Sequence[float]) -> None:
 
     scale("log")
     shown = [value for value in values if math.isfinite(value) and value > 0]
-    steps = (1.0, 2.0, 5.0) if shown and max(shown) < 1000 * min(shown) else (1.0,)
+    steps = (1, 2, 5) if shown and max(shown) < 1000 * min(shown) else (1,)
     axis.set_major_locator(LogLocator(subs=steps, numticks=20))
     axis.set_major_formatter(FuncFormatter(lambda value, _place: f"{value:,.10g}"))
     axis.set_minor_formatter(NullFormatter())

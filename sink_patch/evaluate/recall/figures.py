@@ -134,7 +134,7 @@ def _over_distance(record: Record, rows: Sequence[Record], field: str) -> Panel:
     curves = []
     for row in rows:
         points = sorted((found["group"], found[field]) for found in row["groups"] if isinstance(found["group"], int))
-        curves.append(Curve(row["way"], [group for group, _ in points], [share for _, share in points]))
+        curves.append(Curve(row["way"], [x for x, _ in points], [y for _, y in points]))
         constant = [found[field] for found in row["groups"] if not isinstance(found["group"], int)]
         curves += [
             Curve(f"{row['way']}: of the system message", [distances[0], distances[-1]], [y, y]) for y in constant
