@@ -16,11 +16,11 @@ def model_source(model: str) -> str:
         SinkArgumentError: it can only be a path, and no model is there.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model.strip() and path.is_dir():
         if not (path / "config.json").is_file():
             raise SinkArgumentError(f"The model {model!r} cannot be loaded: there is no config.json in it. {_ASKED}")
         return str(path)
-    if path.exists():
+    if model.strip() and path.exists():
         raise SinkArgumentError(f"The model {model!r} cannot be loaded: it is a file. {_ASKED}")
     if _is_path(model):
         raise SinkArgumentError(f"The model {model!r} cannot be loaded: there is no such directory. {_ASKED}")
@@ -29,4 +29,10 @@ def model_source(model: str) -> str:
 
 def _is_path(model: str) -> bool:
     """Whether it is no name on the hub, which is `name` or `owner/name`."""
-    return model.startswith((".", "~", "/")) or model.endswith("/") or model.count("/") > 1 or "\\" in model
+    return (
+        not model.strip()
+        or model.startswith((".", "~", "/"))
+        or model.endswith("/")
+        or model.count("/") > 1
+        or "\\" in model
+    )

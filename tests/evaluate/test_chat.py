@@ -519,12 +519,12 @@ def test_a_template_without_a_system_prompt_says_so():
 @pytest.mark.parametrize(
     ("where", "said"),
     [
-        ("./nothing", "is not there"),
-        ("/nothing/at/all", "is not there"),
-        ("one/two/three", "is not there"),
-        ("", "is not there"),
-        ("empty", "has no config.json"),
-        ("file", "is a file"),
+        ("./nothing", "there is no such directory"),
+        ("/nothing/at/all", "there is no such directory"),
+        ("one/two/three", "there is no such directory"),
+        ("", "there is no such directory"),
+        ("empty", "there is no config.json in it"),
+        ("file", "it is a file"),
     ],
 )
 def test_a_wrong_path_is_refused_before_anything_is_asked(where, said, tmp_path, monkeypatch, capsys):
@@ -534,7 +534,7 @@ def test_a_wrong_path_is_refused_before_anything_is_asked(where, said, tmp_path,
     monkeypatch.setattr(models, "load", lambda *_args: pytest.fail("a model was loaded"))
     assert cli.main(["chat", where]) == 2
     err = capsys.readouterr().err
-    assert f"The model {where!r} {said}." in err
+    assert f"The model {where!r} cannot be loaded: {said}." in err
 
 
 def test_sampling_is_what_was_asked_for_then_what_the_model_says():
