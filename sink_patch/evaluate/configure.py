@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from sink_patch.arguments import SYSTEM, TOKENS, TURNS, Settings
-from sink_patch.evaluate.options import DEFAULT, Commands
+from sink_patch.evaluate.options import DEFAULT, Commands, add_num_sink_tokens, add_window_length
 
 
 def add(commands: Commands) -> None:
@@ -18,21 +18,9 @@ def add(commands: Commands) -> None:
         "shows what changes. The chat template tells where messages begin. What the file was is kept beside it.",
     )
     configure.add_argument("directory", type=Path, metavar="DIR", help="the directory of a model")
-    configure.add_argument(
-        "--window-length",
-        type=int,
-        default=Settings.window_length,
-        metavar="N",
-        help=f"tokens in the window, including the sinks {DEFAULT}",
-    )
+    add_window_length(configure)
     sinks = configure.add_mutually_exclusive_group()
-    sinks.add_argument(
-        "--num-sink-tokens",
-        type=int,
-        default=Settings.num_sink_tokens,
-        metavar="N",
-        help=f"first tokens that stay in the window {DEFAULT}",
-    )
+    add_num_sink_tokens(sinks)
     sinks.add_argument("--keep-system", action="store_true", help="the system message stays in the window")
     configure.add_argument(
         "--whole-turns", action="store_true", help="the oldest whole message leaves a full window, not the oldest token"

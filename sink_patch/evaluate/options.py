@@ -24,18 +24,29 @@ def add_model(command: argparse.ArgumentParser, *, optional: bool = False) -> No
 
 def add_window(command: argparse.ArgumentParser) -> None:
     """Add the two sizes."""
-    sizes = Sizes()
+    add_window_length(command)
+    add_num_sink_tokens(command)
+
+
+def add_window_length(
+    command: argparse.ArgumentParser, default: int = Sizes.window_length, holds: str = "the sinks"
+) -> None:
+    """Add the one size; `holds` is what is counted in."""
     command.add_argument(
         "--window-length",
         type=int,
-        default=sizes.window_length,
+        default=default,
         metavar="N",
-        help=f"tokens in the window, including the sinks {DEFAULT}",
+        help=f"tokens in the window, including {holds} {DEFAULT}",
     )
+
+
+def add_num_sink_tokens(command: argparse._ActionsContainer) -> None:
+    """Add the other, also to a group of which one may be given."""
     command.add_argument(
         "--num-sink-tokens",
         type=int,
-        default=sizes.num_sink_tokens,
+        default=Sizes.num_sink_tokens,
         metavar="N",
         help=f"first tokens that stay in the window {DEFAULT}",
     )

@@ -7,13 +7,12 @@ import json
 import signal
 import sys
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers.utils import logging as transformers_logging
 
 from sink_patch import CacheFileError, SinkArgumentError, SinkCache, cli
 from sink_patch.evaluate import models
@@ -48,15 +47,6 @@ MOVED = (
 )
 """The system prompt moves to the newest message."""
 UNMARKED = "{% for message in messages %}{{ message.content }} w2 {% endfor %}"
-
-
-@pytest.fixture(autouse=True)
-def restore_logging() -> Iterator[None]:
-    """The commands silence transformers; other tests need its messages."""
-    level = transformers_logging.get_verbosity()
-    yield
-    transformers_logging.set_verbosity(level)
-    transformers_logging.enable_progress_bar()
 
 
 def tokenizer(template: str | None = TEMPLATE):

@@ -9,17 +9,16 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
-from transformers.utils import logging as transformers_logging
 
 from sink_patch import cli
 from sink_patch.evaluate import models
 from sink_patch.evaluate.demo import compare, defaults, picture, progress, screens, story
 from tests.support import directory
 from tests.support.fresh import environment
+from tests.support.measured import failure
 from tests.support.server import ROOT
 from tests.support.terminal import Terminal
 from tests.support.tiny import tiny, tokens
@@ -27,15 +26,6 @@ from tests.support.tokenizer import tiny_tokenizer
 
 W, S = 12, 3
 TEXT = " ".join(f"w{(7 * number * number + number) % 90}" for number in range(200))
-
-
-@pytest.fixture(autouse=True)
-def restore_logging() -> Iterator[None]:
-    """The commands silence transformers; other tests need its messages."""
-    level = transformers_logging.get_verbosity()
-    yield
-    transformers_logging.set_verbosity(level)
-    transformers_logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +42,6 @@ def short_text(monkeypatch) -> None:
 
 def window(length: int = W, sinks: int | None = S) -> list[str]:
     return ["--window-length", str(length), *(() if sinks is None else ("--num-sink-tokens", str(sinks)))]
-
-
-def failure(arguments: list[str], capsys) -> str:
-    assert cli.main(arguments) == 2
-    err = capsys.readouterr().err.splitlines()
-    assert err[-1].startswith("sink-patch: ")
-    assert "Traceback" not in "".join(err)
-    return err[-1]
 
 
 # --- the story, as plain text ---------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,7 @@ def test_each_token_is_read_once_and_in_order_with_each_cache(
 
 
 def test_without_psutil_the_process_is_not_measured(loaded: models.Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> None:
-        raise ImportError(name)
-
-    monkeypatch.setattr(memory.importlib, "import_module", missing)
+    monkeypatch.setitem(sys.modules, "psutil", None)  # as if it were not installed
     monkeypatch.setattr(run, "cache_bytes", lambda cache: 1)
     record = run.measure(loaded, figures.Plan(W, S, (1,)))
     assert [row["process_bytes"] for row in record["rows"]] == [[None], [None]]

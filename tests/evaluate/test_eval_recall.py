@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import sink_patch
 from sink_patch import cli
@@ -23,6 +21,7 @@ from sink_patch.evaluate.recall import asking
 from sink_patch.evaluate.recall import figures as recall_figures
 from sink_patch.evaluate.recall.scripts import chat, lines, questions, script, words
 from sink_patch.evaluate.recall.sinks import attention, figures, run
+from tests.support.measured import tiny_model as measured_model
 from tests.support.tiny import FAMILIES, tiny
 
 W, S = 60, 2
@@ -50,29 +49,9 @@ TOKENIZER = tokenizer()
 
 
 def tiny_model(layers: int = 1) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(TOKENIZER),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        initializer_range=0.5,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-@pytest.fixture(autouse=True)
-def restore_logging() -> Iterator[None]:
-    """The commands silence transformers; other tests need its messages."""
-    level = transformers_logging.get_verbosity()
-    yield
-    transformers_logging.set_verbosity(level)
-    transformers_logging.enable_progress_bar()
+    """With the vocabulary of this tokenizer, and no token that begins or ends a text."""
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    return measured_model(layers, vocab_size=len(TOKENIZER), max_position_embeddings=512, **ends)
 
 
 def stream_of(parts: list[script.Part]) -> list[int]:

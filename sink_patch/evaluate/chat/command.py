@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from sink_patch.evaluate.chat.settings import MOST_TOKENS, WINDOW, Settings
-from sink_patch.evaluate.options import DEFAULT, Commands, add_dtype, add_model
+from sink_patch.evaluate.options import DEFAULT, Commands, add_dtype, add_model, add_window_length
 from sink_patch.evaluate.paths import model_source
 
 
@@ -19,13 +19,7 @@ def add(commands: Commands) -> None:
     )
     add_model(chat)
     chat.add_argument("--system", metavar="TEXT", help="the system prompt, which stays in the window")
-    chat.add_argument(
-        "--window-length",
-        type=int,
-        default=WINDOW,
-        metavar="N",
-        help=f"tokens in the window, including the system prompt {DEFAULT}",
-    )
+    add_window_length(chat, WINDOW, "the system prompt")
     chat.add_argument(
         "--max-new-tokens", type=int, default=MOST_TOKENS, metavar="N", help=f"longest answer in tokens {DEFAULT}"
     )

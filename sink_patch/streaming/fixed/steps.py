@@ -30,7 +30,7 @@ class FixedSteps:
 
     def __init__(self, store: LayerStore, facts: ModelFacts, model: nn.Module):
         self._store, self._facts = store, facts
-        self._model = weakref.ref(model)
+        self._config = weakref.ref(text_config(model))  # which the layers read, too; found once, as that takes time
         self._step: FixedStep | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class FixedSteps:
         """
         if len(self._store.kinds) == 1 or len(self._facts.sliding_windows) > 1:
             return False
-        return getattr(text_config(self._model()), "_attn_implementation", None) in _READ_BY_COORDINATE
+        return getattr(self._config(), "_attn_implementation", None) in _READ_BY_COORDINATE
 
     def _held(self) -> FixedStep | None:
         return self._step if self._step is not None and self._step.is_of(self._store.sink_layers) else None

@@ -9,7 +9,7 @@ from sink_patch.errors import SinkArgumentError
 from sink_patch.evaluate.measures import picture, plots, records
 from sink_patch.evaluate.measures.cost.figures import Plan, table
 from sink_patch.evaluate.measures.picture import add_plot
-from sink_patch.evaluate.options import DEFAULT, Commands, add_dtype, add_window
+from sink_patch.evaluate.options import DEFAULT, Commands, add_dtype, add_model, add_window
 
 
 def add(measures: Commands) -> None:
@@ -20,7 +20,7 @@ def add(measures: Commands) -> None:
         description="Measures memory and milliseconds a token after 1, 2, 4 and more windows, with the model's own "
         "cache, which grows, and with a sink cache. Blocks of single tokens take turns; the figures are medians.",
     )
-    cost.add_argument("model", metavar="MODEL", help="a model directory, or a name on the Hugging Face hub")
+    add_model(cost)
     add_window(cost)
     cost.add_argument(
         "--windows",

@@ -8,7 +8,7 @@ from pathlib import Path
 from sink_patch.evaluate.measures import picture, plots
 from sink_patch.evaluate.measures.perplexity.plan import WAYS, Plan
 from sink_patch.evaluate.measures.picture import add_plot
-from sink_patch.evaluate.options import DEFAULT, Commands, add_dtype, add_window
+from sink_patch.evaluate.options import DEFAULT, Commands, add_dtype, add_model, add_window
 
 
 def add(measures: Commands) -> None:
@@ -21,7 +21,7 @@ def add(measures: Commands) -> None:
         "and slow (recomputed); a window without sinks (window); sinks that keep their positions in the text "
         "(text-positions). On a CPU this takes minutes. With --json the same command goes on where it was stopped.",
     )
-    perplexity.add_argument("model", metavar="MODEL", help="a model directory, or a name on the Hugging Face hub")
+    add_model(perplexity)
     perplexity.add_argument("--text", type=Path, required=True, metavar="FILE", help="the text to read, in UTF-8")
     add_window(perplexity)
     sizes = Plan()
