@@ -7,7 +7,6 @@ older messages anew, all of the text is read again.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,7 @@ import sink_patch
 from sink_patch import SinkCache, Window
 from sink_patch.evaluate.chat.settings import Settings
 from sink_patch.evaluate.chat.template import Ids, Message, Template, common, system_message
+from sink_patch.evaluate.measures.forwards import cache_name
 from sink_patch.evaluate.models import Loaded
 
 
@@ -145,7 +145,7 @@ class Conversation:
         if len(ids) > len(self.state.ids):
             given = torch.tensor([ids], device=self.model.device)  # [1, tokens]
             only = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1}  # a token that nobody reads
-            self.model.generate(given, **{_cache_argument(self.model): self.state.cache}, **only)
+            self.model.generate(given, **{cache_name(self.model): self.state.cache}, **only)
             self.state.ids = ids
 
     def _answered(self, ids: Ids, say: Callable[[str], None], is_over: Callable[[], bool]) -> str:
@@ -185,11 +185,6 @@ class _Newest(StoppingCriteria):
     def __call__(self, input_ids: Any, _scores: Any, **_kwargs: Any) -> Any:
         self.ids.append(int(input_ids[0, -1]))
         return torch.tensor([self.ids[-1] in self._ends])
-
-
-def _cache_argument(model: Any) -> str:
-    """What the installed transformers calls a cache."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _ends(model: Any, tokenizer: Any) -> set[int]:

@@ -12,6 +12,12 @@ import torch
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # by the version of transformers and the model
 
 
+def cache_name(model: Any) -> str:
+    """What the forward of a model calls its cache."""
+    parameters = inspect.signature(model.forward).parameters
+    return next(name for name in _CACHE_NAMES if name in parameters)
+
+
 class Forwards:
     """Forwards of one model.
 
@@ -23,9 +29,13 @@ class Forwards:
         self.model = model
 
     @cached_property
-    def _parameters(self) -> frozenset[str]:
-        """Names of the arguments of the model's forward."""
-        return frozenset(inspect.signature(self.model.forward).parameters)
+    def _cache_name(self) -> str:
+        return cache_name(self.model)
+
+    @cached_property
+    def _keeps(self) -> bool:
+        """Whether the model can leave out the logits that are not wanted."""
+        return "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
     def __call__(
         self, ids: torch.Tensor, wanted: Sequence[int], cache: Any = None, **options: Any
@@ -42,12 +52,11 @@ class Forwards:
             Logits, shape [rows, wanted, vocabulary], and the cache that the model gives back, or None.
         """
         if cache is not None:
-            options[next(name for name in _CACHE_NAMES if name in self._parameters)] = cache
-        keeps = "logits_to_keep" in self._parameters
-        if keeps:
+            options[self._cache_name] = cache
+        if self._keeps:
             options["logits_to_keep"] = torch.tensor(wanted, dtype=torch.long)
         output = self.model(ids, **options)
         logits: torch.Tensor = output.logits
         plain = dict(output.items())  # without the old names, which outputs of new versions still answer to
         returned = next((plain[name] for name in _CACHE_NAMES if name in plain), None)
-        return logits if keeps else logits[:, wanted], returned
+        return logits if self._keeps else logits[:, wanted], returned
