@@ -1,4 +1,4 @@
-"""A fresh patch state and a fresh registry for each test; known gaps of the installed transformers are skipped."""
+"""A fresh patch state, registry and models for each test; known gaps of the installed transformers are skipped."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 import sink_patch
 from sink_patch.models.families import registry as registry_module
 from tests.support.known_gaps import SkippedFile, reason_to_skip
+from tests.support.tiny import unchanged
 
 # for machines that do other work beside
 hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -20,8 +21,14 @@ hypothesis.settings.load_profile("patient")
 COLLECTED = pytest.StashKey[list[str]]()
 
 
+@pytest.fixture
+def unchanged_models() -> Iterator[None]:
+    with unchanged():
+        yield
+
+
 @pytest.fixture(autouse=True)
-def fresh_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fresh_state(unchanged_models: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     sink_patch.patch()
     monkeypatch.setattr(registry_module, "registry", registry_module.Registry())
     yield

@@ -126,7 +126,7 @@ def test_no_operation_is_left_out():
     }
     recording = {"activate_past_recording", "deactivate_past_recording"}
     of_a_forward = {"update", "update_indexer", "get_mask_sizes", "get_query_offset", "get_seq_length"}
-    readings = {"bind", "is_bound_to", "check", "get_max_length", "get_max_cache_shape"}
+    readings = {"bind", "is_bound_to", "check", "get_max_length", "get_max_cache_shape", "window"}
     ours = [kind for kind in SinkCache.__mro__ if kind.__module__.startswith("sink_patch")]
     methods = {
         name for kind in ours for name, held in vars(kind).items() if callable(held) or hasattr(held, "__func__")

@@ -32,7 +32,7 @@ BEFORE = '{\n  "do_sample": false,\n\n  "eos_token_id": 96, "temperature": 1.0}\
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    directory.model().save_pretrained(folder)
+    copy.deepcopy(directory.model()).save_pretrained(folder)
     tokenizer = directory.tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)

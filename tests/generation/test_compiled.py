@@ -14,12 +14,13 @@ from transformers import CompileConfig
 
 from sink_patch import SinkCache
 from sink_patch.streaming.fixed import layout
+from tests.support import tiny as shared
 from tests.support import zoo
 from tests.support.chats import Window
 from tests.support.known_gaps import is_newest, skip_if_model_is_newer
 from tests.support.oracle import relative_error, visible_tokens
 from tests.support.replay import cache_name
-from tests.support.tiny import tiny, tokens
+from tests.support.tiny import tokens
 
 # torch warns when it traces the masks of transformers 4.53 to 4.57
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -46,6 +47,11 @@ def fresh_graphs():
     with torch._dynamo.config.patch(error_on_recompile=True):
         yield
     torch._dynamo.reset()
+
+
+def tiny(*asked, **settings):
+    """A model of the test's own: transformers keeps what it compiles on the model."""
+    return copy.deepcopy(shared.tiny(*asked, **settings))
 
 
 def graph_config(backend="eager"):
@@ -211,7 +217,7 @@ def test_not_every_window_and_batch_size_needs_a_new_graph():
 @torch.no_grad()
 def test_compiled_and_plain_forwards_may_follow_each_other():
     """Between two compiled steps, the visible slots then change by more than one token."""
-    model = copy.copy(tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT))
+    model = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT)
     stream, caches = tokens(60), [SinkCache(W, S, model=model) for _ in range(2)]
     compiled, logits = torch.compile(model.forward, backend="eager", dynamic=False), []
     for cache, is_compiled in zip(caches, (False, True), strict=True):
@@ -242,7 +248,7 @@ def test_nothing_is_compiled_without_a_request():
 
 
 def test_a_compiled_forward_has_a_graph_for_prompts_and_one_for_tokens():
-    model = copy.copy(tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT))
+    model = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT)
     wanted = [run(model, tokens(6, seed=seed)) for seed in range(3)]
     with torch._dynamo.config.patch(error_on_recompile=False):  # prompts have another shape than tokens
         model.forward = torch.compile(model.forward, backend="eager", fullgraph=True, dynamic=False)
@@ -378,7 +384,7 @@ def test_a_stream_compiled_in_inference_mode_continues_outside_it():
 
 @torch.no_grad()
 def test_a_row_may_have_no_new_token():
-    model = copy.copy(tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT))
+    model = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT)
     stream, caches = tokens(40, rows=2), [SinkCache(W, S, model=model) for _ in range(2)]
     steps = [(0, 20, [1, 1]), *((at, at + 1, [1, at % 2]) for at in range(20, 30))]
     compiled, logits = torch.compile(model.forward, backend="eager", dynamic=False), []

@@ -64,7 +64,7 @@ with_those_of(Toned.forward, LlamaForCausalLM.forward)
 @pytest.fixture
 def model():
     plain = tiny("llama", layers=1, max_position_embeddings=CONTEXT)
-    model = Toned(plain.config).eval()
+    model = Toned(copy.deepcopy(plain.config)).eval()
     model.load_state_dict(plain.state_dict())
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 500, 0
     return model

@@ -35,8 +35,9 @@ def folder(tmp_path_factory) -> Path:
     return where
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def server(folder, tmp_path_factory) -> Iterator[Server]:
+    """One for each file: in a first turn, what another test has left may be the beginning of the prompt."""
     logs = tmp_path_factory.mktemp("server")
     with serving(folder, logs, program=("tests.kept.server", str(logs / "read"))) as url:
         yield Server(url, logs / "read", str(folder))

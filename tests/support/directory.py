@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def write(folder: Path, **entries: Any) -> Path:
     """Write the model, and a generation_config.json with `entries` alone."""
-    model().save_pretrained(folder)
+    copy.deepcopy(model()).save_pretrained(folder)  # it writes into the config
     tokenizer().save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps({"do_sample": False, **entries}))
     return folder

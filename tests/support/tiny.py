@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -108,8 +109,11 @@ def can_have(model_type: str, types: Sequence[str]) -> bool:
     return True
 
 
-@functools.cache
-def _model(model_type: str, settings: str, attention: str, seed: int) -> PreTrainedModel:
+_models: dict[tuple[str, str, str, int], PreTrainedModel] = {}  # those that all tests share
+_in_use: dict[tuple[str, str, str, int], object] = {}  # those that this test has asked for, and what they were
+
+
+def _made(model_type: str, settings: str, attention: str, seed: int) -> PreTrainedModel:
     spec = _FAMILIES.get(model_type, {})
     given = {**_COMMON, **spec, **eval(settings)}  # a repr of ours
     left_out = ("layers", "sliding", "no_rope", "drop", *spec.get("drop", ()))
@@ -118,16 +122,48 @@ def _model(model_type: str, settings: str, attention: str, seed: int) -> PreTrai
     return seeded(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, attention, seed)
 
 
+def _state(model: PreTrainedModel) -> object:
+    """What a test can change of a model and another test would see; what our hooks and RoPE keep is not part of it."""
+    weights = [(name, id(weight), weight._version) for name, weight in model.named_parameters()]
+    return (
+        weights,
+        model.config.to_json_string(use_diff=False),
+        repr(vars(model.generation_config)),
+        model.training,
+        sorted(vars(model)),
+    )
+
+
 def tiny(
     model_type: str, *, layers: int = 1, attention: str = "eager", seed: int = 0, **settings: Any
 ) -> PreTrainedModel:
-    """A tiny model, which is made once and shared by all tests: they must not change it.
+    """A tiny model, which is made once and shared by all tests: they must not change it (`unchanged`).
 
     Raises:
         NotInThisVersion: the installed transformers cannot make a model of these `layer_types`.
     """
     skip_if_model_is_newer(model_type)
-    return _model(model_type, repr({"num_hidden_layers": layers, **settings}), attention, seed)
+    key = (model_type, repr({"num_hidden_layers": layers, **settings}), attention, seed)
+    if key not in _models:
+        _models[key] = _made(*key)
+    model = _models[key]
+    _in_use.setdefault(key, _state(model))
+    return model
+
+
+@contextlib.contextmanager
+def unchanged() -> Iterator[None]:
+    """Inside runs one test.
+
+    Raises:
+        AssertionError: it has changed a shared model, which no later test is given.
+    """
+    _in_use.clear()
+    yield
+    changed = [key for key, before in _in_use.items() if _state(_models[key]) != before]
+    for key in changed:
+        del _models[key]
+    assert not changed, f"the test has changed models that all tests share; it must change copies: {changed}"
 
 
 def tokens(count: int, rows: int = 1, seed: int = 0) -> torch.Tensor:
