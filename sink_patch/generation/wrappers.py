@@ -158,10 +158,12 @@ def _decode(
 
 
 def may_compile(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Around `_valid_auto_compile_criteria`: a sink cache is compiled where that is asked for, never by itself."""
+    """Around `_valid_auto_compile_criteria`: long calls are compiled, others where that is asked for."""
     given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-    cache = given["model_kwargs"].get(cache_argument(instance))
-    if not isinstance(cache, SinkCache) or given["generation_config"].compile_config is None:
+    cache, config = given["model_kwargs"].get(cache_argument(instance)), given["generation_config"]
+    if not isinstance(cache, SinkCache):
+        return wrapped(*args, **kwargs)
+    if config.compile_config is None and not compiled.may_compile_by_itself(instance, cache, config.max_length):
         return wrapped(*args, **kwargs)
     with compiled.offered_to_compiler(cache):
         return wrapped(*args, **kwargs)
@@ -169,7 +171,9 @@ def may_compile(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], kw
 
 def compiled_call(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `get_compiled_call`: what it returns begins the forward over a sink cache first."""
-    return functools.partial(compiled.decode, instance, wrapped(*args, **kwargs))
+    asked = inspect.signature(wrapped).bind(*args, **kwargs).arguments["compile_config"]
+    graph = wrapped(*args, **kwargs)
+    return compiled.ByItself(instance, graph) if asked is None else functools.partial(compiled.decode, instance, graph)
 
 
 def initial_cache_position(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
