@@ -64,6 +64,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_next": {},
     "lfm2": {},
     "falcon_h1": {},  # keys and a state in each layer
+    "zaya": {},  # the same, with a sliding window
 }
 
 

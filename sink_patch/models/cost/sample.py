@@ -18,6 +18,8 @@ from sink_patch.models.entries import text_config
 from sink_patch.models.facts import ModelFacts
 from sink_patch.models.probe.calls import probe_tokens, run
 
+_STATES = ("conv_states", "recurrent_states")  # of a layer of transformers: [rows, ...], or several by number
+
 
 @dataclass(frozen=True, eq=False)
 class Sample:
@@ -57,8 +59,8 @@ def _sample(entry: Entry, cached: Cached, own: Any) -> Sample:
     keys, values = (None, None) if cached is None or not entry.attention else map(_of_one_token, cached)
     if not entry.state:
         return Sample(keys, values)
-    held = {name: value for name, value in vars(own).items() if name not in ("keys", "values")}
-    return Sample(keys, values, tuple(state[:1].to("meta") for state in _tensors(held)))
+    states = _tensors([getattr(own, name, None) for name in _STATES])
+    return Sample(keys, values, tuple(state[:1].to("meta") for state in states))
 
 
 def _of_one_token(states: torch.Tensor) -> torch.Tensor:
@@ -66,7 +68,7 @@ def _of_one_token(states: torch.Tensor) -> torch.Tensor:
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """A layer has one state of a kind, or several by name or number."""
+    """A layer has one state of a kind, several by number, or none."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (Mapping, list, tuple)):
