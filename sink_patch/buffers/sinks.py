@@ -96,6 +96,11 @@ class Sinks:
     def nbytes(self) -> int:
         return sum(pristine.nbytes for pristine in self._pristine.values())
 
+    @property
+    def turned_nbytes(self) -> int:
+        """Bytes of where sinks are turned, in float32; none before they are shown."""
+        return sum(group.turned_nbytes for group in self._groups or ())
+
     def show(self, turn: Turn) -> None:
         """Turn the sinks in all buffers to where the next forward sees them."""
         have_stayed = self._groups is not None  # not so after each token where beams are reordered
@@ -151,6 +156,10 @@ class _Group:
         self._turned = rotation.turning(turned)
         self._from = list(self._turned)
         self._to = [self._sinks_of(ring.buffer) for ring in rings if ring.buffer is not None]
+
+    @property
+    def turned_nbytes(self) -> int:
+        return self._pristine.numel() * torch.float32.itemsize
 
     def show(self, turn: Turn) -> None:
         turn_pairs(self._pairs, turn.cos_sin(self._rotation, self._pristine.device), self._turned_pairs)

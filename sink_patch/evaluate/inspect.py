@@ -11,8 +11,9 @@ def add(commands: Commands) -> None:
     """Add the commands."""
     inspect = commands.add_parser(
         "inspect",
-        help="say whether and how a model can stream, layer by layer",
-        description="Loads a model on the CPU and says whether and how it can stream, layer by layer.",
+        help="say whether and how a model can stream, layer by layer, and what a window costs",
+        description="Loads a model on the CPU and says whether and how it can stream, layer by layer, and how "
+        "many bytes a window takes.",
     )
     add_model(inspect)
     add_window(inspect)

@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 
 from sink_patch.arguments import Sizes
-from sink_patch.models.entries import unwrapped
+from sink_patch.models.cost.sample import sample
+from sink_patch.models.cost.window import Cost, cost_of
+from sink_patch.models.entries import text_config, unwrapped
 from sink_patch.models.examine import examine
 from sink_patch.models.facts import LayerFacts
 from sink_patch.models.horizon import horizon
@@ -28,7 +30,8 @@ class LayerReport:
 class Report:
     """What `sink_patch.inspect` found; `str()` is for people, the fields and `as_dict()` for programs.
 
-    `horizon` is the RoPE position (tokens) at which the clock is set back.
+    `horizon` is the RoPE position (tokens) at which the clock is set back. `cost` has what the window costs, in bytes a
+    row: `cost.window_bytes`, `cost.token_bytes` (of a token more), `cost.state_bytes`, and the `cost.dtype`.
     """
 
     model_class: str
@@ -38,6 +41,7 @@ class Report:
     num_sink_tokens: int
     context_length: int
     horizon: int
+    cost: Cost
     layers: tuple[LayerReport, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -49,6 +53,7 @@ class Report:
             f"  family   {self.family}",
             f"  window   {self.window_length} tokens, the first {self.num_sink_tokens} of them for good",
             f"  clock    positions stay below {self.horizon} (trained on {self.context_length})",
+            f"  memory   {self.cost}",
         ]
         start = 0
         for layer, same in groupby(self.layers):
@@ -64,14 +69,19 @@ def inspect(
     window_length: int = Sizes.window_length,
     num_sink_tokens: int = Sizes.num_sink_tokens,
 ) -> Report:
-    """Family, adapter and kind of each layer of a model, proven by the probe.
+    """Family, adapter and kind of each layer of a model, proven by the probe, and what a window costs.
+
+    No cache is made for that. One forward of one token shows what the model caches of it, in which dtype; the probe
+    takes two more, once for a model object.
 
     Raises:
         SinkArgumentError: impossible sizes.
         UnsupportedModelError: the model cannot stream; the message says why.
     """
-    Sizes(window_length, num_sink_tokens)  # which checks them
-    facts = examine(unwrapped(model))
+    sizes = Sizes(window_length, num_sink_tokens)  # which checks them
+    model = unwrapped(model)
+    facts = examine(model)
+    clock = horizon(facts, window_length, num_sink_tokens)
     return Report(
         model_class=facts.model_class,
         model_type=facts.model_type,
@@ -79,7 +89,8 @@ def inspect(
         window_length=window_length,
         num_sink_tokens=num_sink_tokens,
         context_length=facts.context.length,
-        horizon=horizon(facts, window_length, num_sink_tokens),
+        horizon=clock,
+        cost=cost_of(facts, text_config(model), sample(model, facts), sizes),
         layers=tuple(_layer(layer, window_length, num_sink_tokens) for layer in facts.layers),
     )
 

@@ -1,7 +1,7 @@
 """Time and memory of the probe: `python -m tests.bench.probe MODEL` (a directory or hub name).
 
-Time of the first `sink_patch.inspect(model)` (which runs the probe), of a later one (which does not) and of one forward
-of one token; peak memory that the first one adds to the process.
+Time of the first `sink_patch.SinkCache(model=model)` (which runs the probe), of a later one (which does not) and of one
+forward of one token; peak memory that the first one adds to the process.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def main() -> None:
         model(token)
         forward = statistics.median(milliseconds(lambda: model(token)) for _ in range(5))
     before = peak_megabytes()
-    first = milliseconds(lambda: sink_patch.inspect(model))
+    first = milliseconds(lambda: sink_patch.SinkCache(model=model))
     grown = peak_megabytes() - before
-    again = statistics.median(milliseconds(lambda: sink_patch.inspect(model)) for _ in range(5))
+    again = statistics.median(milliseconds(lambda: sink_patch.SinkCache(model=model)) for _ in range(5))
     print(f"one forward of one token {forward:.1f} ms")
-    print(f"first inspection         {first:.1f} ms, {grown:.1f} MB more at the peak")
-    print(f"later inspections        {again:.1f} ms")
+    print(f"first cache              {first:.1f} ms, {grown:.1f} MB more at the peak")
+    print(f"later caches             {again:.1f} ms")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from tests.bench import (
     stream,
     turns,
     update,
+    window_cost,
 )
 from tests.bench.__main__ import RESULTS
 from tests.support.known_gaps import is_newest
@@ -91,6 +92,19 @@ def test_forever(monkeypatch):
     model = forever.make_model()
     made = forever.sink_patch.SinkCache(forever.WINDOW, forever.SINKS, model=model)
     assert forever.stretch(model, model, made, forever.Stream())["tokens"] == 3
+
+
+def test_window_cost_is_the_table_of_the_readme(monkeypatch):
+    """Two of its models, without and with sliding windows; all of them take 9 s."""
+    readme = (RESULTS.parent / "README.md").read_text().splitlines()
+    start = next(index for index, line in enumerate(readme) if line.startswith("| bfloat16, one row"))
+    written = readme[start : start + 2 + len(window_cost.MODELS)]
+    assert [line.split(" | ")[0] for line in written[2:]] == [f"| {name}" for name in window_cost.MODELS]
+    some = ("Llama 3.2 1B", "gpt-oss 20b")
+    monkeypatch.setattr(window_cost, "MODELS", {name: window_cost.MODELS[name] for name in some})
+    assert list(window_cost.table()) == [
+        line for line in written if line.startswith(("| b", "| -", *map("| {}".format, some)))
+    ]
 
 
 def test_precision(monkeypatch):

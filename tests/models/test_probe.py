@@ -195,6 +195,7 @@ def test_a_report_is_read_by_people_and_programs():
         "  family   gemma3_text",
         "  window   64 tokens, the first 4 of them for good",
         "  clock    positions stay below 192 (trained on 192)",
+        "  memory   a window of 64: 25.6 kB a row in float32; each token more 256 bytes",
         "  layers 0 to 1    sliding_attention: keys: half-split rotation of 16 dims; "
         "its own sliding window of 16, no sinks",
         "  layer 2          full_attention: keys: half-split rotation of 16 dims; window of 64 with 4 sinks",

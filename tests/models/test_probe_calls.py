@@ -42,7 +42,7 @@ def generated(model: PreTrainedModel, rows: int = 1, **asked: Any) -> torch.Tens
 def test_it_enters_by_the_models_own_call():
     model, calls = llama(), []
     model.register_forward_pre_hook(lambda *args: calls.append(args[2]["input_ids"].shape), with_kwargs=True)
-    sink_patch.inspect(model)
+    sink_patch.SinkCache(W, S, model=model)
     assert calls == [(4, 1), (4, 1)]
 
 

@@ -1,0 +1,1 @@
+"""What a window of a model costs, in bytes, before any cache is made."""
