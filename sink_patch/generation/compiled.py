@@ -7,6 +7,7 @@ so by themselves on the devices where transformers compiles static caches (`ByIt
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -56,7 +57,7 @@ def decode(model: nn.Module, compiled: Callable[..., Any], /, *args: Any, **inpu
         return forward(**inputs | accepted(model, replaced, inputs))
 
 
-def may_compile_by_itself(model: nn.Module, cache: SinkCache, max_length: int) -> bool:
+def by_itself(model: nn.Module, cache: SinkCache, max_length: int) -> bool:
     """Whether a call may be compiled that does not ask for it, and does not forbid it either.
 
     Not in other threads than the main one, where older versions of torch cannot replay CUDA graphs; not what the user
@@ -73,6 +74,11 @@ def may_compile_by_itself(model: nn.Module, cache: SinkCache, max_length: int) -
         return False
     call = streams_of(cache).call  # text without end has none
     return bool(_graphs.get(model)) or max_length - (call.columns.given if call else 0) >= LONG
+
+
+def through(model: nn.Module, compiled: Callable[..., Any], *, asked: bool) -> Callable[..., Any]:
+    """What decodes a token through the graph: at once where that was asked for, else where it pays."""
+    return functools.partial(decode, model, compiled) if asked else ByItself(model, compiled)
 
 
 def are_several_processes() -> bool:

@@ -8,7 +8,6 @@ once), `decode` or `decode_with_drafts` (the prompt goes in).
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import asdict
@@ -161,19 +160,17 @@ def may_compile(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], kw
     """Around `_valid_auto_compile_criteria`: long calls are compiled, others where that is asked for."""
     given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
     cache, config = given["model_kwargs"].get(cache_argument(instance)), given["generation_config"]
-    if not isinstance(cache, SinkCache):
-        return wrapped(*args, **kwargs)
-    if config.compile_config is None and not compiled.may_compile_by_itself(instance, cache, config.max_length):
-        return wrapped(*args, **kwargs)
-    with compiled.offered_to_compiler(cache):
-        return wrapped(*args, **kwargs)
+    asked = config.compile_config is not None
+    if isinstance(cache, SinkCache) and (asked or compiled.by_itself(instance, cache, config.max_length)):
+        with compiled.offered_to_compiler(cache):
+            return wrapped(*args, **kwargs)
+    return wrapped(*args, **kwargs)
 
 
 def compiled_call(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `get_compiled_call`: what it returns begins the forward over a sink cache first."""
-    asked = inspect.signature(wrapped).bind(*args, **kwargs).arguments["compile_config"]
-    graph = wrapped(*args, **kwargs)
-    return compiled.ByItself(instance, graph) if asked is None else functools.partial(compiled.decode, instance, graph)
+    config = inspect.signature(wrapped).bind(*args, **kwargs).arguments["compile_config"]
+    return compiled.through(instance, wrapped(*args, **kwargs), asked=config is not None)
 
 
 def initial_cache_position(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -17,7 +17,7 @@ from transformers import CompileConfig, GenerationMixin, PreTrainedModel
 
 import sink_patch
 from sink_patch import SinkCache
-from sink_patch.generation import compiled as by_itself
+from sink_patch.generation import compiled as decoding
 from sink_patch.generation.compiled import decode
 from sink_patch.generation.wrappers import may_compile
 from sink_patch.streaming.fixed import layout
@@ -457,8 +457,8 @@ def as_on_a_gpu(monkeypatch):
     wrapped = wrapt.FunctionWrapper(on_any_device, may_compile)
     monkeypatch.setattr(GenerationMixin, "_valid_auto_compile_criteria", wrapped)
     monkeypatch.setattr(PreTrainedModel, "_default_compile_config", lambda _: graph_config())
-    monkeypatch.setattr(by_itself, "LONG", 4 * W)
-    monkeypatch.setattr(by_itself, "PLAIN", 5)
+    monkeypatch.setattr(decoding, "LONG", 4 * W)
+    monkeypatch.setattr(decoding, "PLAIN", 5)
 
 
 newest_alone = pytest.mark.skipif(not is_newest(), reason="what a model compiles by default has no name yet")
@@ -479,7 +479,7 @@ def test_long_calls_are_compiled_where_static_caches_are(model_type, as_on_a_gpu
 def test_a_call_stays_plain_that_is_short_or_ends_early_until_there_is_a_graph(as_on_a_gpu, monkeypatch):
     model = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT)
     through_graphs = []
-    monkeypatch.setattr(by_itself, "decode", lambda *args, **given: through_graphs.append(1) or decode(*args, **given))
+    monkeypatch.setattr(decoding, "decode", lambda *args, **given: through_graphs.append(1) or decode(*args, **given))
     short = {"max_new_tokens": 4 * W - 1}
     wanted = run(model, tokens(6), **short)
     run(model, tokens(6), stopping_criteria=[lambda ids, _: torch.full((1,), ids.shape[1] >= 11)])
@@ -500,7 +500,7 @@ def test_nothing_is_compiled_by_itself_where_it_may_not(why_not, as_on_a_gpu, mo
     if why_not == "compiled by the user":
         model.forward = torch.compile(model.forward, backend="eager", dynamic=False)
     if why_not == "several processes":
-        monkeypatch.setattr(by_itself, "are_several_processes", lambda: True)
+        monkeypatch.setattr(decoding, "are_several_processes", lambda: True)
     calls = []
     monkeypatch.setattr(type(model), "get_compiled_call", lambda self, _: calls.append(1) or self)
     with torch._dynamo.config.patch(error_on_recompile=False), ThreadPoolExecutor(1) as threads:
