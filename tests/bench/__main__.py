@@ -41,6 +41,12 @@ BENCHMARKS = (
     Benchmark("update-old", "update", "update-4.52.4-cpu.json", ("--rounds", "5"), old=True),
     Benchmark("decode", "decode", "decode-smollm2-w256-cpu.json", ("--window", "256")),
     Benchmark("decode-1024", "decode", "decode-smollm2-w1024-cpu.json", ("--window", "1024", "--longest", "10000")),
+    Benchmark(
+        "decode-tiny",
+        "decode",
+        "decode-tiny-w256-cpu.json",
+        ("--model", "tiny-30-layers", "--longest", "256", "--no-compile", "--rounds", "60", "--block", "20"),
+    ),
     Benchmark("memory", "memory", "memory-smollm2-w256-cpu.json"),
     Benchmark("profile", "profile", "profile-smollm2-w256-cpu.json"),
     Benchmark("precision", "precision", "precision-100000-cpu.json", old=True),

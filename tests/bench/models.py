@@ -11,6 +11,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 _LLAMA_3 = {"vocab_size": 128_256, "max_position_embeddings": 131_072, "num_key_value_heads": 8}
 _RANDOM = {
+    "tiny-30-layers": {  # nearly all of its time is that of Python and of the cache
+        "vocab_size": 1000,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 8192,
+    },
     "smollm2-random": {
         "vocab_size": 49_152,
         "hidden_size": 576,
