@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from tests.support.fresh import environment
 from tests.support.ranks import KINDS, TIMEOUT, outcome_of_loading
-from tests.support.shared_calls import CALLS, MODELS, WHOLE, make
+from tests.support.shared_calls import CALLS, MODELS, SINK, WHOLE, make, write
 
 ROOT = Path(__file__).parent.parent.parent
 SIZES = {"FSDP2 by transformers": "fsdp_size", "pipeline parallel": "pp_size"}
@@ -45,7 +45,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With the models, what one process makes of them, and what each of two has found (tests/support/ranks.py)."""
     made = tmp_path_factory.mktemp("shared")
     for name in MODELS:
-        make(name).save_pretrained(made / name)
+        write(name, made / name)
     for name, (model, call) in CALLS.items():
         torch.save(call(make(model), str(made / WHOLE)), made / f"{name}.pt")
     kinds = [kind for kind in KINDS if reason_to_skip(kind) is None]
@@ -75,6 +75,16 @@ def test_the_text_is_that_of_one_process(findings, call):
     for found in findings:
         assert found[call] != "another text"
         assert found[call] < 1e-5
+
+
+def test_the_script_of_the_readme_runs_in_two_processes(findings, directory):
+    if findings[0]["kind"] != "tensor parallel":
+        pytest.skip("it asks for tensor parallel")
+    whole, ids = make("llama"), [found["story.py"] for found in findings]
+    wanted = whole.generate(
+        torch.tensor([ids[0][0][:4]]), max_new_tokens=20, **SINK | {"window_length": 50, "num_sink_tokens": 4}
+    )
+    assert ids == [wanted.tolist()] * 2
 
 
 def test_one_graph_serves_tensor_parallel_and_the_others_decode_without(findings):

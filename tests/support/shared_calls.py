@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,24 @@ MODELS: dict[str, dict[str, Any]] = {
 def make(name: str) -> Any:
     """The model of this name, whole."""
     return tiny(name, layers=2, attention="sdpa", max_position_embeddings=CONTEXT, **MODELS[name])
+
+
+def write(name: str, directory: Path) -> None:
+    """The model of this name and a tokenizer, for `from_pretrained`."""
+    make(name).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+
+
+def of_the_readme(directory: Path) -> torch.Tensor:
+    """The ids that the script of the README of doors/ makes of the model in a directory, [1, columns]."""
+    text = Path("sink_patch/doors/README.md").read_text()
+    script = re.search(r"This is `story.py`:\n\n```python\n(.*?)```", text, flags=re.DOTALL)
+    assert script is not None
+    code = script.group(1).replace('"pirate"', repr(str(directory))).replace("100", "20")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    ids: torch.Tensor = names["out"]
+    return ids
 
 
 def _ids(rows: int = 1, count: int = 7) -> torch.Tensor:
