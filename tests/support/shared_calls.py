@@ -28,7 +28,11 @@ SINK = {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S
 _ASKED = {"do_sample": False, "max_new_tokens": NEW, "return_dict_in_generate": True, "output_logits": True}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
-    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5},
+    "gemma3_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 5,
+        "tie_word_embeddings": False,  # 4.52 does not share a tied head among processes
+    },
 }
 
 
