@@ -21,7 +21,10 @@ from tests.support.tiny import tiny, tokens
 
 W, S, CONTEXT = 12, 3, 24
 SINK = {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S}
-STEPS = [7, 3, 1, 1, W - S, 1, W, *[1] * CONTEXT]
+STEPS = {
+    "llama": [7, 3, 1, 1, W - S, 1, W, *[1] * CONTEXT],
+    "gemma3_text": [7, *[1] * 2 * CONTEXT],  # 4.52 takes no other steps
+}
 SECOND = ("model.layers.2", "model.layers.3", "model.norm", "lm_head")
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -55,12 +58,13 @@ def devices(cache: SinkCache) -> list[str]:
 @pytest.mark.parametrize("model_type", MODELS)
 def test_each_layer_caches_on_its_own_device(model_type, padding):
     """The window fills, the ring wraps, the clock is set back, rows are chosen and tokens taken back."""
-    stream, mask = tokens(sum(STEPS), rows=2), torch.ones(2, sum(STEPS), dtype=torch.long)
+    steps = STEPS[model_type]
+    stream, mask = tokens(sum(steps), rows=2), torch.ones(2, sum(steps), dtype=torch.long)
     mask[1, :padding] = 0
     model, one = with_layers_on_meta(model_type), whole(model_type)
     cache, wanted = SinkCache(W, S, model=model), SinkCache(W, S, model=one)
     caches, at = ((model, cache), (one, wanted)), 0
-    for step in STEPS:
+    for step in steps:
         for shared, its in caches:
             shared(stream[:, at : at + step], attention_mask=mask[:, : at + step], past_key_values=its)
         at += step

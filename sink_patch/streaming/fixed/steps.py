@@ -41,7 +41,7 @@ class FixedSteps:
 
     @property
     def are_possible(self) -> bool:
-        """Whether the model is one graph and takes positions, and its layers can be read at fixed shapes in any order."""
+        """Whether the model is one graph and takes positions, and its layers are read at fixed shapes in any order."""
         by_position_ids = self._facts.position_source == "position_ids" and not self._facts.has_states
         kinds = self._store.kinds
         return by_position_ids and not self._in_pieces and len(kinds) > 0 and not any(kind.ordered for kind in kinds)
