@@ -132,8 +132,23 @@ def test_models(names, capsys):
     assert "qwen3" in capsys.readouterr().out
 
 
-def test_pipelines_and_other_libraries(names, libraries):
+@pytest.fixture
+def one_device(monkeypatch) -> list[str]:
+    """Loads a model whole where it is to lie on several devices: what was asked for, in a list."""
+    load, asked = transformers.AutoModelForCausalLM.from_pretrained, []
+
+    def loaded(name, **given):
+        asked.extend(sorted({"tp_plan", "device_map"} & {key for key, value in given.items() if value == "auto"}))
+        return load(name, **{key: value for key, value in given.items() if key not in asked})
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loaded)
+    return asked
+
+
+def test_pipelines_and_other_libraries(names, libraries, one_device):
     run(READMES["sink_patch/doors/README.md"], names)
+    assert one_device == ["tp_plan", "device_map"]  # with two processes: tests/serving/test_distributed.py
+    assert len(names["out"][0]) == 4 + NEW
     assert [message["role"] for message in names["messages"]] == ["system", "user", *["user", "assistant"] * 2]
     assert not names["reply"].content.startswith("word1 word4")  # the prompt is not in it
     history = [{"role": "user", "content": "word3"}, {"role": "assistant", "content": "word8 word9"}]

@@ -1,33 +1,38 @@
-"""What each of two processes that share a model does: `python -m tests.support.ranks KIND DIRECTORY`, with RANK set.
+"""What each of two processes that share a model does: `python -m tests.support.ranks DIRECTORY KIND...`.
 
-The model is in the directory, and what one process with all of it makes of `CALLS`. Each process prints how far it is
-from that, as JSON.
+The models are in the directory, and what one process with all of a model makes of `CALLS`. Each process writes how far
+it is from that, as JSON. All processes are forks of this one, so that the libraries are imported once.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from sink_patch import CacheFileError, SinkCache
 from tests.support.oracle import relative_error
+from tests.support.shared_calls import CALLS, MODELS, Outcome, of_the_readme
 
-_ASKED = {"cache_implementation": "sink", "window_length": 12, "num_sink_tokens": 3, "do_sample": False}
-_WANTED = {"max_new_tokens": 35, "return_dict_in_generate": True, "output_logits": True}  # past a context of 40
+TIMEOUT = 200  # seconds for one kind; some ten on an idle machine
 
 
-def _whole(directory: str, **how: Any) -> Any:
+def _whole(directory: Path, **how: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory, **how).eval()
 
 
-def _fully_sharded(directory: str) -> Any:
+def _fully_sharded(directory: Path) -> Any:
     """FSDP2 as torch has it, around each layer and the model."""
     from torch.distributed.fsdp import fully_shard
 
@@ -38,8 +43,8 @@ def _fully_sharded(directory: str) -> Any:
     return model
 
 
-def _by_config(size: str) -> Callable[[str], Any]:
-    def shared(directory: str) -> Any:
+def _by_config(size: str) -> Callable[[Path], Any]:
+    def shared(directory: Path) -> Any:
         from transformers.distributed import DistributedConfig
 
         return _whole(directory, distributed_config=DistributedConfig(**{size: 2}))
@@ -47,7 +52,7 @@ def _by_config(size: str) -> Callable[[str], Any]:
     return shared
 
 
-KINDS: dict[str, Callable[[str], Any]] = {
+KINDS: dict[str, Callable[[Path], Any]] = {
     "FSDP2": _fully_sharded,
     "FSDP2 by transformers": _by_config("fsdp_size"),
     "pipeline parallel": _by_config("pp_size"),
@@ -55,29 +60,7 @@ KINDS: dict[str, Callable[[str], Any]] = {
 }
 
 
-def _tokens(rows: int) -> torch.Tensor:
-    return torch.randint(2, 97, (rows, 7), generator=torch.Generator().manual_seed(rows))
-
-
-def _second_turn(model: Any, path: str) -> Any:
-    """A text goes on in a cache that was saved and loaded."""
-    first = model.generate(_tokens(1), **_ASKED, **_WANTED)
-    first.past_key_values.save(path)
-    cache, more = SinkCache.load(path, model=model), torch.cat((first.sequences, _tokens(2)[:1]), dim=1)
-    return model.generate(more, past_key_values=cache, do_sample=False, **_WANTED)
-
-
-def _padded_beams(model: Any, _path: str) -> Any:
-    padding = torch.ones(2, 7, dtype=torch.long)
-    padding[0, :3] = 0
-    return model.generate(_tokens(2), attention_mask=padding, num_beams=2, **_ASKED, **_WANTED)
-
-
-CALLS: dict[str, Callable[[Any, str], Any]] = {"padded rows, beams": _padded_beams, "saved and loaded": _second_turn}
-"""From a model and the path of a file to the output of `generate`."""
-
-
-def outcome_of_loading(path: str, model: Any) -> str:
+def outcome_of_loading(path: Path, model: Any) -> str:
     """The message of the refusal, or "accepted"."""
     try:
         SinkCache.load(path, model=model)
@@ -86,27 +69,61 @@ def outcome_of_loading(path: str, model: Any) -> str:
     return "accepted"
 
 
-def _findings(kind: str, directory: str, rank: int) -> dict[str, Any]:
-    shared, findings = KINDS[kind](directory), {}
-    for name, call in CALLS.items():
-        found = call(shared, f"{directory}/{rank}.safetensors")
-        text, logits = torch.load(f"{directory}/{name}.pt")
-        same = torch.equal(found.sequences, text) and type(found.past_key_values) is SinkCache
-        findings[name] = relative_error(torch.stack(found.logits), logits) if same else "another text"
+def _distance(found: Outcome, wanted: Outcome) -> float | str:
+    if not torch.equal(found[0], wanted[0]):
+        return "another text"
+    return relative_error(found[1], wanted[1]) if len(wanted[1]) else 0.0
+
+
+def _findings(kind: str, directory: Path, rank: int) -> dict[str, Any]:
+    shared = {name: KINDS[kind](directory / name) for name in MODELS}
+    file, findings = directory / f"{kind}.{rank}.safetensors", {}
+    for name, (model, call) in CALLS.items():
+        findings[name] = _distance(call(shared[model], str(file)), torch.load(directory / f"{name}.pt"))
+    findings["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    if kind == "tensor parallel":
+        findings["story.py"] = of_the_readme(directory / "llama").tolist()
     dist.barrier()  # the files are written
-    for name, file in {"own": rank, "the other's": 1 - rank, "that of the whole": "whole"}.items():
-        findings[f"{name} file"] = outcome_of_loading(f"{directory}/{file}.safetensors", shared)
+    others = {"own": file, "the other's": directory / f"{kind}.{1 - rank}.safetensors"}
+    for name, path in {**others, "that of the whole": directory / "whole.safetensors"}.items():
+        findings[f"{name} file"] = outcome_of_loading(path, shared["llama"])
     return findings
 
 
-def main() -> None:
-    kind, directory = sys.argv[1:]
-    rank = int(os.environ["RANK"])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=2)
-    print(json.dumps(_findings(kind, directory, rank)))
+def _rank(kind: str, directory: Path, rank: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    with (directory / f"{kind}.{rank}.log").open("w") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    dist.init_process_group("gloo", init_method=f"file://{directory / kind}.meeting", rank=rank, world_size=2)
+    found = _findings(kind, directory, rank)
+    (directory / f"{kind}.{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _pair(kind: str, directory: Path) -> None:
+    """Two processes, until both have ended or one has failed."""
+    forking = multiprocessing.get_context("fork")
+    ranks = [forking.Process(target=_rank, args=(kind, directory, rank)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    until = time.monotonic() + TIMEOUT
+    while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
+        if not wait([rank.sentinel for rank in ranks if rank.is_alive()], timeout=until - time.monotonic()):
+            break
+    for rank in ranks:
+        rank.kill()
+        rank.join()
+
+
+def main() -> None:
+    directory, *kinds = sys.argv[1:]
+    torch.set_num_threads(1)
+    torch.compile(torch.neg, backend="eager")(torch.ones(1))  # what dynamo loads once, no fork need load again
+    torch._dynamo.utils.counters.clear()
+    for kind in kinds:
+        _pair(kind, Path(directory))
 
 
 if __name__ == "__main__":
