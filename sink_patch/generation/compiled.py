@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -61,7 +62,8 @@ def by_itself(model: nn.Module, cache: SinkCache, max_length: int) -> bool:
     """Whether a call may be compiled that does not ask for it, and does not forbid it either.
 
     Not in other threads than the main one, where older versions of torch cannot replay CUDA graphs; not what the user
-    has compiled; and not what several processes share, where each of them would have to have its graph.
+    has compiled; not what several processes share, where each of them would have to have its graph; and not on a GPU
+    without Triton, which torch needs to compile for one: what nobody has asked for must not fail.
 
     Args:
         model: of the call.
@@ -70,7 +72,7 @@ def by_itself(model: nn.Module, cache: SinkCache, max_length: int) -> bool:
     """
     if threading.current_thread() is not threading.main_thread():
         return False
-    if is_compiled(model) or are_several_processes():
+    if is_compiled(model) or are_several_processes() or not can_compile_for(model):
         return False
     call = streams_of(cache).call  # text without end has none
     return bool(_graphs.get(model)) or max_length - (call.columns.given if call else 0) >= LONG
@@ -84,6 +86,11 @@ def through(model: nn.Module, compiled: Callable[..., Any], *, asked: bool) -> C
 def are_several_processes() -> bool:
     """Whether this process is one of several that share models."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def can_compile_for(model: Any) -> bool:
+    """Whether torch has what it needs to compile for the device of the model."""
+    return model.device.type not in ("cuda", "xpu") or importlib.util.find_spec("triton") is not None
 
 
 class ByItself:

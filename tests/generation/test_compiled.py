@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import inspect
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -492,7 +494,9 @@ def test_a_call_stays_plain_that_is_short_or_ends_early_until_there_is_a_graph(a
 
 
 @newest_alone
-@pytest.mark.parametrize("why_not", ["disabled", "another thread", "compiled by the user", "several processes"])
+@pytest.mark.parametrize(
+    "why_not", ["disabled", "another thread", "compiled by the user", "several processes", "no Triton"]
+)
 def test_nothing_is_compiled_by_itself_where_it_may_not(why_not, as_on_a_gpu, monkeypatch):
     model, asked = tiny("llama", layers=2, attention="sdpa"), {}
     if why_not == "disabled":
@@ -501,6 +505,8 @@ def test_nothing_is_compiled_by_itself_where_it_may_not(why_not, as_on_a_gpu, mo
         model.forward = torch.compile(model.forward, backend="eager", dynamic=False)
     if why_not == "several processes":
         monkeypatch.setattr(decoding, "are_several_processes", lambda: True)
+    if why_not == "no Triton":
+        monkeypatch.setattr(decoding, "can_compile_for", lambda _: False)
     calls = []
     monkeypatch.setattr(type(model), "get_compiled_call", lambda self, _: calls.append(1) or self)
     with torch._dynamo.config.patch(error_on_recompile=False), ThreadPoolExecutor(1) as threads:
@@ -521,3 +527,11 @@ def test_text_without_end_goes_over_to_a_graph(as_on_a_gpu):
         texts.append([next(stream) for _ in range(5 * W)])
         assert graphs() == ((1, 0) if not more else (0, 0))
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("device", "triton", "can"), [("cpu", None, True), ("cuda", None, False), ("cuda", "spec", True)]
+)
+def test_a_gpu_needs_triton_to_compile(device, triton, can, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: triton)
+    assert decoding.can_compile_for(SimpleNamespace(device=torch.device(device))) is can
