@@ -114,7 +114,9 @@ def _kept(model: Any, _path: str) -> Outcome:
     """Two turns that ask for kept streams."""
     first = _made(model, _ids(), keep_streams=2, **SINK | {"window_length": CONTEXT - 2}, max_new_tokens=5)
     more = torch.cat((first.sequences, _ids(rows=2)[:1, :3]), dim=1)
-    return _of(_made(model, more, keep_streams=2, **SINK | {"window_length": CONTEXT - 2}, max_new_tokens=3))
+    second = _made(model, more, keep_streams=2, **SINK | {"window_length": CONTEXT - 2}, max_new_tokens=3)
+    sink_patch.kept_streams.clear(model)  # other tests share the whole one
+    return _of(second)
 
 
 def _streamed(model: Any, _path: str) -> Outcome:
