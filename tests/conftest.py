@@ -21,6 +21,12 @@ hypothesis.settings.load_profile("patient")
 COLLECTED = pytest.StashKey[list[str]]()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def models_of_a_file_unchanged() -> Iterator[None]:
+    with unchanged():
+        yield
+
+
 @pytest.fixture
 def unchanged_models() -> Iterator[None]:
     with unchanged():

@@ -8,6 +8,7 @@ once), `decode` or `decode_with_drafts` (the prompt goes in).
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import asdict
@@ -157,20 +158,19 @@ def _decode(
 
 
 def may_compile(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Around `_valid_auto_compile_criteria`: long calls are compiled, others where that is asked for."""
+    """Around `_valid_auto_compile_criteria`: a sink cache is compiled where that is asked for, never by itself."""
     given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-    cache, config = given["model_kwargs"].get(cache_argument(instance)), given["generation_config"]
-    asked = config.compile_config is not None
-    if isinstance(cache, SinkCache) and (asked or compiled.by_itself(instance, cache, config.max_length)):
-        with compiled.offered_to_compiler(cache):
-            return wrapped(*args, **kwargs)
-    return wrapped(*args, **kwargs)
+    cache = given["model_kwargs"].get(cache_argument(instance))
+    if not isinstance(cache, SinkCache) or given["generation_config"].compile_config is None:
+        return wrapped(*args, **kwargs)
+    with compiled.offered_to_compiler(cache):
+        return wrapped(*args, **kwargs)
 
 
 def compiled_call(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `get_compiled_call`: what it returns begins the forward over a sink cache first."""
-    config = inspect.signature(wrapped).bind(*args, **kwargs).arguments["compile_config"]
-    return compiled.through(instance, wrapped(*args, **kwargs), asked=config is not None)
+    compiled.drop_graph_of_another(instance)
+    return functools.partial(compiled.decode, instance, wrapped(*args, **kwargs))
 
 
 def initial_cache_position(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

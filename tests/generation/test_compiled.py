@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import inspect
 import shutil
 import threading
-from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch._dynamo
-import wrapt
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, GenerationMixin, PreTrainedModel
+from transformers import CompileConfig
 
-import sink_patch
 from sink_patch import SinkCache
-from sink_patch.generation import compiled as decoding
-from sink_patch.generation.compiled import decode
-from sink_patch.generation.wrappers import may_compile
 from sink_patch.streaming.fixed import layout
-from tests.support import directory, zoo
 from tests.support import tiny as shared
+from tests.support import zoo
 from tests.support.chats import Window
 from tests.support.known_gaps import is_newest, skip_if_model_is_newer
 from tests.support.oracle import relative_error, visible_tokens
@@ -446,92 +437,12 @@ def test_a_thread_that_compiles_something_else_does_not_disturb_a_stream():
     assert torch.equal(found, wanted)
 
 
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """The CPU is a device on which transformers compiles static caches by itself; graphs are torch's eager ones."""
-    criteria = inspect.unwrap(GenerationMixin._valid_auto_compile_criteria)
-
-    def on_any_device(self, model_kwargs, generation_config):
-        config = copy.copy(generation_config)
-        config.compile_config = config.compile_config or graph_config()
-        return criteria(self, model_kwargs, config)
-
-    wrapped = wrapt.FunctionWrapper(on_any_device, may_compile)
-    monkeypatch.setattr(GenerationMixin, "_valid_auto_compile_criteria", wrapped)
-    monkeypatch.setattr(PreTrainedModel, "_default_compile_config", lambda _: graph_config())
-    monkeypatch.setattr(decoding, "LONG", 4 * W)
-    monkeypatch.setattr(decoding, "PLAIN", 5)
-
-
-newest_alone = pytest.mark.skipif(not is_newest(), reason="what a model compiles by default has no name yet")
-
-
-@newest_alone
-@pytest.mark.parametrize("model_type", ["llama", "gptj", "gemma3_text"])
-def test_long_calls_are_compiled_where_static_caches_are(model_type, as_on_a_gpu):
-    context = {} if model_type == "gptj" else {"max_position_embeddings": CONTEXT}
-    model = tiny(model_type, layers=2, **context, **MODELS[model_type])
-    plain = run(model, tokens(6), disable_compile=True)
-    assert graphs() == (0, 0)
-    assert_same(run(model, tokens(6)), plain)
-    assert graphs() == (1, 0)
-
-
-@newest_alone
-def test_a_call_stays_plain_that_is_short_or_ends_early_until_there_is_a_graph(as_on_a_gpu, monkeypatch):
+def test_a_copy_of_a_compiled_model_decodes_with_its_own_weights():
     model = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT)
-    through_graphs = []
-    monkeypatch.setattr(decoding, "decode", lambda *args, **given: through_graphs.append(1) or decode(*args, **given))
-    short = {"max_new_tokens": 4 * W - 1}
-    wanted = run(model, tokens(6), **short)
-    run(model, tokens(6), stopping_criteria=[lambda ids, _: torch.full((1,), ids.shape[1] >= 11)])
-    assert (graphs(), len(through_graphs)) == ((0, 0), 0)
-    run(model, tokens(6))
-    assert (graphs(), len(through_graphs)) == ((1, 0), 5 * W - 1 - 5)
-    through_graphs.clear()
-    assert_same(run(model, tokens(6), **short), wanted)
-    assert (graphs(), len(through_graphs)) == ((1, 0), 4 * W - 2)
-
-
-@newest_alone
-@pytest.mark.parametrize(
-    "why_not", ["disabled", "another thread", "compiled by the user", "several processes", "no Triton"]
-)
-def test_nothing_is_compiled_by_itself_where_it_may_not(why_not, as_on_a_gpu, monkeypatch):
-    model, asked = tiny("llama", layers=2, attention="sdpa"), {}
-    if why_not == "disabled":
-        asked["disable_compile"] = True
-    if why_not == "compiled by the user":
-        model.forward = torch.compile(model.forward, backend="eager", dynamic=False)
-    if why_not == "several processes":
-        monkeypatch.setattr(decoding, "are_several_processes", lambda: True)
-    if why_not == "no Triton":
-        monkeypatch.setattr(decoding, "can_compile_for", lambda _: False)
-    calls = []
-    monkeypatch.setattr(type(model), "get_compiled_call", lambda self, _: calls.append(1) or self)
-    with torch._dynamo.config.patch(error_on_recompile=False), ThreadPoolExecutor(1) as threads:
-        if why_not == "another thread":
-            threads.submit(run, model, tokens(6)).result()
-        else:
-            run(model, tokens(6), **asked)
-    assert not calls
-
-
-@newest_alone
-def test_text_without_end_goes_over_to_a_graph(as_on_a_gpu):
-    model = tiny("llama", layers=2, attention="sdpa", max_position_embeddings=CONTEXT)
-    asked = {"window_length": W, "num_sink_tokens": S, "do_sample": False}
-    texts = []
-    for more in ({"disable_compile": True}, {}):
-        stream = sink_patch.stream(model, directory.tokenizer(), tokens(6), **asked, **more)
-        texts.append([next(stream) for _ in range(5 * W)])
-        assert graphs() == ((1, 0) if not more else (0, 0))
-    assert texts[0] == texts[1]
-
-
-@pytest.mark.parametrize(
-    ("device", "triton", "can"), [("cpu", None, True), ("cuda", None, False), ("cuda", "spec", True)]
-)
-def test_a_gpu_needs_triton_to_compile(device, triton, can, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: triton)
-    assert decoding.can_compile_for(SimpleNamespace(device=torch.device(device))) is can
+    run(model, tokens(6), compile_config=graph_config())
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.lm_head.weight.neg_()
+    torch._dynamo.reset()
+    for one in (twin, model):
+        assert_same(run(one, tokens(6), compile_config=graph_config()), run(one, tokens(6)))

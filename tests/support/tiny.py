@@ -110,7 +110,7 @@ def can_have(model_type: str, types: Sequence[str]) -> bool:
 
 
 _models: dict[tuple[str, str, str, int], PreTrainedModel] = {}  # those that all tests share
-_in_use: dict[tuple[str, str, str, int], object] = {}  # those that this test has asked for, and what they were
+_in_use: dict[tuple[str, str, str, int], object] = {}  # those that this test file has asked for, and what they were
 
 
 def _made(model_type: str, settings: str, attention: str, seed: int) -> PreTrainedModel:
@@ -124,7 +124,10 @@ def _made(model_type: str, settings: str, attention: str, seed: int) -> PreTrain
 
 def _state(model: PreTrainedModel) -> object:
     """What a test can change of a model and another test would see; what our hooks and RoPE keep is not part of it."""
-    weights = [(name, id(weight), weight._version) for name, weight in model.named_parameters()]
+    weights = [
+        (name, id(one), one.data_ptr(), one.dtype, one.device, one.requires_grad, one._version)
+        for name, one in model.named_parameters()
+    ]
     return (
         weights,
         model.config.to_json_string(use_diff=False),
@@ -153,16 +156,18 @@ def tiny(
 
 @contextlib.contextmanager
 def unchanged() -> Iterator[None]:
-    """Inside runs one test.
+    """Inside runs one test, or the fixtures of one file.
 
     Raises:
-        AssertionError: it has changed a shared model, which no later test is given.
+        AssertionError: a shared model was changed, which no later test is given.
     """
-    _in_use.clear()
+    outside = dict(_in_use)  # of fixtures of the file
     yield
     changed = [key for key, before in _in_use.items() if _state(_models[key]) != before]
     for key in changed:
-        del _models[key]
+        del _models[key], _in_use[key]
+    for key in _in_use.keys() - outside:
+        del _in_use[key]
     assert not changed, f"the test has changed models that all tests share; it must change copies: {changed}"
 
 
