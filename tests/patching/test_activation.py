@@ -128,7 +128,8 @@ def test_patch_takes_back_an_unpatch_before_transformers_is_loaded():
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
 def test_a_model_that_has_streamed_can_be_copied_and_pickled(duplicate):
-    model = tiny("llama", layers=2)
+    # of no other test: where attentions were asked for, transformers leaves hooks that cannot be pickled
+    model = tiny("llama", layers=2, seed=1)
     made = model.generate(tokens(5), **ASKED, **GREEDY)
     twin = duplicate(model)
     again = twin.generate(tokens(5), **ASKED, **GREEDY)
