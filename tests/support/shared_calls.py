@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
 from collections.abc import Callable
@@ -43,7 +44,7 @@ def make(name: str) -> Any:
 
 def write(name: str, directory: Path) -> None:
     """The model of this name and a tokenizer, for `from_pretrained`."""
-    make(name).save_pretrained(directory)
+    copy.deepcopy(make(name)).save_pretrained(directory)  # it writes into the config
     tiny_tokenizer().save_pretrained(directory)
 
 
