@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +40,12 @@ def fresh_state(unchanged_models: None, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(registry_module, "registry", registry_module.Registry())
     yield
     sink_patch.patch()
+
+
+def pytest_configure() -> None:
+    """Listen to Ctrl-C, as the programs that tests start do: a job in the background of a script is begun deaf to it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
