@@ -27,6 +27,7 @@ ALIKE = (
     *("--ignore", "tests/evaluate/test_eval_recall.py"),
 )
 """Long tests whose result does not depend on the version: the README's command runs them on the newest."""
+SLOW = "test_each_family_equals_the_oracle and long_window"
 EAGER = "test_each_family_equals_the_oracle and eager and not llama and not gpt and not codegen and not gemma"
 QUICK = (
     *(
@@ -37,7 +38,7 @@ QUICK = (
     ),
     # in a process that imports nothing of ours
     "tests/serving/test_pipeline.py::test_a_pipeline_that_knows_only_the_directory_streams[entries]",
-    *("-k", f"not ({EAGER})"),
+    *("-k", f"not ({EAGER}) and not ({SLOW})"),
     *ALIKE,
 )
 SUITES: dict[str, tuple[str, ...]] = {
@@ -46,7 +47,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "quick + families": ("tests/models/test_coverage.py", *QUICK),
 }
 """The arguments of pytest for each suite. The quick one has eager attention for a few families: those that have no
-other, or masks of their own."""
+other, or masks of their own; and of the oracle's windows the short ones alone."""
 TIMEOUT = 60 * 60
 """Seconds for one version. A run that takes longer hangs."""
 OLD = "SINK_PATCH_OLD_TRANSFORMERS"

@@ -7,7 +7,8 @@ a forward over the tokens that it sees by the four rules (sink_patch/README.md).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -52,13 +53,29 @@ def worst_error(
         use_cache: whether the fresh forwards have a cache, which some layers need to share keys (Gemma 3n).
     """
     cache = SinkCache(window_length, num_sink_tokens, model=model) if cache is None else cache
-    worst, seen = 0.0, 0
+    found, visible, seen = [], [], 0
     for new in schedule:
-        found = model(stream[:, seen : seen + new], past_key_values=cache).logits[:, -1]
+        found.append(model(stream[:, seen : seen + new], past_key_values=cache).logits[:, -1])
         if local_window is not None:
-            visible = stream[:, max(0, seen + new - local_window) : seen + new]
+            visible.append(stream[:, max(0, seen + new - local_window) : seen + new])
         else:
-            visible = visible_tokens(stream, seen, new, window_length, num_sink_tokens)
-        worst = max(worst, relative_error(found, model(visible, use_cache=use_cache).logits[:, -1]))
+            visible.append(visible_tokens(stream, seen, new, window_length, num_sink_tokens))
         seen += new
-    return worst
+    wanted = last_logits(model, visible, use_cache=use_cache)
+    return max((relative_error(*pair) for pair in zip(found, wanted, strict=True)), default=0.0)
+
+
+@torch.no_grad()
+def last_logits(
+    model: PreTrainedModel, texts: Sequence[torch.Tensor], *, use_cache: bool = False
+) -> list[torch.Tensor]:
+    """Last logits [rows, vocabulary] of fresh forwards over texts [rows, length]; those of one length in one batch."""
+    wanted: dict[int, torch.Tensor] = {}
+    of_length: dict[int, list[int]] = defaultdict(list)
+    for index, text in enumerate(texts):
+        of_length[text.shape[1]].append(index)
+    for indices in of_length.values():
+        batch = torch.cat([texts[index] for index in indices])  # [texts * rows, length]
+        logits = model(batch, use_cache=use_cache).logits[:, -1]
+        wanted.update(zip(indices, logits.chunk(len(indices)), strict=True))
+    return [wanted[index] for index in range(len(texts))]
