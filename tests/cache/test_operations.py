@@ -15,7 +15,7 @@ from tests.support.tiny import tokens
 
 W, S = 12, 3
 ROWS = 2
-STEPS = (7, *[1] * 12)  # past the window; several tokens at once only at the start, which all families take
+STEPS = (7, *[1] * 8)  # past the window; several tokens at once only at the start, which all families take
 AFTER = 5
 TOLERANCE = 1e-4  # of states, which a batch computes in another order; 1e-6 without them
 STREAM, AFTERWARDS = tokens(sum(STEPS), rows=ROWS), tokens(AFTER, seed=7)
