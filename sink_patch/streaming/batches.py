@@ -128,8 +128,8 @@ def _check_tensors(ours: Streams, theirs: Streams) -> None:
     found = ours.store.difference(theirs.store) if ours.rows and theirs.rows else None
     if found is not None:
         raise CacheStateError(
-            f"These caches cannot be joined, as they hold {found}. Feed the texts again with the model as it is now: it "
-            "was moved or cast in between."
+            f"These caches cannot be joined, as they hold {found}. Feed the texts again with the model as it is now; "
+            "it was moved or cast in between."
         )
 
 
