@@ -35,7 +35,7 @@ OF_THE_CACHE = {
     *("window_length", "num_sink_tokens", "evict", "turn_start", "nbytes", "window", "bind", "is_bound_to", "check"),
     *("save", "load", "clone", "activate_past_recording", "deactivate_past_recording", "is_croppable"),
     *("batch_size", "get_max_length", "get_mask_sizes", "update_indexer", "is_compileable", "is_initialized"),
-    *("batch_repeat_interleave", "batch_select_indices", "crop", "reset", "is_sliding"),
+    *("batch_repeat_interleave", "batch_select_indices", "join", "crop", "reset", "is_sliding"),
 }
 """Beside transformers' own `Cache`; some of them are in that too, from some version on."""
 OF_OLD_VERSIONS = {"get_query_offset", "is_linear", "get_max_cache_shape", "no_end"}

@@ -124,6 +124,7 @@ def test_a_cache_of_your_own(names, capsys):
     run(READMES["sink_patch/cache/README.md"], names)
     assert "seen=" in capsys.readouterr().out
     assert names["another"].get_seq_length() == names["inputs"]["input_ids"].shape[1] + 2
+    assert {number: len(tokens) for number, tokens in names["said"].items()} == {n: NEW - 9 * n for n in range(6)}
 
 
 def test_models(names, capsys):

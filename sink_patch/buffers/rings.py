@@ -71,7 +71,7 @@ class Ring:
         grown = states.new_zeros(states.shape[0], states.shape[1], slots, states.shape[3])
         if self.buffer is not None:
             grown[:, :, :held] = self.buffer
-        self._replace(grown)
+        self.replace(grown)
         return grown
 
     def take_all_slots(self, kind: LayerKind) -> None:
@@ -89,10 +89,10 @@ class Ring:
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep the rows `rows`, in that order (beams, batch operations)."""
         if self.buffer is not None:
-            self._replace(self.buffer.index_select(0, rows.to(self.buffer.device)))
+            self.replace(self.buffer.index_select(0, rows.to(self.buffer.device)))
 
     def reset(self) -> None:
-        self._replace(None)
+        self.replace(None)
 
     @torch.inference_mode(False)  # as in `grow`
     def lay_out(self, old: LayerKind, new: LayerKind, seen: Sequence[int]) -> None:
@@ -107,7 +107,7 @@ class Ring:
             first = max(sinks, count - min(new.ring, old.ring))
             kept = torch.arange(first, max(first, count), device=held.device)
             laid_out[row, :, _slots(kept, new)] = held[row, :, _slots(kept, old)]  # [heads, tokens, dim]
-        self._replace(laid_out)
+        self.replace(laid_out)
 
     def move_to_front(self, kind: LayerKind, before: Sequence[int], after: Sequence[int]) -> None:
         """Let tokens behind the sinks leave: rows had seen `before` tokens, and are as if they had seen `after`.
@@ -123,11 +123,31 @@ class Ring:
                 moved = held[row].index_select(1, _slots(stay, kind))  # [heads, tokens, dim]
                 held[row, :, sinks:count] = moved
 
-    def _replace(self, buffer: torch.Tensor | None) -> None:
-        """The one way to another buffer, so that nobody has to be told but here."""
+    def replace(self, buffer: torch.Tensor | None) -> None:
+        """The one way to another buffer [rows, heads, slots, dim], so that nobody has to be told but here."""
         self.buffer = buffer
         if (owner := self.owner) is not None:
             owner.buffer_replaced()
+
+
+@torch.inference_mode(False)  # as in `Ring.grow`
+def stacked(upper: torch.Tensor | None, lower: torch.Tensor | None, rows: tuple[int, int]) -> torch.Tensor | None:
+    """A copy of the rows of two tensors [rows, heads, slots, dim], one below the other.
+
+    Slots that one of them does not have yet are zeros there.
+
+    Args:
+        rows: of each; None in place of a tensor stands for zeros, and both of them for no tensor.
+    """
+    held = [one for one in (upper, lower) if one is not None]
+    if not held:
+        return None
+    _, heads, _, dim = held[0].shape
+    joined = held[0].new_zeros(sum(rows), heads, max(one.shape[2] for one in held), dim)
+    for first, one in ((0, upper), (rows[0], lower)):
+        if one is not None:
+            joined[first : first + len(one), :, : one.shape[2]] = one
+    return joined
 
 
 def _slots(indices: torch.Tensor, kind: LayerKind) -> torch.Tensor:

@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from sink_patch.buffers.layers import SinkLayer
+from sink_patch.buffers.rings import Ring, stacked
 from sink_patch.buffers.rotation import Turn
 from sink_patch.buffers.sinks import Sinks
 from sink_patch.rules.kinds import LayerKind
 from sink_patch.rules.rows import Row, Slots
+
+_OF_THE_MODEL = frozenset({"kind", "kind_index", "rings", "is_sliding"})  # of our layers; all else is of states
+_OF_THE_BATCH = "max_batch_size"  # which some layers of states have, and nothing reads
+
+Held = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What layers will hold when the rows of others stand below their own: rings, and attributes of states."""
+
+    buffers: Sequence[tuple[Ring, torch.Tensor | None]]
+    pristine: Sequence[tuple[Ring, torch.Tensor]]
+    states: Sequence[tuple[Any, Held]]
 
 
 class LayerStore:
@@ -94,6 +109,43 @@ class LayerStore:
         for layer in self._other_layers:
             layer.reorder_cache(indices)
 
+    def difference(self, other: LayerStore) -> str | None:
+        """What the layers hold in another way than those of `other`, such as another dtype; None: nothing."""
+        for index, (one, two) in enumerate(zip(self.layers, other.layers, strict=True)):
+            mine, theirs = _described(one), _described(two)
+            for name in sorted(mine.keys() & theirs.keys()):
+                if mine[name] != theirs[name]:
+                    return f"{name} of layer {index}: {mine[name]} here, {theirs[name]} there"
+        return None
+
+    def joined(self, other: LayerStore, rows: tuple[int, int]) -> Joined:
+        """What these layers will hold with the rows of `other` below theirs, in new tensors; nothing changes yet.
+
+        Args:
+            rows: here and there.
+        """
+        layers = zip(self.sink_layers, other.sink_layers, strict=True)
+        rings = [pair for one, two in layers for pair in zip(one.rings, two.rings, strict=True)]
+        pairs = [(one, self.sinks.pristine_of(one), other.sinks.pristine_of(two)) for one, two in rings]
+        pristine = [(ring, stacked(upper, lower, rows)) for ring, upper, lower in pairs]
+        return Joined(
+            buffers=[(one, stacked(one.buffer, two.buffer, rows)) for one, two in rings],
+            pristine=[(ring, sinks) for ring, sinks in pristine if sinks is not None],
+            states=[
+                (one, _joined_states(_states_of(one), _states_of(two), rows))
+                for one, two in zip(self.layers, other.layers, strict=True)
+            ],
+        )
+
+    def take(self, joined: Joined) -> None:
+        """Hold that from now on."""
+        for ring, buffer in joined.buffers:
+            ring.replace(buffer)
+        for ring, sinks in joined.pristine:
+            self.sinks.put(ring, sinks)
+        for layer, states in joined.states:
+            vars(layer).update(states)
+
     def reset(self) -> None:
         """Forget all tokens. Layers of which some were laid out anew and others not get the same slots again."""
         for layer in self.sink_layers:
@@ -103,3 +155,45 @@ class LayerStore:
             vars(layer).update(copy.deepcopy(fresh))
         self.sinks.reset()
         self.lay_out(self.slots.spare, ())
+
+
+def _states_of(layer: Any) -> Held:
+    return {name: held for name, held in vars(layer).items() if name not in _OF_THE_MODEL}
+
+
+def _described(layer: Any) -> Held:
+    """How a layer holds what it holds, without rows and slots."""
+    states = {name: _shape_of(held) for name, held in _states_of(layer).items() if name != _OF_THE_BATCH}
+    if not isinstance(layer, SinkLayer):
+        return states
+    named = {"keys": layer.keys, "values": layer.values}
+    return states | {name: _shape_of(held[:, :, 0]) for name, held in named.items() if held is not None}
+
+
+def _shape_of(held: Any) -> Any:
+    if isinstance(held, torch.Tensor):
+        return f"{held.dtype} {list(held.shape[1:])} on {held.device}"
+    return {key: _shape_of(one) for key, one in held.items()} if isinstance(held, dict) else held
+
+
+def _joined_states(upper: Held, lower: Held, rows: tuple[int, int]) -> Held:
+    """The attributes of a layer of states with rows of another below its own; those of that one, where it has none."""
+    if not rows[0]:
+        return {name: _copied(held) for name, held in lower.items()}
+    joined = {name: _below(held, lower[name]) for name, held in upper.items()}
+    return joined | ({_OF_THE_BATCH: sum(rows)} if _OF_THE_BATCH in upper else {})
+
+
+@torch.inference_mode(False)  # else they could not be written to outside it
+def _below(upper: Any, lower: Any) -> Any:
+    """States [rows, ...], one or a dict of several."""
+    if isinstance(upper, dict):
+        return {key: _below(one, lower[key]) for key, one in upper.items()}
+    return torch.cat((upper.detach(), lower.detach())) if isinstance(upper, torch.Tensor) else upper
+
+
+def _copied(held: Any) -> Any:
+    """The same states alone."""
+    if isinstance(held, dict):
+        return {key: _copied(one) for key, one in held.items()}
+    return _below(held, held[:0]) if isinstance(held, torch.Tensor) else held

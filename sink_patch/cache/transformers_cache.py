@@ -10,8 +10,9 @@ import torch
 from sink_patch.arguments import Sizes
 from sink_patch.compat import installed_shim
 from sink_patch.errors import CacheStateError, UnboundCacheError
+from sink_patch.streaming.batches import BatchedCache
 from sink_patch.streaming.steps import Step
-from sink_patch.streaming.streams import StreamingCache, Streams, streams_of
+from sink_patch.streaming.streams import Streams, streams_of
 
 if TYPE_CHECKING:
     from sink_patch.compat.bases import CacheBase515 as CacheBase
@@ -19,7 +20,7 @@ else:
     CacheBase = installed_shim().cache_base()
 
 
-class TransformersCache(StreamingCache, CacheBase):
+class TransformersCache(BatchedCache, CacheBase):
     """The side of a sink cache that models and `generate` see.
 
     Args:
@@ -131,25 +132,6 @@ class TransformersCache(StreamingCache, CacheBase):
     def deactivate_past_recording(self) -> None:
         """Give the slots for that back; what has left the window is gone again."""
         self._recordable().stop_recording()
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row i becomes what row `beam_idx[i]` was."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
-        if self._streams is not None:
-            rows = torch.arange(len(self._streams.rows or ()))
-            self._streams.select_rows(rows.repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices`, in that order; a boolean mask over the rows will do too.
-
-        Raises:
-            CacheStateError: a forward is in progress.
-        """
-        if self._streams is not None:
-            self._streams.select_rows(indices)
 
     def _past_columns(self) -> int:
         return self._step().past_columns()

@@ -104,6 +104,12 @@ class History:
         elif self._rows:
             self._order = indices.clone()
 
+    def join(self, other: History) -> None:
+        """The rows of another one come below; where those of one are not known, none are."""
+        ours, theirs = self.rows, other.rows
+        self.keep_at_least(other._keep)
+        self._start(None if ours is None or theirs is None else [*ours, *theirs])
+
     def crop(self, counts: Sequence[int]) -> None:
         """Take back the newest tokens, so many of each row."""
         count = counts[0] if len(set(counts)) == 1 else None

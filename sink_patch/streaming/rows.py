@@ -30,9 +30,7 @@ class Rows:
     must be able to come back, `recalled` for how many tokens at least; `history` what was read; `leaving` makes room.
 
     Args:
-        sizes: of the cache.
-        store: its layers.
-        facts: of its model.
+        sizes, store, facts: of the cache, its layers, and of its model.
     """
 
     def __init__(self, sizes: Sizes, store: LayerStore, facts: ModelFacts):
@@ -58,16 +56,17 @@ class Rows:
         self._reset()
 
     def select_rows(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices`, in that order; a boolean mask over the rows will do too.
+        """Keep the rows `indices`, in that order; a boolean mask will do too. With none of them, all is forgotten.
 
         Raises:
             CacheStateError: a forward is in progress.
         """
         self.check_between_forwards("given other rows")
-        if self.rows is None:
-            return
         if indices.dtype == torch.bool:
             indices = indices.nonzero()[:, 0]
+        if self.rows is None or not len(indices):
+            self._reset()
+            return
         self.store.select_rows(indices)
         self.history.select_rows(indices)
         alike = all(row == self.rows[0] for row in self.rows)  # then there is no need to ask the device
@@ -122,7 +121,7 @@ class Rows:
         """
         self.check_between_forwards("told not to record its past")
         self.recording, self.recalled = False, 0
-        self._lay_out(0)
+        self.lay_out(0)
 
     def check_between_forwards(self, asked: str, called: nn.Module | None = None) -> None:
         """Raise inside a forward; one that was interrupted past all hooks is given up.
@@ -169,9 +168,9 @@ class Rows:
     def _have_spare(self, tokens: int) -> None:
         """Have so many spare slots, and some more, as each change of their number copies the cache."""
         if tokens > self.store.slots.spare:
-            self._lay_out(-(-tokens // _SPARE_AT_ONCE) * _SPARE_AT_ONCE)
+            self.lay_out(-(-tokens // _SPARE_AT_ONCE) * _SPARE_AT_ONCE)
 
-    def _lay_out(self, spare: int) -> None:
+    def lay_out(self, spare: int) -> None:
         if all(kind.spare == spare for kind in self.store.kinds):
             return
         with self.forward.broken_unless_finished("The slots of this cache could not be laid out anew to the end."):

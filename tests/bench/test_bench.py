@@ -17,6 +17,7 @@ from tests.bench import (
     precision,
     prefill,
     profile,
+    slots,
     stream,
     turns,
     update,
@@ -78,6 +79,10 @@ def test_endless(monkeypatch):
     monkeypatch.setattr(endless, "BLOCK", 2)
     monkeypatch.setattr(endless, "STRETCH", 4)
     assert [row["tokens"] for row in endless.run(8)] == [4, 8]
+
+
+def test_slots():
+    assert slots.run(small(), 12, slots=4, new=4)["same_texts_of_16"] == 16
 
 
 def test_turns():

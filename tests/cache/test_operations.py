@@ -21,6 +21,15 @@ TOLERANCE = 1e-4  # of states, which a batch computes in another order; 1e-6 wit
 STREAM, AFTERWARDS = tokens(sum(STEPS), rows=ROWS), tokens(AFTER, seed=7)
 
 
+def join(cache, model, path):
+    """The rows part, and come together again the other way round."""
+    other = cache.clone()
+    other.batch_select_indices(torch.tensor([True, False]))
+    cache.batch_select_indices(torch.tensor([False, True]))
+    cache.join(other)
+    return cache, [1, 0]
+
+
 def clone(cache, model, path):
     return cache.clone(), [0, 1]
 
@@ -41,11 +50,6 @@ def repeat(cache, model, path):
 
 def select(cache, model, path):
     cache.batch_select_indices(torch.tensor([1]))
-    return cache, [1]
-
-
-def mask(cache, model, path):
-    cache.batch_select_indices(torch.tensor([False, True]))
     return cache, [1]
 
 
@@ -79,7 +83,7 @@ def crop(cache, model, path):
     return cache, [0, 1]
 
 
-OPERATIONS = (clone, deepcopy, save, repeat, select, mask, reorder, reset, reset_in_another_batch, crop)
+OPERATIONS = (join, clone, deepcopy, save, repeat, select, reorder, reset, reset_in_another_batch, crop)
 
 
 def feed(model, cache, stream):
@@ -116,6 +120,7 @@ def test_no_operation_is_left_out():
     """Each public method of ours is walked above, or takes no text away and adds none."""
     walked = {
         "clone",
+        "join",
         "save",
         "load",
         "batch_repeat_interleave",

@@ -25,6 +25,7 @@ BETWEEN_FORWARDS: dict[str, Callable[[SinkCache, Any], object]] = {
     "reorder_cache": lambda cache, path: cache.reorder_cache(torch.tensor([0])),
     "batch_select_indices": lambda cache, path: cache.batch_select_indices(torch.tensor([0])),
     "batch_repeat_interleave": lambda cache, path: cache.batch_repeat_interleave(1),
+    "join": lambda cache, path: cache.join(cache),
     "activate_past_recording": lambda cache, path: cache.activate_past_recording(),
     "deactivate_past_recording": lambda cache, path: cache.deactivate_past_recording(),
     "clone": lambda cache, path: cache.clone(),
