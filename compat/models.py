@@ -124,3 +124,22 @@ def stand_before(ours: Any, theirs: Any, *names: str) -> None:
     """
     for name in names:
         setattr(theirs, name, functools.partial(getattr(ours, name), getattr(theirs, name)))
+
+
+def small_manager(model: Any, batch_tokens: int) -> Any:
+    """A manager of continuous batching for few short requests, synchronous, as transformers makes it."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+    from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+
+    config = ContinuousBatchingConfig(
+        page_size=4, num_blocks=16, max_batch_tokens=batch_tokens, use_async_batching=False, use_cuda_graph=False
+    )
+    plain = GenerationConfig(cache_implementation="paged", do_sample=False, eos_token_id=-1, max_new_tokens=1)
+    return ContinuousBatchingManager(model=model, generation_config=plain, continuous_batching_config=config)
+
+
+def request(request_id: str, ids: list[int]) -> Any:
+    """A request for one token more."""
+    from transformers.generation.continuous_batching.requests import RequestState
+
+    return RequestState(request_id=request_id, initial_tokens=ids, max_new_tokens=1)

@@ -11,8 +11,7 @@ import torch
 
 from sink_patch.batching.pages import SinkPages
 from sink_patch.batching.service import Service
-from sink_patch.batching.streams import stream_of
-from sink_patch.batching.turning import Planned, Turner, turnings
+from sink_patch.batching.turning import Planned, Turner, stream_of, turnings
 from sink_patch.compat import models as transformers_models
 from sink_patch.errors import UnsupportedModelError
 from sink_patch.rules.plans import plan_row

@@ -6,8 +6,9 @@ this one goes on when transformers is unpatched.
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sink_patch.batching.batches import Batches, SinkInputs
@@ -29,6 +30,18 @@ def serve(manager: Any, service: Service) -> None:
     config.decode_compile_config = None
     setattr(manager, _NAME, service)
     transformers_models.stand_before(_Making(service), manager, "_create_batch_processor")
+
+
+def service_for(model: Any, passed: Any, arguments: Mapping[str, Any] | None = None) -> Service | None:
+    """What `Service.asked_for` finds, and that it works, shown by a trial.
+
+    Raises:
+        SinkPatchError: what that raises; or the trial has failed.
+    """
+    service = Service.asked_for(model, passed, arguments)
+    if service is not None:
+        service.check_trial(model, functools.partial(serve, service=service))
+    return service
 
 
 def service_of(manager: Any) -> Service | None:

@@ -56,10 +56,15 @@ def check_model(model: Any, facts: ModelFacts) -> None:
     """
     reason = next(_reasons(model, facts), None)
     if reason is not None:
-        raise UnsupportedModelError(
-            f"{facts.model_class} ({facts.model_type}) was asked for with sinks in continuous batching, whose paged "
-            f"cache cannot hold it exactly: {reason}. Use generate, or serve without --continuous-batching."
-        )
+        raise refusal(facts, reason)
+
+
+def refusal(facts: ModelFacts, reason: str) -> UnsupportedModelError:
+    """The error that says why a model is not served."""
+    return UnsupportedModelError(
+        f"{facts.model_class} ({facts.model_type}) was asked for with sinks in continuous batching, whose paged cache "
+        f"cannot serve it exactly: {reason}. Use generate, or serve without --continuous-batching."
+    )
 
 
 def _reasons(model: Any, facts: ModelFacts) -> Iterator[str]:
@@ -72,8 +77,6 @@ def _reasons(model: Any, facts: ModelFacts) -> Iterator[str]:
     if facts.position_source != "position_ids":
         yield "it takes positions from the order of its keys"
     yield from _of_groups(text_config(model), facts)
-    if not getattr(model, "_supports_attention_backend", False):
-        yield "transformers does not exchange its attention"
     yield from _of_shapes(model, facts)
 
 

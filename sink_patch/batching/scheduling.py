@@ -7,7 +7,7 @@ from math import ceil
 from typing import Any
 
 from sink_patch.batching.service import Service
-from sink_patch.batching.streams import prompt_of, stream_of
+from sink_patch.batching.turning import prompt_of, stream_of
 from sink_patch.compat import models as transformers_models
 from sink_patch.errors import CacheStateError, SinkArgumentError
 
@@ -45,6 +45,14 @@ class SinkRoom:
                 f"needs more than the {self._theirs.num_blocks} blocks that there are. Raise num_blocks in the "
                 "ContinuousBatchingConfig, or use a shorter window."
             )
+
+    def has_room_for(self, state: Any) -> bool:
+        """Whether a request has its blocks, or could have them now; else it must not take a place in a batch."""
+        if all(state.request_id in one.block_table for one in self._theirs.cache_allocators.values()):
+            return True
+        self._theirs.pool.try_to_free_sectors()
+        fits: bool = self._theirs.can_store_request_tokens(state, 0, True)
+        return fits
 
     @property
     def batch_tokens(self) -> int:
@@ -99,8 +107,9 @@ class SinkScheduling:
 
     def _in_turn(self, candidates: Sequence[Any], budget: int) -> list[Any]:
         """Those for which there is room, in the order in which they are taken; `budget` tokens in all."""
-        first = next((state for state in candidates if stream_of(state).waits), None)
-        order = candidates if first is None else [first, *(one for one in candidates if one is not first)]
+        storable = [state for state in candidates if self._room.has_room_for(state)]
+        first = next((state for state in storable if stream_of(state).waits), None)
+        order = storable if first is None else [first, *(one for one in storable if one is not first)]
         chosen = []
         for state in order:
             ahead = state.tokens_to_process if self._is_decoding(state) else state.remaining_prefill_tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from sink_patch.arguments import CACHE_IMPLEMENTATION, TOKENS, Settings, Sizes
-from sink_patch.batching.models import Group, check_model, groups_of
+from sink_patch.batching import trial
+from sink_patch.batching.models import Group, check_model, groups_of, refusal
 from sink_patch.compat import installed_shim
 from sink_patch.errors import SinkArgumentError, UnsupportedGenerationError, UnsupportedTransformersError
 from sink_patch.generation.request import Request
@@ -105,6 +106,18 @@ class Service:
                 f"may use {limit}, as {self.facts.context.why_limited}. Use prefill_chunk_size={ring} or less."
             )
 
+    def check_trial(self, model: Any, serve: Callable[[Any], None]) -> None:
+        """Refuse a model that transformers itself does not serve as it should.
+
+        Args:
+            serve: lets a manager serve so.
+
+        Raises:
+            UnsupportedModelError: as it says.
+        """
+        if reason := trial.fault(unwrapped(model), serve):
+            raise refusal(self.facts, reason)
+
     @cached_property
     def kept(self) -> str:
         """For people."""
@@ -115,8 +128,8 @@ def _check_transformers() -> None:
     shim = installed_shim()
     if not shim.batching:
         raise UnsupportedGenerationError(
-            f"Continuous batching was asked for with cache_implementation={CACHE_IMPLEMENTATION!r}, and its paged cache "
-            f"takes no sinks in this version of transformers. Upgrade transformers. {INSTEAD}"
+            f"Continuous batching was asked for with cache_implementation={CACHE_IMPLEMENTATION!r}, and its paged "
+            f"cache takes no sinks in this version of transformers. Upgrade transformers. {INSTEAD}"
         )
     if moved := [str(place) for place in shim.batching if not place.is_there()]:
         raise UnsupportedTransformersError(

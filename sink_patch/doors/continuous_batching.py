@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sink_patch.arguments import CACHE_IMPLEMENTATION, Settings
-from sink_patch.batching.managers import serve, service_of
+from sink_patch.batching.managers import serve, service_for, service_of
 from sink_patch.batching.service import INSTEAD, Service
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.compat.shim import Role
@@ -27,7 +27,7 @@ _OF_CACHE = ("cache_implementation", "cache_config")
 def init_continuous_batching(wrapped: Wrapped, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `init_continuous_batching`, which begins to change the generation config, or has a manager already."""
     given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-    service = Service.asked_for(instance, given.get("generation_config"))
+    service = service_for(instance, given.get("generation_config"))
     _check_kept_manager(getattr(instance, "_cached_continuous_batching_manager", None), service)
     return wrapped(*args, **kwargs)
 
@@ -35,7 +35,7 @@ def init_continuous_batching(wrapped: Wrapped, instance: Any, args: tuple[Any, .
 def make_manager(wrapped: Wrapped, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `ContinuousBatchingManager.__init__`, which all ways to continuous batching reach."""
     given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-    service = Service.asked_for(given["model"], given["generation_config"])
+    service = service_for(given["model"], given["generation_config"])
     wrapped(*args, **kwargs)
     if service is not None:
         serve(instance, service)
@@ -55,7 +55,7 @@ def generate_batch(wrapped: Wrapped, instance: Any, args: tuple[Any, ...], kwarg
         )
     passed, own = bound.arguments.get("generation_config"), instance.generation_config
     request = Request.read(others, passed, own)
-    service = Service.asked_for(instance, passed, others)
+    service = service_for(instance, passed, others)
     if service is None:
         refusals.check_no_sizes(request, request.implementation)
         if request.of_call is not None:  # another cache than that of the model's own config
@@ -74,7 +74,7 @@ def make_handler(wrapped: Wrapped, instance: Any, args: tuple[Any, ...], kwargs:
     if getattr(instance.generation_state, "_continuous_batching", False):
         for loaded in list(getattr(instance.model_manager, "loaded_models", {}).values()):
             if (model := getattr(loaded, "model", None)) is not None:
-                Service.asked_for(model, None)
+                service_for(model, None)
 
 
 def _check_kept_manager(manager: Any, service: Service | None) -> None:
