@@ -24,7 +24,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "cohere2": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 20},
     "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 9},
 }
-"""Settings of models of two layers: partial rotary, interleaved pairs, windows of their own, layers without positions."""
+"""Settings of models of two layers: partial rotary, other pairs, windows of their own, layers without positions."""
 CONTEXT = 40  # tokens; clocks are set back where a request comes there
 
 
@@ -90,17 +90,23 @@ def cases(requests: int, windows: tuple[int, int] = (16, 64), longest: int = 3) 
 def run(tested: Any, case: Case) -> tuple[list[Any], Driven]:
     """What a manager gives for each request, and the manager."""
     for manager in case.managers(tested):
-        coming = sorted(zip(case.joins, range(len(case.joins)), case.requests(), strict=True), key=lambda one: one[:2])
-        names: dict[int, str] = {}
-
-        def join(number: int, manager: Driven = manager) -> None:
-            while coming and (coming[0][0] <= number or not manager.processor.has_pending_requests()):
-                _, index, one = coming.pop(0)
-                names[index] = manager.add(one)
-
-        manager.run(join)
+        names = _run(manager, case)
         return [manager.done[names[index]] for index in range(len(case.joins))], manager
     raise AssertionError("there was no manager")
+
+
+def _run(manager: Driven, case: Case) -> dict[int, str]:
+    """The names of the requests, by their index."""
+    coming = sorted(zip(case.joins, range(len(case.joins)), case.requests(), strict=True), key=lambda one: one[:2])
+    names: dict[int, str] = {}
+
+    def join(number: int) -> None:
+        while coming and (coming[0][0] <= number or not manager.processor.has_pending_requests()):
+            _, index, one = coming.pop(0)
+            names[index] = manager.add(one)
+
+    manager.run(join)
+    return names
 
 
 def check_case(tested: Any, case: Case) -> None:
