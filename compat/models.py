@@ -134,7 +134,8 @@ def small_manager(model: Any, batch_tokens: int) -> Any:
     config = ContinuousBatchingConfig(
         page_size=4, num_blocks=16, max_batch_tokens=batch_tokens, use_async_batching=False, use_cuda_graph=False
     )
-    plain = GenerationConfig(cache_implementation="paged", do_sample=False, eos_token_id=-1, max_new_tokens=1)
+    make: Any = GenerationConfig
+    plain = make(cache_implementation="paged", do_sample=False, eos_token_id=-1, max_new_tokens=1)
     return ContinuousBatchingManager(model=model, generation_config=plain, continuous_batching_config=config)
 
 
