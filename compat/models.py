@@ -1,11 +1,14 @@
-"""Where models of transformers differ from version to version: one function serves all versions."""
+"""Where models of transformers differ from version to version: one function serves all versions.
+
+What continuous batching has for them is looked up when it is needed, as versions before 5.18 lack it.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,3 +72,75 @@ def frequencies_of_short_texts(module: nn.Module, name: str, buffer: torch.Tenso
         return original  # put into the buffer at each forward
     # 4.x: the original is not a buffer, so a cast of the model leaves it as it was, and the model does not use it
     return buffer if torch.equal(original.to(buffer), buffer) else original
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""How continuous batching calls the groups of layers that share an allocator."""
+
+
+def group_layers(config: Any) -> Mapping[str, Sequence[int]]:
+    """The layers of a text config, by the group that they are in.
+
+    Raises:
+        ValueError: transformers has no group for one of them.
+    """
+    from transformers.generation.continuous_batching.cache import group_layers_by_attn_type
+
+    groups: Mapping[str, Sequence[int]] = group_layers_by_attn_type(config)
+    return groups
+
+
+def page_shape(config: Any) -> tuple[int, int]:
+    """(heads, dim) of a key and a value, as pages hold them."""
+    from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
+
+    return find_num_key_value_heads(config), find_head_dim(config)
+
+
+def storing_first() -> Callable[..., Any]:
+    """The method of an allocator that stores new tokens, and then reads."""
+    from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
+
+    return FullAttentionCacheAllocator.update
+
+
+def reading_first() -> Callable[..., Any]:
+    """The method of an allocator that reads first, with new tokens in the places of sentinels."""
+    from transformers.generation.continuous_batching.cache_allocators import SlidingAttentionCacheAllocator
+
+    return SlidingAttentionCacheAllocator.update
+
+
+def inputs_of(inputs: Any) -> Sequence[Any]:
+    """The inputs that batches are written into on the host; asynchronous batching has two of them."""
+    pairs: Sequence[Any] | None = getattr(inputs, "io_pairs", None)
+    return [inputs] if pairs is None else [pair.host_io for pair in pairs]
+
+
+def stand_before(ours: Any, theirs: Any, *names: str) -> None:
+    """Let methods of an object of ours be called in place of those of one object of transformers.
+
+    Only that object is changed: the method that it had is the first argument of ours.
+    """
+    for name in names:
+        setattr(theirs, name, functools.partial(getattr(ours, name), getattr(theirs, name)))
+
+
+def small_manager(model: Any, batch_tokens: int) -> Any:
+    """A manager of continuous batching for few short requests, synchronous, as transformers makes it."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+    from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+
+    config = ContinuousBatchingConfig(
+        page_size=4, num_blocks=16, max_batch_tokens=batch_tokens, use_async_batching=False, use_cuda_graph=False
+    )
+    make: Any = GenerationConfig
+    plain = make(cache_implementation="paged", do_sample=False, eos_token_id=-1, max_new_tokens=1)
+    return ContinuousBatchingManager(model=model, generation_config=plain, continuous_batching_config=config)
+
+
+def request(request_id: str, ids: list[int]) -> Any:
+    """A request for one token more."""
+    from transformers.generation.continuous_batching.requests import RequestState
+
+    return RequestState(request_id=request_id, initial_tokens=ids, max_new_tokens=1)

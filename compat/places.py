@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sink_patch.arguments import CACHE_IMPLEMENTATION
-from sink_patch.compat.shim import Constant, Method, Role
+from sink_patch.compat.shim import Constant, Method, Place, Role
 
 _UTILS = "transformers.generation.utils"
 _CONFIG = "transformers.generation.configuration_utils"
@@ -103,6 +103,62 @@ SERVE = Method(
     role=Role.MAKE_HANDLER,
     optional=True,
 )
+
+
+_CB = "transformers.generation.continuous_batching"
+_OF_TOKENS = ("request_id", "past_length", "query_length")
+_STORED = ("key_states", "value_states", "layer_idx", "read_index", "write_index")
+
+
+def _places_of_allocators() -> tuple[Place, ...]:
+    full = (f"{_CB}.cache_allocators", "FullAttentionCacheAllocator")
+    return (
+        Place(*full, "_compute_blocks_needed", ("allocated_blocks", "past_length", "query_length")),
+        Place(*full, "get_seqlen_k", ("past_length", "query_length")),
+        Place(*full, "get_read_indices", _OF_TOKENS),
+        Place(*full, "get_write_indices", _OF_TOKENS),
+        Place(*full, "supports_block_sharing"),
+        Place(*full, "supports_block_table"),
+        Place(*full, "update", _STORED),
+        Place(f"{_CB}.cache_allocators", "SlidingAttentionCacheAllocator", "update", _STORED),
+    )
+
+
+BATCHING = (
+    Place(f"{_CB}.continuous_api", "ContinuousBatchingManager", "_create_batch_processor"),
+    Place(f"{_CB}.continuous_api", "ContinuousBatchProcessor", "_generation_step", ("model",)),
+    Place(f"{_CB}.input_outputs", "ContinuousBatchingIOs", "prepare_batch_tensors", ("requests_in_batch",)),
+    Place(f"{_CB}.scheduler", "Scheduler", "add_waiting_request", ("state",)),
+    Place(f"{_CB}.scheduler", "Scheduler", "_process_candidates", ("candidates", "token_budget")),
+    Place(f"{_CB}.scheduler", "Scheduler", "_schedule_request", ("state", "request_tokens", "token_budget")),
+    Place(f"{_CB}.continuous_api", "ContinuousBatchProcessor", "prepare_next_batch"),
+    Place(f"{_CB}.input_outputs", "ContinuousBatchingIOs", "get_model_kwargs"),
+    Place(f"{_CB}.scheduler", "Scheduler", "finish_request", ("request_id",)),
+    Place(f"{_CB}.cache_allocators", "CachePool", "try_to_free_sectors"),
+    Place(f"{_CB}.requests", "RequestState", "create_equivalent_initial_request"),
+    Place(f"{_CB}.requests", "RequestState", "current_len"),
+    Place(f"{_CB}.cache", "PagedAttentionCache", "can_store_request_tokens", ("state", "request_len", "dry_run")),
+    Place(f"{_CB}.cache", "", "group_layers_by_attn_type", ("config",)),
+    Place(f"{_CB}.utils", "", "find_head_dim", ("config",)),
+    Place(f"{_CB}.utils", "", "find_num_key_value_heads", ("config",)),
+    *_places_of_allocators(),
+)
+"""What sinks in continuous batching build on (sink_patch/batching/)."""
+
+BATCHING_ATTRIBUTES = {
+    "manager": "continuous_batching_config _use_prefix_sharing _original_attn_impl",
+    "config": "safety_margin allow_block_sharing max_blocks_per_request decode_compile_config",
+    "processor": "cache scheduler model_runner.pad_inputs inputs_and_outputs.compute_stream",
+    "cache": "cache_allocators pool max_batch_tokens num_sectors num_blocks read_cache_limit use_prefix_sharing "
+    "allow_block_sharing max_decode_fast_path_length",
+    "inputs": "position_ids requests_in_batch",
+    "allocator": "block_table block_physical_stride tokens_per_page blocks_per_sector layer_indices cache_tensor "
+    "sentinel_index write_trash_index use_block_sharing",
+    "request": "request_id initial_tokens remaining_prefill_tokens tokens_to_process position_offset num_children "
+    "status _new_tokens_limit _true_initial_tokens",
+    "future request": "state query_length has_new_token",
+}
+"""The attributes of their objects that are read or set there, in words; `test_private_places.py` looks at them."""
 
 
 def given_mode(given: Mapping[str, Any]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,6 +83,36 @@ class Method:
 
 
 @dataclass(frozen=True)
+class Place:
+    """A name of transformers without a guarantee that classes of ours build on: it is looked at before they do.
+
+    Args:
+        module, owner, name: where it is; with an `owner` of "" it is a function of the module.
+        parameters: its first ones, beside `self`, which are passed by their place or read.
+    """
+
+    module: str
+    owner: str
+    name: str
+    parameters: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return ".".join(filter(None, (self.owner, self.name)))
+
+    def is_there(self) -> bool:
+        """Whether transformers has it, with these parameters."""
+        try:
+            module: Any = importlib.import_module(self.module)
+            found = getattr(getattr(module, self.owner) if self.owner else module, self.name)
+        except (ImportError, AttributeError):
+            return False
+        if not callable(found):
+            return True
+        names = [name for name in inspect.signature(inspect.unwrap(found)).parameters if name != "self"]
+        return tuple(names[: len(self.parameters)]) == self.parameters
+
+
+@dataclass(frozen=True)
 class Quirk:
     """What these versions make of some families that later or earlier ones do not.
 
@@ -115,6 +147,7 @@ class Shim:
         passes_cache_position: whether models take the mask coordinates of the new tokens as `cache_position`.
         explicit_masks: whether models must be given a mask even where every column is visible.
         quirks: families that behave differently here.
+        batching: the places on which sinks in continuous batching build; none where it takes no sinks.
     """
 
     versions: SpecifierSet
@@ -130,6 +163,7 @@ class Shim:
     passes_cache_position: bool
     explicit_masks: bool
     quirks: tuple[Quirk, ...] = field(default=())
+    batching: tuple[Place, ...] = field(default=())
 
     def own_cache_of(self, model_type: str) -> str | None:
         """`own_cache` of the causal language model of a `model_type`, whose class is imported for that."""

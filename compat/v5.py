@@ -59,9 +59,26 @@ def _cache_with_masks_by_position() -> type:
 
 
 SHIMS = (
+    # continuous batching has an allocator for each kind of layers
+    Shim(
+        versions=SpecifierSet(">=5.18,<5.25"),
+        constants=(places.CHOICES,),
+        methods=_METHODS,
+        cache_base=_cache_that_crops_by_count,
+        read_entries=entries_of_layers,
+        own_layers=dynamic_layers,
+        probe_cache=caches.dynamic_cache,
+        cached=caches.cached_layers,
+        generation_mode=places.given_mode,
+        own_cache=caches.takes_any_cache,
+        passes_cache_position=False,
+        explicit_masks=False,
+        quirks=(),
+        batching=places.BATCHING,
+    ),
     # `crop` takes the number of tokens to remove
     Shim(
-        versions=SpecifierSet(">=5.15,<5.25"),
+        versions=SpecifierSet(">=5.15,<5.18"),
         constants=(places.CHOICES,),
         methods=_METHODS,
         cache_base=_cache_that_crops_by_count,

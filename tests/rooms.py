@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FLOORS = (
     *("errors", "arguments", "compat", "rules", "history", "buffers", "models", "streaming", "cache", "kept"),
-    *("generation", "doors", "patching", "__init__", "evaluate", "cli"),
+    *("generation", "batching", "doors", "patching", "__init__", "evaluate", "cli"),
 )
 """From the ground up: a room may import itself and the rooms before it. `__init__` imports `autoload` by name."""
 DATA = {"sink_patch/models/families/built_in.py": "a table of families, and the reasons of those that are refused"}

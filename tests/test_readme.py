@@ -19,6 +19,7 @@ import transformers
 from transformers import GenerationConfig
 
 from sink_patch import cli
+from sink_patch.compat import installed_shim
 from tests.support.tiny import tiny
 from tests.support.tokenizer import tiny_tokenizer
 
@@ -133,6 +134,12 @@ def test_models(names, capsys):
     assert "qwen3" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(not installed_shim().batching, reason="its paged cache takes no sinks")
+def test_many_requests(names):
+    run(READMES["sink_patch/batching/README.md"], names)
+    assert [len(output.generated_tokens) for output in names["outputs"].values()] == [NEW, NEW]
+
+
 @pytest.fixture
 def one_device(monkeypatch) -> list[str]:
     """Loads a model whole where it is to lie on several devices: what was asked for, in a list."""
@@ -163,7 +170,10 @@ def test_pipelines_and_other_libraries(names, libraries, one_device):
 
 
 def test_each_python_snippet_is_in_a_readme_that_runs():
-    tested = {"README.md", *(f"sink_patch/{room}/README.md" for room in ("generation", "cache", "models", "doors"))}
+    tested = {
+        "README.md",
+        *(f"sink_patch/{room}/README.md" for room in ("generation", "cache", "models", "batching", "doors")),
+    }
     assert {name for name, text in READMES.items() if blocks("python", text)} == tested
 
 

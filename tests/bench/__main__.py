@@ -55,6 +55,10 @@ BENCHMARKS = (
     Benchmark("slots-tiny", "slots", "slots-tiny-w256-cpu.json", ("--model", "tiny-30-layers")),
     Benchmark("stream", "stream", "stream-20000-cpu.json"),
     Benchmark("endless", "endless", "endless-1000000-cpu.json"),
+    Benchmark(
+        "batching-tiny", "batching", "batching-tiny-w128-cpu.json", ("--model", "tiny-30-layers", "--window", "128")
+    ),
+    Benchmark("batching", "batching", "batching-smollm2-w128-cpu.json", ("--window", "128", "--requests", "4")),
     Benchmark("forever", "forever", "stream-4000000-cpu.json"),
 )
 

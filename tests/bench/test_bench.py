@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.bench import (
+    batching,
     decode,
     endless,
     forever,
@@ -50,6 +52,14 @@ def test_update(monkeypatch):
 def test_decode(monkeypatch):
     monkeypatch.setattr(decode, "POINTS", (30,))
     assert "ours after 30" in decode.run(decode.Bench(small(), 16, compiled=False), 30, 2, 1)["tokens_a_second"]
+
+
+def test_batching():
+    asked = SimpleNamespace(window=16, requests=2, rounds=1)
+    model = copy.deepcopy(tiny("llama", layers=2, vocab_size=1000, attention="sdpa"))
+    with torch.inference_mode():
+        held = batching.run(model, asked)["bytes of pages"]
+    assert held["with sinks"] * 4 < held["transformers, ten windows"]
 
 
 def test_profile():

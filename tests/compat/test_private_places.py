@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -14,6 +15,10 @@ from transformers.generation.utils import GenerationMixin
 
 from sink_patch import SinkCache
 from sink_patch.compat import installed_shim
+from sink_patch.compat.models import request, small_manager
+from sink_patch.compat.places import BATCHING_ATTRIBUTES
+from sink_patch.compat.shim import Place
+from tests.support.tiny import tiny
 
 SHIM = installed_shim()
 
@@ -39,6 +44,50 @@ def test_each_constant_that_is_added_to_exists(constant):
     held = getattr(importlib.import_module(constant.module), constant.name)
     assert isinstance(held, dict if constant.value is not None else (list, tuple))
     assert constant.entry in held
+
+
+@pytest.mark.parametrize("place", SHIM.batching, ids=str)
+def test_each_place_of_continuous_batching_is_there(place):
+    assert place.is_there()
+
+
+def test_a_place_that_has_moved_is_missed():
+    module = "transformers.cache_utils"
+    assert Place(module, "DynamicCache", "update", ("key_states", "value_states")).is_there()
+    assert not Place(module, "DynamicCache", "update", ("value_states",)).is_there()
+    assert not Place(module, "DynamicCache", "updates").is_there()
+    assert not Place("transformers.cache_util", "", "update").is_there()
+
+
+@pytest.mark.skipif(not SHIM.batching, reason="its paged cache takes no sinks")
+def test_the_attributes_of_continuous_batching_are_there():
+    model = tiny("llama")
+    before = model.config._attn_implementation
+    manager = small_manager(model, 5)
+    try:
+        processor = manager._create_batch_processor()
+        processor.scheduler.add_waiting_request(request("one", [5, 6, 7]))
+        processor.prepare_next_batch()
+    finally:
+        model.set_attn_implementation(before)
+    (future,) = processor.inputs_and_outputs.requests_in_batch
+    found = {
+        "manager": manager,
+        "config": manager.continuous_batching_config,
+        "processor": processor,
+        "cache": processor.cache,
+        "inputs": processor.inputs_and_outputs,
+        "allocator": processor.cache.cache_allocators["full_attention"],
+        "request": future.state,
+        "future request": future,
+    }
+    assert set(found) == set(BATCHING_ATTRIBUTES)
+    for name, attributes in BATCHING_ATTRIBUTES.items():
+        for attribute in attributes.split():
+            attrgetter(attribute)(found[name])
+    inputs = importlib.import_module(type(processor.inputs_and_outputs).__module__)
+    assert "self.io_pairs = [" in inspect.getsource(inputs.ContinuousBatchingAsyncIOs)
+    assert "self.host_io = " in inspect.getsource(inputs.HostDeviceIOPair)
 
 
 ASKED = ("update", "get_seq_length", "get_mask_sizes", "get_query_offset", "crop", "reorder_cache", "reset")

@@ -36,18 +36,30 @@ needs_server = pytest.mark.skipif(bool(_why_not()), reason=_why_not())
 
 
 @contextlib.contextmanager
-def serving(folder: Path, logs: Path, program: Sequence[str] = PROGRAM) -> Iterator[str]:
+def serving(folder: Path, logs: Path, program: Sequence[str] = PROGRAM, options: Sequence[str] = ()) -> Iterator[str]:
     """Inside, a server runs; yields its address.
 
     Args:
         folder: the model directory.
         logs: a folder for what it says, which pytest shows if a test fails.
         program: the module that is run, and its own arguments before those of `transformers`.
+        options: of `transformers serve`, more than the directory and the address.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", *program, "serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        *program,
+        "serve",
+        str(folder),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        *options,
+    ]
     with (logs / "log").open("w") as output:
         server = subprocess.Popen(
             [*command, "--device", "cpu"], env=environment([ROOT]), cwd=logs, stdout=output, stderr=output

@@ -1,0 +1,78 @@
+"""A manager of continuous batching that serves with sinks.
+
+Objects of ours stand before some methods of the objects of this one manager: other managers and models are as ever, and
+this one goes on when transformers is unpatched.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sink_patch.batching.batches import Batches, SinkInputs
+from sink_patch.batching.pages import SinkPages
+from sink_patch.batching.scheduling import SinkRoom, SinkScheduling
+from sink_patch.batching.service import Service
+from sink_patch.compat import models as transformers_models
+
+_NAME = "_sink_service"
+
+
+def serve(manager: Any, service: Service) -> None:
+    """Let a manager that has not begun serve with sinks."""
+    config = manager.continuous_batching_config  # its own copy
+    if config.safety_margin is None:
+        config.safety_margin = 0.0  # no request needs more room later
+    config.allow_block_sharing = manager._use_prefix_sharing = False
+    config.max_blocks_per_request = 0  # the kernels that read block tables know no rings
+    config.decode_compile_config = None
+    setattr(manager, _NAME, service)
+    transformers_models.stand_before(_Making(service), manager, "_create_batch_processor")
+
+
+def service_for(model: Any, passed: Any, arguments: Mapping[str, Any] | None = None) -> Service | None:
+    """What `Service.asked_for` finds, and that it works, shown by a trial.
+
+    Raises:
+        SinkPatchError: what that raises; or the trial has failed.
+    """
+    service = Service.asked_for(model, passed, arguments)
+    if service is not None:
+        service.check_trial(model, functools.partial(serve, service=service))
+    return service
+
+
+def service_of(manager: Any) -> Service | None:
+    """How a manager serves; None: as transformers does."""
+    service: Service | None = vars(manager).get(_NAME)
+    return service
+
+
+class _Making:
+    """Stands before a manager, which makes its processor when it begins, and keeps it from one session to the next."""
+
+    def __init__(self, service: Service):
+        self._service = service
+        self._made: Callable[[], Any] = lambda: None  # a weak reference, as its end frees the pages
+
+    def _create_batch_processor(self, wrapped: Any) -> Any:
+        processor = wrapped()
+        if processor is not self._made():
+            _take_over(processor, self._service)
+            self._made = weakref.ref(processor)
+        return processor
+
+
+def _take_over(processor: Any, service: Service) -> None:
+    cache = processor.cache
+    is_recorded = bool(processor.model_runner.pad_inputs)
+    kinds = {name: service.groups[name].kind for name in cache.cache_allocators}
+    pages = [
+        SinkPages(allocator, kinds[name], is_recorded=is_recorded)
+        for name, allocator in cache.cache_allocators.items()
+        if not kinds[name].local
+    ]
+    SinkScheduling(processor.scheduler, service, SinkRoom(cache, service))
+    SinkInputs(processor, Batches(service, cache.cache_allocators, pages))

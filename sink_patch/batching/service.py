@@ -1,0 +1,163 @@
+"""What continuous batching with sinks is asked for, and whether it can serve that exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from sink_patch.arguments import CACHE_IMPLEMENTATION, TOKENS, Settings, Sizes
+from sink_patch.batching import trial
+from sink_patch.batching.models import Group, check_model, groups_of, refusal
+from sink_patch.compat import installed_shim
+from sink_patch.errors import SinkArgumentError, UnsupportedGenerationError, UnsupportedTransformersError
+from sink_patch.generation.request import Request
+from sink_patch.models.entries import unwrapped
+from sink_patch.models.examine import examine
+from sink_patch.models.facts import ModelFacts
+from sink_patch.models.horizon import horizon
+from sink_patch.rules.cuts import Cuts
+
+INSTEAD = (
+    "Use generate (or serve without --continuous-batching); or leave it out and set "
+    "model.generation_config.cache_implementation = None, for the paged cache of transformers, which keeps all tokens."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Service:
+    """How requests of one model are served.
+
+    Args:
+        facts: of the model.
+        sizes: of what each request keeps.
+        horizon: RoPE position at which the clock of a request is set back.
+        cuts: where the texts of requests are cut.
+        groups: its layers, by how transformers groups them.
+    """
+
+    facts: ModelFacts
+    sizes: Sizes
+    horizon: int
+    cuts: Cuts
+    groups: Mapping[str, Group]
+
+    @classmethod
+    def asked_for(cls, model: Any, passed: Any, arguments: Mapping[str, Any] | None = None) -> Service | None:
+        """What is asked for by arguments, the generation config that is passed, or that of the model.
+
+        Returns:
+            None where no sink cache is asked for.
+
+        Raises:
+            UnsupportedGenerationError: what continuous batching cannot do.
+            UnsupportedModelError: the model cannot be served exactly.
+            UnsupportedTransformersError: this transformers has other private places than those that are known.
+            SinkArgumentError: impossible sizes.
+        """
+        own = model.generation_config
+        request = Request.read(arguments or {}, passed, own)
+        if request.implementation != CACHE_IMPLEMENTATION:
+            return None
+        sizes = _sizes(request.settings())
+        _check_transformers()
+        piece = next((size for size in map(_piece, (passed, own)) if size is not None), None)
+        return cls._of(unwrapped(model), sizes, piece)
+
+    @classmethod
+    def _of(cls, model: nn.Module, sizes: Sizes, piece: int | None) -> Service:
+        facts = examine(model)
+        check_model(model, facts)
+        clock = horizon(facts, sizes.window_length, sizes.num_sink_tokens)
+        cuts = Cuts(sizes.window_length, sizes.num_sink_tokens, facts.context.length, piece)
+        return cls(facts, sizes, clock, cuts, groups_of(model, facts, sizes))
+
+    def same_as(self, other: Service | None) -> bool:
+        """Whether both give the same text."""
+        return other is not None and (self.sizes, self.cuts) == (other.sizes, other.cuts)
+
+    def check_prompt(self, prompt: int, batch_tokens: int | None) -> None:
+        """Refuse a prompt that `generate` reads in a forward that no batch has room for.
+
+        Args:
+            prompt: its tokens.
+            batch_tokens: of the largest batch; None: not known yet.
+
+        Raises:
+            SinkArgumentError: as it says; or there are none.
+        """
+        if prompt < 1:
+            raise SinkArgumentError("A request of no tokens was given. Pass at least one token to start from.")
+        longest, limit = self.cuts.longest(prompt), self.facts.context.limit
+        ring = self.sizes.window_length - self.sizes.num_sink_tokens
+        if batch_tokens is not None and longest > batch_tokens:
+            raise SinkArgumentError(
+                f"A prompt of {prompt} tokens was given, of which {longest} go in at once, as in generate, and "
+                f"max_batch_tokens={batch_tokens}. Raise that, or let prompts go in by pieces: "
+                f"prefill_chunk_size={min(ring, batch_tokens)} in the generation config."
+            )
+        needed = longest if longest == prompt else longest + self.sizes.num_sink_tokens
+        if limit is not None and needed > limit:
+            raise SinkArgumentError(
+                f"A prompt of {prompt} tokens needs {needed} positions in one forward, and {self.facts.model_class} "
+                f"may use {limit}, as {self.facts.context.why_limited}. Use prefill_chunk_size={ring} or less."
+            )
+
+    def check_trial(self, model: Any, serve: Callable[[Any], None]) -> None:
+        """Refuse a model that transformers itself does not serve as it should.
+
+        Args:
+            serve: lets a manager serve so.
+
+        Raises:
+            UnsupportedModelError: as it says.
+        """
+        if reason := trial.fault(unwrapped(model), serve):
+            raise refusal(self.facts, reason)
+
+    @cached_property
+    def kept(self) -> str:
+        """For people."""
+        return f"window_length={self.sizes.window_length}, num_sink_tokens={self.sizes.num_sink_tokens}"
+
+
+def _check_transformers() -> None:
+    shim = installed_shim()
+    if not shim.batching:
+        raise UnsupportedGenerationError(
+            f"Continuous batching was asked for with cache_implementation={CACHE_IMPLEMENTATION!r}, and its paged "
+            f"cache takes no sinks in this version of transformers. Upgrade transformers. {INSTEAD}"
+        )
+    if moved := [str(place) for place in shim.batching if not place.is_there()]:
+        raise UnsupportedTransformersError(
+            f"Continuous batching was asked for with cache_implementation={CACHE_IMPLEMENTATION!r}, and this "
+            f"transformers has no {', '.join(moved)}, which that builds on with a paged cache. {INSTEAD}"
+        )
+
+
+def _sizes(settings: Settings) -> Sizes:
+    """What each request keeps.
+
+    Raises:
+        UnsupportedGenerationError: settings that continuous batching does not know.
+    """
+    asked = {
+        "num_sink_tokens": settings.num_sink_tokens if settings.keeps_system else None,
+        "evict": settings.evict if settings.evict != TOKENS else None,
+        "keep_streams": settings.keep_streams or None,
+    }
+    if others := [f"{name}={value!r}" for name, value in asked.items() if value is not None]:
+        raise UnsupportedGenerationError(
+            f"Continuous batching was asked for with {' and '.join(others)}. In its paged cache each request is read "
+            "anew, keeps the same number of first tokens, and forgets token by token. Leave that out (sink-patch "
+            f"configure DIR --window-length ...). {INSTEAD}"
+        )
+    return settings.sizes()
+
+
+def _piece(config: Any) -> int | None:
+    size: int | None = getattr(config, "prefill_chunk_size", None)
+    return size

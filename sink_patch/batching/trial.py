@@ -1,0 +1,81 @@
+"""The proof that continuous batching serves a model: two requests in pages say what a plain forward of each says.
+
+Not every model of transformers hands on what its paged cache needs. Some fail there, and nothing of theirs tells.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from sink_patch.compat import models as transformers_models
+from sink_patch.models.probe.calls import probe_tokens, run
+
+_NUM_TOKENS = (6, 4)  # of the two requests; a batch has room for one token less than the first of them has
+_FAR = {torch.float32: 1e-3, torch.float64: 1e-3}  # how far logits may be off, of their size
+_FARTHER = 0.25  # in lower precision
+
+_found: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+def fault(model: Any, serve: Callable[[Any], None]) -> str:
+    """What keeps a model from being served by a manager; empty: nothing does. It is tried once for a model object.
+
+    Args:
+        serve: lets a manager that has not begun serve with sinks.
+    """
+    if model not in _found:
+        _found[model] = _try(model, serve)
+    return _found[model]
+
+
+@torch.no_grad()
+def _try(model: Any, serve: Callable[[Any], None]) -> str:
+    tokens = probe_tokens(model, max(_NUM_TOKENS))[:, 0]  # [tokens]
+    requests = {str(count): tokens[:count] for count in _NUM_TOKENS}
+    plain = {name: run(model, ids[None], None).logits[0, -1] for name, ids in requests.items()}  # [vocabulary] each
+    try:
+        with _manager(model) as manager:
+            serve(manager)
+            paged = _paged(model, manager, {name: ids.tolist() for name, ids in requests.items()})
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as failure:  # whatever it is that a model does there
+        return f"a trial of it fails ({type(failure).__name__}: {failure})"
+    far = _FAR.get(model.dtype, _FARTHER)
+    off = [((paged[name] - one).float().norm() / one.float().norm()).item() for name, one in plain.items()]
+    return "" if max(off) <= far else f"in a trial its logits are off by {max(off):.1e} of their size"
+
+
+@contextlib.contextmanager
+def _manager(model: Any) -> Iterator[Any]:
+    """A small manager of a model, which is as before in the end."""
+    is_training = model.training
+    manager = transformers_models.small_manager(model, max(_NUM_TOKENS) - 1)
+    try:
+        yield manager
+    finally:
+        model.train(is_training)
+        if manager._original_attn_impl is not None:
+            model.set_attn_implementation(manager._original_attn_impl)
+
+
+def _paged(model: Any, manager: Any, requests: Mapping[str, list[int]]) -> Mapping[str, torch.Tensor]:
+    """The last logits of requests, [vocabulary] each, in batches of few tokens."""
+    processor, found = manager._create_batch_processor(), dict[str, torch.Tensor]()
+    for name, ids in requests.items():
+        processor.scheduler.add_waiting_request(transformers_models.request(name, ids))
+    while len(found) < len(requests) and processor.prepare_next_batch():
+        logits = model(**processor.inputs_and_outputs.get_model_kwargs()).logits[0]  # [tokens, vocabulary]
+        end = 0
+        for one in processor.inputs_and_outputs.requests_in_batch:
+            end += one.query_length
+            if one.has_new_token:
+                found[one.state.request_id] = logits[end - 1]
+                processor.scheduler.finish_request(one.state.request_id)
+    return found

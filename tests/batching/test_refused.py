@@ -1,0 +1,55 @@
+"""Models that would not be served exactly are refused by name, before anything of theirs is changed."""
+
+from __future__ import annotations
+
+import pytest
+
+from sink_patch import SinkArgumentError, UnsupportedModelError
+from sink_patch.batching import trial
+from sink_patch.compat import models
+from tests.batching.serving import batching, config, needs_batching
+from tests.support import zoo
+from tests.support.tiny import tiny
+
+pytestmark = needs_batching
+REASONS = {
+    "bamba": "layer 0 keeps a recurrent state",
+    "deepseek_v3": "layer 0 keeps its rotated part beside a latent cache",
+    "gemma3n_text": "layer 2 keeps no keys of its own",
+    "bloom": "takes distances from the order of its keys",
+    "llama4_text": "transformers does not know its layers there",
+    "gpt_neox": "a trial of it fails",
+    "gpt2": "it adds learned",
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_models(name):
+    model = zoo.build(name, attn_implementation="eager")
+    before, attributes = model.generation_config.to_dict(), set(vars(model))
+    for _ in range(2):  # what a trial finds is remembered
+        with pytest.raises(UnsupportedModelError, match=REASONS[name]) as caught:
+            model.init_continuous_batching(config(12, 2), batching())
+        assert type(model).__name__ in str(caught.value)
+    assert (model.generation_config.to_dict(), set(vars(model))) == (before, attributes)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_windows_that_pages_would_not_have(monkeypatch):
+    monkeypatch.setattr(models, "group_layers", lambda _config: {"full_attention": [0]})
+    with pytest.raises(UnsupportedModelError, match="windows of 7, and would get others there"):
+        tiny("mistral", sliding_window=7).init_continuous_batching(config(12, 2), batching())
+
+
+def test_logits_that_are_off(monkeypatch):
+    """Whatever the cause: a trial compares them with a plain forward."""
+    model = tiny("qwen3", layers=1, seed=7)
+    prepared = trial._paged
+    monkeypatch.setattr(trial, "_paged", lambda *given: {name: 2 * one for name, one in prepared(*given).items()})
+    with pytest.raises(UnsupportedModelError, match=r"off by 1\.0e\+00"):
+        model.init_continuous_batching(config(12, 2), batching())
+
+
+def test_windows_that_do_not_fit():
+    with pytest.raises(SinkArgumentError, match="leaves no room"):
+        tiny("llama").init_continuous_batching(config(4, 4), batching())
