@@ -43,7 +43,7 @@ def fresh_state(unchanged_models: None, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 def pytest_configure() -> None:
-    """Listen to Ctrl-C, as the programs that tests start do: a job in the background of a script is begun deaf to it."""
+    """Listen to Ctrl-C, as the programs that tests start do: a job in the background of a script is begun deaf."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -8,12 +8,12 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from packaging.version import Version
 
-from tests.matrix.environments import environment, packages_of, python_of
+from tests.matrix.environments import HERE, environment, packages_of, python_of
 from tests.matrix.records import NO_ENVIRONMENT, TOO_LONG, Record, read
 from tests.matrix.versions import VERSIONS
 
@@ -40,10 +40,20 @@ QUICK = (
     *("-k", f"not ({EAGER})"),
     *ALIKE,
 )
+ON_TORCH = (
+    "tests/generation/test_compiled.py",
+    "tests/buffers",
+    "tests/cache/test_files.py",
+    "tests/serving/test_distributed.py",
+    "tests/patching/test_autoload.py",
+    "tests/test_package.py",
+)
+"""What rests on torch or Python more than on transformers."""
 SUITES: dict[str, tuple[str, ...]] = {
     "all": ALIKE,
     "quick": QUICK,
     "quick + families": ("tests/models/test_coverage.py", *QUICK),
+    "torch": (*ON_TORCH, *QUICK),
 }
 """The arguments of pytest for each suite. The quick one has eager attention for a few families: those that have no
 other, or masks of their own."""
@@ -93,7 +103,7 @@ def all_of(runs: Sequence[Run], jobs: int) -> Iterator[Record]:
     """
     with ThreadPoolExecutor(jobs) as pool:
         made = dict(zip(runs, pool.map(prepare, runs), strict=True))
-        yield from (Record(run.version, run.suite, NO_ENVIRONMENT) for run in runs if not made[run])
+        yield from (beside(Record(run.version, run.suite, NO_ENVIRONMENT)) for run in runs if not made[run])
         ordered = sorted((run for run in runs if made[run]), key=lambda run: run.cost, reverse=True)
         for done in as_completed([pool.submit(record, run) for run in ordered]):
             yield done.result()
@@ -122,7 +132,13 @@ def record(run: Run) -> Record:
             exit_code = run_pytest(run, junit, Path(temporary, "tests"))
         except subprocess.TimeoutExpired:
             exit_code = TOO_LONG
-    return read(run.version, run.suite, exit_code, time.monotonic() - start, junit, run.log)
+    return beside(read(run.version, run.suite, exit_code, time.monotonic() - start, junit, run.log))
+
+
+def beside(found: Record) -> Record:
+    """A record that says the torch and the Python of this process, which are those of its environments."""
+    torch, python = HERE
+    return replace(found, torch=torch, python=python)
 
 
 def run_pytest(run: Run, junit: Path, temporary: Path) -> int:
