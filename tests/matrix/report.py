@@ -37,7 +37,7 @@ def bad(record: Record) -> int:
 
 
 def tables(records: Sequence[Record]) -> dict[str, str]:
-    """The tables for which there are records: "matrix" of those with the torch and the Python of CI, "torch" of others."""
+    """The tables for which there are records: "matrix" with the torch and the Python of CI, "torch" with others."""
     usual = [record for record in records if not record.is_beside_others]
     others = sorted((record for record in records if record.is_beside_others), key=lambda record: record.key[1:])
     found = {"matrix": table(usual) if usual else "", "torch": table_of_others(others) if others else ""}

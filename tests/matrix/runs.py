@@ -40,8 +40,18 @@ QUICK = (
     *("-k", f"not ({EAGER})"),
     *ALIKE,
 )
+COMPILED = (
+    "test_one_graph_serves_all_tokens_of_three_streams[llama-sdpa]",
+    "test_one_graph_serves_all_tokens_of_three_streams[gemma3_text-eager]",
+    "test_rows_of_different_lengths_and_a_second_turn",
+    "test_beams_are_compiled_too",
+    "test_a_compiled_forward_has_a_graph_for_prompts_and_one_for_tokens",
+    "test_a_compiled_model_in_a_loop_without_generate_is_right",
+    "test_a_row_may_have_no_new_token",
+    "test_inductor_gives_the_same_text",
+)
 ON_TORCH = (
-    "tests/generation/test_compiled.py",
+    *(f"tests/generation/test_compiled.py::{name}" for name in COMPILED),
     "tests/buffers",
     "tests/cache/test_files.py",
     "tests/serving/test_distributed.py",
