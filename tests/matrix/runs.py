@@ -54,8 +54,6 @@ ON_TORCH = (
     *(f"tests/generation/test_compiled.py::{name}" for name in COMPILED),
     "tests/buffers",
     "tests/cache/test_files.py",
-    "tests/serving/test_distributed.py",
-    "tests/patching/test_autoload.py",
     "tests/test_package.py",
 )
 """What rests on torch or Python more than on transformers."""

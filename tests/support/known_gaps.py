@@ -204,12 +204,6 @@ KNOWN_GAPS: tuple[KnownGap, ...] = (
         "generation/test_compiled.py::*",
         torch="<2.7",
     ),
-    *_rows(
-        "<5.0",
-        "this torch cannot trace a dict whose keys are objects, where sinks are kept while a prompt is read",
-        "generation/test_compiled.py::test_a_compiled_forward_has_a_graph_for_prompts*",
-        torch="<2.7",
-    ),
 )
 
 
