@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from sink_patch.compat.caches import Cached, Entry
-from sink_patch.compat.table import choose_shim, installed_shim
+from sink_patch.compat.table import choose_shim, installed_shim, why_not_traced
 
-__all__ = ["Cached", "Entry", "choose_shim", "installed_shim"]
+__all__ = ["Cached", "Entry", "choose_shim", "installed_shim", "why_not_traced"]

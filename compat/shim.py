@@ -146,6 +146,7 @@ class Shim:
         own_cache: from the class of a model to why it cannot be given a cache object at all; None: it can.
         passes_cache_position: whether models take the mask coordinates of the new tokens as `cache_position`.
         explicit_masks: whether models must be given a mask even where every column is visible.
+        traced_by: versions of torch whose compiler can trace the models.
         quirks: families that behave differently here.
         batching: the places on which sinks in continuous batching build; none where it takes no sinks.
     """
@@ -162,6 +163,7 @@ class Shim:
     own_cache: Callable[[type], str | None]
     passes_cache_position: bool
     explicit_masks: bool
+    traced_by: SpecifierSet
     quirks: tuple[Quirk, ...] = field(default=())
     batching: tuple[Place, ...] = field(default=())
 

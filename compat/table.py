@@ -35,6 +35,20 @@ def choose_shim(found: str) -> Shim:
     return TABLE[0]
 
 
+def why_not_traced() -> str | None:
+    """Why the installed torch cannot compile the models of the installed transformers; None: it can."""
+    import torch
+    import transformers
+
+    traced_by = installed_shim().traced_by
+    if traced_by.contains(Version(torch.__version__).base_version):
+        return None
+    return (
+        f"torch {torch.__version__} cannot compile the models of transformers {transformers.__version__}, which takes "
+        f"torch{traced_by}"
+    )
+
+
 @functools.cache  # a forward asks for it
 def installed_shim() -> Shim:
     """The shim for the transformers that is installed.

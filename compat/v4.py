@@ -58,6 +58,8 @@ _CONFIG_CLASSES = Constant(
     value=lambda: SinkCacheConfig,
 )
 
+_TRACED_BY = SpecifierSet(">=2.6")
+
 
 def _cache_of_given_layers() -> type:
     from sink_patch.compat.bases import CacheBase456
@@ -112,6 +114,7 @@ SHIMS = (
         own_cache=caches.keeps_its_own_cache,
         passes_cache_position=True,
         explicit_masks=False,
+        traced_by=_TRACED_BY,
         quirks=(_PHIMOE,),
     ),
     # a cache is given its layers, and knows from the config what they hold
@@ -128,6 +131,7 @@ SHIMS = (
         own_cache=caches.keeps_its_own_cache,
         passes_cache_position=True,
         explicit_masks=False,
+        traced_by=_TRACED_BY,
         quirks=(_PHIMOE,),
     ),
     # caches are made of layers; `cache_config` is a dict again
@@ -144,6 +148,7 @@ SHIMS = (
         own_cache=caches.keeps_its_own_cache,
         passes_cache_position=True,
         explicit_masks=False,
+        traced_by=_TRACED_BY,
         quirks=(_PHIMOE, _GEMMA3N, _LLAMA4),
     ),
     # `masking_utils` asks the cache for the sizes of masks; configs have `layer_types`
@@ -160,6 +165,7 @@ SHIMS = (
         own_cache=caches.keeps_its_own_cache,
         passes_cache_position=True,
         explicit_masks=False,
+        traced_by=_TRACED_BY,
         quirks=(_PHIMOE, _GEMMA3N, _FALCON_H1),
     ),
     # models build their masks themselves, caches hold lists, `cache_config` becomes a class
@@ -176,6 +182,7 @@ SHIMS = (
         own_cache=caches.keeps_its_own_cache,
         passes_cache_position=True,
         explicit_masks=True,
+        traced_by=_TRACED_BY,
         quirks=(_PHIMOE, _CUT_MASKS),
     ),
 )

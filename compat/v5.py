@@ -39,6 +39,8 @@ _INDEXER = Quirk(
 )
 _ONE_COLUMN_TOO_MANY = Quirk("persimmon stablelm", explicit_mask=True)  # 5.0 guesses one column more than there is
 
+_TRACED_BY = SpecifierSet(">=2.7")  # before, it fails at the names of a function's arguments
+
 
 def _cache_that_crops_by_count() -> type:
     from sink_patch.compat.bases import CacheBase515
@@ -90,6 +92,7 @@ SHIMS = (
         own_cache=caches.takes_any_cache,
         passes_cache_position=False,
         explicit_masks=False,
+        traced_by=_TRACED_BY,
         quirks=(),
     ),
     # learned indices keep their keys in the cache
@@ -106,6 +109,7 @@ SHIMS = (
         own_cache=caches.takes_any_cache,
         passes_cache_position=False,
         explicit_masks=False,
+        traced_by=_TRACED_BY,
         quirks=_STATES,
     ),
     # recurrent and convolution states are layers of the common cache
@@ -122,6 +126,7 @@ SHIMS = (
         own_cache=caches.takes_any_cache,
         passes_cache_position=False,
         explicit_masks=False,
+        traced_by=_TRACED_BY,
         quirks=(_INDEXER, *_STATES),
     ),
     # as above, and delta-rule states start anew with each forward of several tokens
@@ -138,6 +143,7 @@ SHIMS = (
         own_cache=caches.takes_any_cache,
         passes_cache_position=False,
         explicit_masks=False,
+        traced_by=_TRACED_BY,
         quirks=(_INDEXER, *_STATES, _DELTA_RULE),
     ),
     # `cache_position` is gone; masks go by the number of new tokens
@@ -154,6 +160,7 @@ SHIMS = (
         own_cache=caches.keeps_its_own_cache,
         passes_cache_position=False,
         explicit_masks=False,
+        traced_by=_TRACED_BY,
         quirks=(_INDEXER,),
     ),
     # all rotary modules keep their frequencies in buffers
@@ -170,6 +177,7 @@ SHIMS = (
         own_cache=caches.keeps_its_own_cache,
         passes_cache_position=True,
         explicit_masks=False,
+        traced_by=_TRACED_BY,
         quirks=(_INDEXER, _ONE_COLUMN_TOO_MANY),
     ),
 )

@@ -36,6 +36,7 @@ class Ring:
     def __init__(self, rotation: Rotation | None):
         self.rotation = rotation
         self.buffer: torch.Tensor | None = None
+        self.pristine: torch.Tensor | None = None  # its sinks as the model made them; set by its owner
         self._owner: weakref.ref[SinkOwner] | None = None  # of its sinks, where they turn with position; it holds us
 
     @property

@@ -37,7 +37,9 @@ _SIDE_BY_SIDE = 8  # rings in one piece of memory; while they are brought there,
 class Sinks:
     """The only owner of pristine sinks, and of where they are shown.
 
-    A ring tells it of new sinks and of another buffer by itself.
+    A ring tells it of new sinks and of another buffer by itself. Each ring carries its own, [rows, heads,
+    num_sink_tokens, dim], as the model made them: a graph goes through here where a prompt is read, and torch up to
+    2.9 (or later) traces no dict whose keys are objects.
 
     Args:
         rings: all that have sinks which turn with position.
@@ -45,7 +47,6 @@ class Sinks:
 
     def __init__(self, rings: Sequence[Ring]):
         self._rings = tuple(rings)
-        self._pristine: dict[Ring, torch.Tensor] = {}  # [rows, heads, num_sink_tokens, dim], as the model made them
         self._groups: list[_Group] | None = None  # None: to be made anew
         self._shown: tuple[int, ...] | None = None  # how far the sinks in the buffers are turned, row by row
         self._side_by_side = False
@@ -63,20 +64,22 @@ class Sinks:
 
     def pristine_of(self, ring: Ring) -> torch.Tensor | None:
         """The sinks of a ring as the model made them, [rows, heads, num_sink_tokens, dim]; None: there are none yet."""
-        return self._pristine.get(ring)
+        return ring.pristine
 
     def put(self, ring: Ring, pristine: torch.Tensor) -> None:
         """Keep sinks that come from elsewhere (a file)."""
-        self._pristine[ring] = pristine
+        ring.pristine = pristine
         self.buffer_replaced()
 
     def take(self, ring: Ring, states: torch.Tensor, layout: Layout) -> None:
         """Keep the sinks among new states [rows, heads, columns, dim]."""
-        if ring not in self._pristine:
+        pristine = ring.pristine
+        if pristine is None:
             with torch.inference_mode(False):  # else they could not be written to outside it
                 shape = (*states.shape[:2], layout.kind.num_sink_tokens, states.shape[3])
-                self.put(ring, states.new_zeros(shape))
-        layout.write_sinks(self._pristine[ring], states)
+                pristine = states.new_zeros(shape)
+                self.put(ring, pristine)
+        layout.write_sinks(pristine, states)
 
     def buffer_replaced(self) -> None:
         """Hold no buffer any more: some ring has got another one, or none."""
@@ -85,16 +88,17 @@ class Sinks:
     @torch.inference_mode(False)  # as in `take`
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep the rows `rows`, in that order."""
-        for ring, pristine in self._pristine.items():
+        for ring, pristine in self._held():
             self.put(ring, pristine.index_select(0, rows.to(pristine.device)))
 
     def reset(self) -> None:
-        self._pristine.clear()
+        for ring in self._rings:
+            ring.pristine = None
         self.buffer_replaced()
 
     @property
     def nbytes(self) -> int:
-        return sum(pristine.nbytes for pristine in self._pristine.values())
+        return sum(pristine.nbytes for _, pristine in self._held())
 
     @property
     def turned_nbytes(self) -> int:
@@ -128,17 +132,22 @@ class Sinks:
         """The rings that turn alike, one group each."""
         if self._groups is None:
             alike = defaultdict(list)
-            for ring, pristine in self._pristine.items():
+            for ring, pristine in self._held():
                 if ring.rotation is not None and ring.buffer is not None:
                     shapes = (pristine.shape, ring.buffer.shape)
                     alike[ring.rotation, ring.buffer.device, ring.buffer.dtype, shapes].append(ring)
             groups = []
             for (rotation, *_), rings in alike.items():
-                together = _stack([self._pristine[ring] for ring in rings])
-                self._pristine.update(zip(rings, together, strict=True))
+                together = _stack([ring.pristine for ring in rings if ring.pristine is not None])
+                for ring, pristine in zip(rings, together, strict=True):
+                    ring.pristine = pristine
                 groups.append(_Group(rings, rotation, together))
             self._groups = groups
         return self._groups
+
+    def _held(self) -> list[tuple[Ring, torch.Tensor]]:
+        """The rings that have sinks, with these."""
+        return [(ring, ring.pristine) for ring in self._rings if ring.pristine is not None]
 
 
 class _Group:

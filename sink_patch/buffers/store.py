@@ -67,7 +67,10 @@ class LayerStore:
         Models without full or sliding attention in layer 0 ask for the mask of layer 0 all the same.
         """
         behind = (*self.layers[layer_idx:], *self.layers)
-        return next((layer for layer in behind if isinstance(layer, SinkLayer)), None)
+        for layer in behind:  # no `next` with a default, as in hooks.py
+            if isinstance(layer, SinkLayer):
+                return layer
+        return None
 
     @property
     def nbytes(self) -> int:

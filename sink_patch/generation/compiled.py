@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 from sink_patch.cache.sink_cache import SinkCache
+from sink_patch.compat import why_not_traced
+from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.models.entries import cache_argument
 from sink_patch.streaming.calls.guard import check_given
 from sink_patch.streaming.inputs import accepted
@@ -24,6 +26,20 @@ def offered_to_compiler(cache: SinkCache) -> Iterator[None]:
         yield
     finally:
         streams.offered_to_compiler = False
+
+
+def check_can_be_traced(asked: bool) -> bool:
+    """Whether there is to be a graph, as transformers says, of a model that torch can trace.
+
+    Raises:
+        UnsupportedGenerationError: it cannot; "static" would fail in the middle of torch.
+    """
+    problem = why_not_traced() if asked else None
+    if problem is not None:
+        raise UnsupportedGenerationError(
+            f"compile_config was given with a sink cache, but {problem}. Upgrade torch, or leave out compile_config."
+        )
+    return asked
 
 
 def drop_graph_of_another(model: nn.Module) -> None:

@@ -164,7 +164,7 @@ def may_compile(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], kw
     if not isinstance(cache, SinkCache) or given["generation_config"].compile_config is None:
         return wrapped(*args, **kwargs)
     with compiled.offered_to_compiler(cache):
-        return wrapped(*args, **kwargs)
+        return compiled.check_can_be_traced(wrapped(*args, **kwargs))
 
 
 def compiled_call(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

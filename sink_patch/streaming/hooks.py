@@ -143,4 +143,7 @@ def _cache_among(named: dict[str, Any]) -> StreamingCache | None:
 
 
 def _first_cache(values: Iterable[Any]) -> StreamingCache | None:
-    return next((value for value in values if isinstance(value, StreamingCache)), None)
+    for value in values:  # a loop, as a graph goes through here: torch up to 2.7 traces no `next` with a default
+        if isinstance(value, StreamingCache):
+            return value
+    return None

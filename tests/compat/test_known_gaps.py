@@ -12,18 +12,19 @@ import pytest
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from tests.matrix.versions import VERSIONS
+from tests.matrix.versions import OTHERS, TORCH, VERSIONS
 from tests.support import known_gaps
 from tests.support.known_gaps import KnownGap
 
 ROOT = Path(__file__).parent.parent.parent
+TORCHES = (TORCH, *(one.torch for one in OTHERS))
 OLD, NEW = Version("4.52.4"), Version("5.0.0")
 
 
 def test_each_row_has_a_reason_and_applies_to_a_version_of_the_matrix():
     for gap in known_gaps.KNOWN_GAPS:
         assert gap.reason.strip(), gap
-        assert any(gap.applies_to(Version(version)) for version in VERSIONS), gap
+        assert any(gap.applies_to(Version(version), Version(torch)) for version in VERSIONS for torch in TORCHES), gap
 
 
 def test_each_file_of_the_table_exists():
@@ -43,6 +44,8 @@ def table(monkeypatch):
         KnownGap(SpecifierSet("<5"), "tests/test_a.py::test_b*", "no brackets"),
         KnownGap(SpecifierSet("<5"), "tests/test_a.py::test_c[x-*]", "no x"),
         KnownGap(SpecifierSet(">=5"), "tests/test_d.py", "no d"),
+        KnownGap(SpecifierSet("<5"), "tests/test_f.py::*", "no f", torch=SpecifierSet("<2")),
+        KnownGap(SpecifierSet("<5"), "tests/test_g.py::*", "no g", torch=SpecifierSet(">=2")),
     )
     monkeypatch.setattr(known_gaps, "KNOWN_GAPS", rows)
 
@@ -57,6 +60,9 @@ def table(monkeypatch):
         ("tests/test_d.py", NEW, "no d"),
         ("tests/test_d.py", OLD, None),
         ("tests/test_d.py::test_e", NEW, None),
+        ("tests/test_f.py::test_a", OLD, None),
+        ("tests/test_g.py::test_a", OLD, "no g"),
+        ("tests/test_g.py::test_a", NEW, None),
     ],
 )
 def test_brackets_are_literal_and_stars_are_wildcards(nodeid, version, reason, table):

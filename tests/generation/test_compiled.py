@@ -25,6 +25,7 @@ from tests.support.tiny import tokens
 # torch warns when it traces the masks of transformers 4.53 to 4.57
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
+LIMIT = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # torch 2.6
 W, S = 12, 3
 CONTEXT = 48  # short, so that the clock is set back
 SINK = {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S}
@@ -388,7 +389,7 @@ def test_a_row_may_have_no_new_token():
     stream, caches = tokens(40, rows=2), [SinkCache(W, S, model=model) for _ in range(2)]
     steps = [(0, 20, [1, 1]), *((at, at + 1, [1, at % 2]) for at in range(20, 30))]
     compiled, logits = torch.compile(model.forward, backend="eager", dynamic=False), []
-    with torch._dynamo.config.patch(error_on_recompile=False, recompile_limit=32):
+    with torch._dynamo.config.patch({"error_on_recompile": False, LIMIT: 32}):
         for cache, forward in zip(caches, (None, compiled), strict=True):
             mask = torch.empty(2, 0, dtype=torch.long)
             if forward is not None:

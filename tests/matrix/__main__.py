@@ -7,7 +7,10 @@
     python -m tests.matrix --quick 5.4.0 --only tests/cache/test_cache.py
     python -m tests.matrix --full 5.4.0 --with old.json --readme    one version again, and the table of all
 
-Torch and the tools are those of the python that runs this: another torch is tested by running it with another python.
+Torch and the tools are those of the python that runs this: another torch is tested by running it with another python,
+and has a table of its own. compat/README.md says how.
+
+    OTHER/bin/python -m tests.matrix --torch 5.24.0 --json other.json    a quick selection, and what rests on torch
 """
 
 from __future__ import annotations
@@ -21,8 +24,9 @@ from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
-from tests.matrix.records import Record
-from tests.matrix.report import closing_line, failures, line, reasons, table, with_table
+from tests.matrix.environments import root_in
+from tests.matrix.records import Key, Record
+from tests.matrix.report import closing_line, failures, line, reasons, tables, with_tables
 from tests.matrix.runs import CHECKOUT, SUITES, Run, all_of
 from tests.matrix.versions import VERSIONS
 
@@ -34,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for record in all_of(runs(asked), asked.jobs):
         print(line(record), flush=True)
         records.append(record)
-    records += earlier(asked.earlier, but_not={record.version for record in records})
-    records.sort(key=lambda record: Version(record.version))
+    records += earlier(asked.earlier, but_not={record.key for record in records})
+    records.sort(key=lambda record: record.key)
     print_results(records)
     write_files(records, asked)
     print(closing_line(records))
@@ -59,6 +63,14 @@ def parser() -> argparse.ArgumentParser:
         help="a quick selection on these; without V, on all others",
     )
     it.add_argument(
+        "--torch",
+        nargs="+",
+        type=version,
+        default=[],
+        metavar="V",
+        help="the quick selection and what rests on torch on these: for a python with another torch",
+    )
+    it.add_argument(
         "--without", nargs="+", type=version, default=[], metavar="V", help="leave these out: they are tested elsewhere"
     )
     it.add_argument(
@@ -74,7 +86,11 @@ def parser() -> argparse.ArgumentParser:
         "--jobs", type=int, default=2, metavar="N", help="how many versions run at the same time (%(default)s)"
     )
     it.add_argument(
-        "--root", type=Path, default=CHECKOUT / ".matrix", metavar="DIR", help="environments and logs (%(default)s)"
+        "--root",
+        type=Path,
+        default=root_in(CHECKOUT / ".matrix"),
+        metavar="DIR",
+        help="environments and logs (%(default)s)",
     )
     it.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, failures and reasons to this file")
     it.add_argument(
@@ -86,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="files of --json: their records of versions that are not run now are added to the result",
     )
-    it.add_argument("--readme", action="store_true", help="put the table into compat/README.md")
+    it.add_argument("--readme", action="store_true", help="put the tables into compat/README.md")
     return it
 
 
@@ -99,19 +115,19 @@ def version(text: str) -> str:
     return text
 
 
-def earlier(files: Sequence[Path], but_not: Collection[str]) -> list[Record]:
-    """The records in files of --json, without some versions; of two for one version, that of the later file."""
+def earlier(files: Sequence[Path], but_not: Collection[Key]) -> list[Record]:
+    """The records in files of --json, without some keys; of two for one key, that of the later file."""
     found = [Record(**record) for file in files for record in json.loads(file.read_text())]
-    return [*{record.version: record for record in found if record.version not in but_not}.values()]
+    return [*{record.key: record for record in found if record.key not in but_not}.values()]
 
 
 def runs(asked: argparse.Namespace) -> list[Run]:
     """One run for each version that is asked for; the whole suite if a version is named twice."""
-    is_default = not (asked.full or asked.quick is not None or asked.earlier)
+    is_default = not (asked.full or asked.quick is not None or asked.torch or asked.earlier)
     full = list(VERSIONS) if asked.all_full or is_default else asked.full
     quick = [] if asked.quick is None else asked.quick or VERSIONS
     selection = "quick + families" if asked.families else "quick"
-    suites = {**dict.fromkeys(quick, selection), **dict.fromkeys(full, "all")}
+    suites = {**dict.fromkeys(quick, selection), **dict.fromkeys(asked.torch, "torch"), **dict.fromkeys(full, "all")}
     suites = {name: suite for name, suite in suites.items() if name not in asked.without}
     root = asked.root.resolve()
     if asked.only:
@@ -120,8 +136,14 @@ def runs(asked: argparse.Namespace) -> list[Run]:
 
 
 def print_results(records: Sequence[Record]) -> None:
-    """Print the table, the failures, and why tests were skipped."""
-    for title, lines in (("", [table(records)]), ("Failed:", [*failures(records)]), ("Skipped:", [*reasons(records)])):
+    """Print the tables, the failures, and why tests were skipped."""
+    made = [*tables(records).values()]
+    for title, lines in (
+        ("", made[:1]),
+        ("", made[1:]),
+        ("Failed:", [*failures(records)]),
+        ("Skipped:", [*reasons(records)]),
+    ):
         if lines:
             print(title, *lines, "", sep="\n")
 
@@ -132,7 +154,7 @@ def write_files(records: Sequence[Record], asked: argparse.Namespace) -> None:
         asked.json.write_text(json.dumps([asdict(record) for record in records], indent=1) + "\n")
     if asked.readme:
         readme = CHECKOUT / "compat" / "README.md"
-        readme.write_text(with_table(readme.read_text(), table(records)))
+        readme.write_text(with_tables(readme.read_text(), tables(records)))
 
 
 if __name__ == "__main__":

@@ -6,17 +6,30 @@ all of them together take a few minutes and a few GB, without a second torch.
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 from typing import IO
 
-from tests.matrix.versions import BESIDE
+from packaging.version import Version
 
+from tests.matrix.records import minor
+from tests.matrix.versions import BESIDE, PYTHON, TORCH
+
+HERE = (Version(importlib.metadata.version("torch")).public, minor(platform.python_version()))
+"""The torch and the Python of all environments that this python makes, without the torch's build ("+cpu")."""
 SHARED = Path(sysconfig.get_path("purelib"))
 SHARE = f"import site; site.addsitedir({str(SHARED)!r})\n"
 ASK = "import importlib.metadata, torch, transformers; print(importlib.metadata.version('transformers'))"
+
+
+def root_in(folder: Path) -> Path:
+    """Where the environments of this torch and this Python lie: those of others are not theirs."""
+    torch, python = HERE
+    return folder if (minor(torch), python) == (TORCH, PYTHON) else folder / f"torch-{torch}-python-{python}"
 
 
 def python_of(folder: Path) -> Path:

@@ -9,6 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
+from packaging.version import Version
+
+from tests.matrix.versions import PYTHON, TORCH
+
 ARCHITECTURES = re.compile(r"^\d+ architectures: (\d+) exact, (\d+) refused", re.MULTILINE)  # see tests/conftest.py
 BAD = ("failure", "error")
 NO_IMPORT = "collection failure"
@@ -16,6 +20,8 @@ NO_FILE = "collection skipped"
 """The messages of pytest for a file that cannot be imported, and for one that is skipped as a whole."""
 NO_ENVIRONMENT, TOO_LONG = -1001, -1002
 """Instead of pytest's exit code, if pytest did not start or did not end."""
+Key = tuple[Version, Version, str]
+"""transformers, torch, Python."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Record:
         exact, refused: architectures; None if they were not tested.
         bad: the tests that failed, each with its message.
         reasons: why tests were skipped, and how many for each reason.
+        torch, python: beside which it ran, such as "2.13.0" and "3.11"; "": those of CI.
     """
 
     version: str
@@ -46,6 +53,19 @@ class Record:
     refused: int | None = None
     bad: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, int] = field(default_factory=dict)
+    torch: str = ""
+    python: str = ""
+
+    @property
+    def is_beside_others(self) -> bool:
+        """Whether it ran with another torch or Python than CI."""
+        return bool(self.torch) and (minor(self.torch), self.python) != (TORCH, PYTHON)
+
+    @property
+    def key(self) -> Key:
+        """What it is about: of two records with one key, one is right."""
+        torch, python = (self.torch, self.python) if self.is_beside_others else (TORCH, PYTHON)
+        return Version(self.version), Version(torch), python
 
     @property
     def is_good(self) -> bool:
@@ -102,3 +122,8 @@ def architectures(log: str) -> tuple[int | None, int | None]:
     """How many architectures are exact and how many are refused, from the line of conftest.py in the log."""
     found = ARCHITECTURES.findall(log)
     return (int(found[-1][0]), int(found[-1][1])) if found else (None, None)
+
+
+def minor(version: str) -> str:
+    """The first two numbers of a version."""
+    return ".".join(map(str, Version(version).release[:2]))

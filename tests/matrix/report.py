@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from tests.matrix.records import NO_ENVIRONMENT, TOO_LONG, Record
 
 COLUMNS = ("transformers", "tests", "passed", "failed", "skipped", "families exact", "refused by name")
-BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
+COLUMNS_OF_OTHERS = ("torch", "Python", *COLUMNS[:5])
 STATES = {
     0: "no test passed",
     NO_ENVIRONMENT: "its environment could not be created",
@@ -22,7 +22,8 @@ def line(record: Record) -> str:
     """The closing line of one version."""
     counts = f"{record.passed} passed, {bad(record)} failed, {record.skipped} skipped in {record.seconds:.0f} s"
     state = "" if record.is_good else f" [{state_of(record)}]"
-    return f"transformers {record.version} ({record.suite}): {counts}{state}"
+    others = f" with torch {record.torch} on Python {record.python}" if record.is_beside_others else ""
+    return f"transformers {record.version}{others} ({record.suite}): {counts}{state}"
 
 
 def state_of(record: Record) -> str:
@@ -35,10 +36,29 @@ def bad(record: Record) -> int:
     return record.failed + record.errors
 
 
+def tables(records: Sequence[Record]) -> dict[str, str]:
+    """The tables for which there are records: "matrix" with the torch and the Python of CI, "torch" with others."""
+    usual = [record for record in records if not record.is_beside_others]
+    others = sorted((record for record in records if record.is_beside_others), key=lambda record: record.key[1:])
+    found = {"matrix": table(usual) if usual else "", "torch": table_of_others(others) if others else ""}
+    return {name: text for name, text in found.items() if text}
+
+
 def table(records: Iterable[Record]) -> str:
     """A Markdown table with a row for each version."""
-    rows = [COLUMNS, ["---"] * len(COLUMNS), *map(cells, records)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown([COLUMNS, *map(cells, records)])
+
+
+def table_of_others(records: Iterable[Record]) -> str:
+    """The same for other versions of torch and Python."""
+    rows = ([record.torch, record.python, *cells(record)[:5]] for record in records)
+    return markdown([COLUMNS_OF_OTHERS, *rows])
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of rows; the first is its head."""
+    head, *body = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
 
 
 def cells(record: Record) -> list[str]:
@@ -76,14 +96,17 @@ def closing_line(records: Sequence[Record]) -> str:
     )
 
 
-def with_table(text: str, new: str) -> str:
-    """A text in which the table between the two marks is replaced.
+def with_tables(text: str, new: Mapping[str, str]) -> str:
+    """A text in which each table with a name, between two marks, is replaced; the others stay as they are.
 
     Raises:
-        ValueError: the text does not contain the two marks once each, in their order.
+        ValueError: the text does not contain the two marks of a name once each, in their order.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after or END in before + after:
-        raise ValueError(f"The text must contain {BEGIN} and {END} once, in this order")
-    return f"{before}{BEGIN}\n{new}\n{END}{after}"
+    for name, rows in new.items():
+        first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, begin, rest = text.partition(first)
+        _, end, after = rest.partition(last)
+        if not begin or not end or first in after or last in before + after:
+            raise ValueError(f"The text must contain {first} and {last} once, in this order")
+        text = f"{before}{first}\n{rows}\n{last}{after}"
+    return text

@@ -8,12 +8,12 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from packaging.version import Version
 
-from tests.matrix.environments import environment, packages_of, python_of
+from tests.matrix.environments import HERE, environment, packages_of, python_of
 from tests.matrix.records import NO_ENVIRONMENT, TOO_LONG, Record, read
 from tests.matrix.versions import VERSIONS
 
@@ -41,10 +41,28 @@ QUICK = (
     *("-k", f"not ({EAGER}) and not ({SLOW})"),
     *ALIKE,
 )
+COMPILED = (
+    "test_one_graph_serves_all_tokens_of_three_streams[llama-sdpa]",
+    "test_one_graph_serves_all_tokens_of_three_streams[gemma3_text-eager]",
+    "test_rows_of_different_lengths_and_a_second_turn",
+    "test_beams_are_compiled_too",
+    "test_a_compiled_forward_has_a_graph_for_prompts_and_one_for_tokens",
+    "test_a_compiled_model_in_a_loop_without_generate_is_right",
+    "test_a_row_may_have_no_new_token",
+    "test_inductor_gives_the_same_text",
+)
+ON_TORCH = (
+    *(f"tests/generation/test_compiled.py::{name}" for name in COMPILED),
+    "tests/buffers",
+    "tests/cache/test_files.py",
+    "tests/test_package.py",
+)
+"""What rests on torch or Python more than on transformers."""
 SUITES: dict[str, tuple[str, ...]] = {
     "all": ALIKE,
     "quick": QUICK,
     "quick + families": ("tests/models/test_coverage.py", *QUICK),
+    "torch": (*ON_TORCH, *QUICK),
 }
 """The arguments of pytest for each suite. The quick one has eager attention for a few families: those that have no
 other, or masks of their own; and of the oracle's windows the short ones alone."""
@@ -94,7 +112,7 @@ def all_of(runs: Sequence[Run], jobs: int) -> Iterator[Record]:
     """
     with ThreadPoolExecutor(jobs) as pool:
         made = dict(zip(runs, pool.map(prepare, runs), strict=True))
-        yield from (Record(run.version, run.suite, NO_ENVIRONMENT) for run in runs if not made[run])
+        yield from (beside(Record(run.version, run.suite, NO_ENVIRONMENT)) for run in runs if not made[run])
         ordered = sorted((run for run in runs if made[run]), key=lambda run: run.cost, reverse=True)
         for done in as_completed([pool.submit(record, run) for run in ordered]):
             yield done.result()
@@ -123,7 +141,13 @@ def record(run: Run) -> Record:
             exit_code = run_pytest(run, junit, Path(temporary, "tests"))
         except subprocess.TimeoutExpired:
             exit_code = TOO_LONG
-    return read(run.version, run.suite, exit_code, time.monotonic() - start, junit, run.log)
+    return beside(read(run.version, run.suite, exit_code, time.monotonic() - start, junit, run.log))
+
+
+def beside(found: Record) -> Record:
+    """A record that says the torch and the Python of this process, which are those of its environments."""
+    torch, python = HERE
+    return replace(found, torch=torch, python=python)
 
 
 def run_pytest(run: Run, junit: Path, temporary: Path) -> int:

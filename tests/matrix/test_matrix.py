@@ -19,6 +19,7 @@ from tests.matrix.versions import VERSIONS
 
 GOOD = Record("5.23.0", "all", 0, 61.4, 1200, 0, 0, 3, 128, 61, {}, {"no sdpa": 2, "no server": 1})
 QUICK = Record("4.52.4", "quick", 0, 9.0, 40, skipped=1, reasons={"no sdpa": 1})
+OTHER = replace(QUICK, version="5.24.0", suite="torch", torch="2.6.0", python="3.10")
 BAD = replace(QUICK, exit_code=1, failed=1, errors=1, bad={"tests/test_a.py::test_b[1]": "assert 1 == 2"})
 TESTS = {
     "test_all_kinds": """
@@ -113,9 +114,24 @@ def test_the_table_has_a_row_for_each_version():
     ]
 
 
+def test_other_versions_of_torch_and_python_have_a_table_of_their_own():
+    newer = replace(OTHER, torch="2.14.1")
+    usual = replace(GOOD, torch="2.13.0", python="3.11")
+    assert report.tables([newer, OTHER, usual]) == {
+        "matrix": report.table([GOOD]),
+        "torch": "| torch | Python | transformers | tests | passed | failed | skipped |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |\n"
+        "| 2.6.0 | 3.10 | 5.24.0 | torch | 40 | 0 | 1 |\n"
+        "| 2.14.1 | 3.10 | 5.24.0 | torch | 40 | 0 | 1 |",
+    }
+    assert [*report.tables([GOOD])] == ["matrix"]
+    assert [*report.tables([replace(usual, python="3.12")])] == ["torch"]
+
+
 @pytest.mark.parametrize(
     ("record", "wanted"),
     [
+        (OTHER, "transformers 5.24.0 with torch 2.6.0 on Python 3.10 (torch): 40 passed, 0 failed, 1 skipped in 9 s"),
         (GOOD, "transformers 5.23.0 (all): 1200 passed, 0 failed, 3 skipped in 61 s"),
         (BAD, "transformers 4.52.4 (quick): 40 passed, 2 failed, 1 skipped in 9 s [tests failed]"),
         (Record("5.0.0", "all", NO_ENVIRONMENT), "in 0 s [its environment could not be created]"),
@@ -151,17 +167,18 @@ def test_the_closing_line_counts_a_version_without_tests_as_a_failure(records, w
     assert report.closing_line(records) == wanted
 
 
-def test_the_table_of_a_text_is_replaced_and_nothing_else():
-    text = "before\n<!-- matrix -->\nold\n<!-- /matrix -->\nafter\n"
-    new = report.with_table(text, "new")
-    assert new == "before\n<!-- matrix -->\nnew\n<!-- /matrix -->\nafter\n"
-    assert report.with_table(new, "new") == new
+def test_a_table_of_a_text_is_replaced_and_nothing_else():
+    text = "before\n<!-- matrix -->\nold\n<!-- /matrix -->\nafter\n<!-- torch -->\nold\n<!-- /torch -->\n"
+    new = report.with_tables(text, {"matrix": "new"})
+    assert new == text.replace("old", "new", 1)
+    assert report.with_tables(new, {"matrix": "new"}) == new
+    assert report.with_tables(text, {"torch": "new", "matrix": "new"}) == text.replace("old", "new")
 
 
 @pytest.mark.parametrize("marks", ["", "<!-- matrix -->", "<!-- /matrix --><!-- matrix -->", "<!-- matrix -->" * 2])
 def test_a_text_without_marks_for_the_table_is_refused(marks):
     with pytest.raises(ValueError, match="once, in this order"):
-        report.with_table(marks, "new")
+        report.with_tables(marks, {"matrix": "new"})
 
 
 def asked(*arguments: str, root: str = "/r") -> dict[str, Run]:
@@ -184,11 +201,12 @@ def test_versions_run_as_they_are_named():
     assert suites("--full", "5.0.0", "--quick") == {**dict.fromkeys(VERSIONS, "quick"), "5.0.0": "all"}
     assert suites("--quick", "5.0.0", "5.2.0", "--without", "5.2.0", "4.52.4") == {"5.0.0": "quick"}
     assert suites("--quick", "5.0.0", "--families") == {"5.0.0": "quick + families"}
+    assert suites("--torch", "5.0.0", "--quick", "5.2.0") == {"5.0.0": "torch", "5.2.0": "quick"}
 
 
 def test_the_suites_are_existing_paths():
     assert asked("--full", "5.0.0")["5.0.0"].paths == runs.ALIKE
-    for path in asked("--quick", "--families")["5.0.0"].paths:
+    for path in (*asked("--quick", "--families")["5.0.0"].paths, *asked("--torch", "5.0.0")["5.0.0"].paths):
         is_path = not path.startswith(("-", "not "))
         assert not is_path or (runs.CHECKOUT / path.partition("::")[0]).exists(), path
     assert asked("--only", "a", "b")["5.0.0"].paths == ("a", "b")
@@ -265,6 +283,31 @@ def test_earlier_numbers_are_added_to_the_new_ones(pytest_runs, tmp_path, capsys
     assert report.table([QUICK, replace(GOOD, version="5.3.0")]) in capsys.readouterr().out
     assert run("--with", str(old)) == 1
     assert [run.version for run in pytest_runs[0]] == ["4.52.4"]
+
+
+def test_two_records_of_one_version_with_another_torch_are_both_kept(pytest_runs, tmp_path, capsys):
+    of_others = tmp_path / "others"
+    of_others.write_text(json.dumps([asdict(OTHER), asdict(replace(OTHER, version="4.52.4"))]))
+    assert run("--quick", "4.52.4", "--with", str(of_others)) == 0
+    printed = capsys.readouterr().out
+    assert report.table([QUICK]) in printed
+    assert report.table_of_others([replace(OTHER, version="4.52.4"), OTHER]) in printed
+
+
+def test_environments_of_another_torch_lie_apart(monkeypatch, tmp_path):
+    for here, name in ((("2.13.2", "3.11"), ""), (("2.6.0", "3.11"), "torch-2.6.0-python-3.11")):
+        monkeypatch.setattr(environments, "HERE", here)
+        assert environments.root_in(tmp_path) == tmp_path / name
+
+
+@pytest.mark.parametrize("is_made", [True, False])
+def test_a_record_says_the_torch_and_the_python_of_its_run(is_made, monkeypatch, tmp_path):
+    monkeypatch.setattr(runs, "HERE", ("2.6.0", "3.10"))
+    monkeypatch.setattr(runs, "prepare", lambda _: is_made)
+    monkeypatch.setattr(runs.subprocess, "run", lambda *_, **__: Done(3))
+    (found,) = runs.all_of([*asked("--torch", "5.0.0", root=str(tmp_path)).values()], jobs=1)
+    assert (found.version, found.suite, found.torch, found.python) == ("5.0.0", "torch", "2.6.0", "3.10")
+    assert found.is_beside_others
 
 
 def test_a_run_has_its_own_files_and_no_network(monkeypatch, tmp_path):

@@ -29,6 +29,8 @@ def reason_to_skip(kind: str) -> str | None:
         return "the two processes are forks of one"
     if not dist.is_available() or not dist.is_gloo_available():
         return "this torch has no gloo, by which two processes on a CPU talk to each other"
+    if kind.startswith("FSDP2") and not hasattr(torch.cpu.Stream, "record_event"):
+        return "the FSDP2 of this torch asks streams of a CPU for what those of a GPU have"
     size = SIZES.get(kind)
     if size is None:
         return None

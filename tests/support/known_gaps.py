@@ -1,4 +1,4 @@
-"""Tests that cannot run on some versions of transformers, because these versions lack a feature.
+"""Tests that cannot run on some versions of transformers or torch, because these versions lack a feature.
 
 A test that fails because sink_patch does not support a feature that transformers has does not belong here.
 """
@@ -6,10 +6,11 @@ A test that fails because sink_patch does not support a feature that transformer
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import pytest
+import torch
 import transformers
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -18,6 +19,7 @@ from transformers import CONFIG_MAPPING
 from sink_patch.compat.table import NEWEST
 
 INSTALLED = Version(Version(transformers.__version__).base_version)  # a release candidate counts as its release
+TORCH = Version(Version(torch.__version__).base_version)
 
 
 @dataclass(frozen=True)
@@ -29,18 +31,20 @@ class KnownGap:
         tests: node ids of tests, such as `tests/serving/test_serve.py::test_a*`. `*` and `?` are wildcards; brackets
             have no special meaning. A path without `::` is a whole file, which is not imported.
         reason: what the versions lack.
+        torch: versions of torch; the row is about both.
     """
 
     versions: SpecifierSet
     tests: str
     reason: str
+    torch: SpecifierSet = field(default_factory=SpecifierSet)
 
     @property
     def is_file(self) -> bool:
         return "::" not in self.tests
 
-    def applies_to(self, version: Version = INSTALLED) -> bool:
-        return self.versions.contains(version)
+    def applies_to(self, version: Version = INSTALLED, torch: Version = TORCH) -> bool:
+        return self.versions.contains(version) and self.torch.contains(torch)
 
     def matches(self, nodeid: str) -> bool:
         return fnmatchcase(nodeid, self.tests.replace("[", "[[]"))
@@ -54,8 +58,8 @@ _NO_MAMBA = "transformers fails with any cache for a Granite 4 that has attentio
 _ONE_MASK = "models do not take one mask for each kind of layer, as the naive cache passes them"
 
 
-def _rows(versions: str, reason: str, *tests: str) -> tuple[KnownGap, ...]:
-    return tuple(KnownGap(SpecifierSet(versions), f"tests/{test}", reason) for test in tests)
+def _rows(versions: str, reason: str, *tests: str, torch: str = "") -> tuple[KnownGap, ...]:
+    return tuple(KnownGap(SpecifierSet(versions), f"tests/{test}", reason, SpecifierSet(torch)) for test in tests)
 
 
 KNOWN_GAPS: tuple[KnownGap, ...] = (
@@ -193,6 +197,12 @@ KNOWN_GAPS: tuple[KnownGap, ...] = (
         "streaming/test_many_layers.py::*cohere2*",
         "streaming/test_turns.py::*naive_cache*[gemma3*",
         "streaming/test_turns.py::*naive_cache*[cohere2*",
+    ),
+    *_rows(
+        ">=5.0",
+        "this torch cannot trace the models of this transformers",
+        "generation/test_compiled.py::*",
+        torch="<2.7",
     ),
 )
 
