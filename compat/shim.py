@@ -115,6 +115,7 @@ class Shim:
         passes_cache_position: whether models take the mask coordinates of the new tokens as `cache_position`.
         explicit_masks: whether models must be given a mask even where every column is visible.
         quirks: families that behave differently here.
+        no_media: model types, in words, that take no images and sounds here, though they do in other versions.
     """
 
     versions: SpecifierSet
@@ -130,6 +131,7 @@ class Shim:
     passes_cache_position: bool
     explicit_masks: bool
     quirks: tuple[Quirk, ...] = field(default=())
+    no_media: str = ""
 
     def own_cache_of(self, model_type: str) -> str | None:
         """`own_cache` of the causal language model of a `model_type`, whose class is imported for that."""

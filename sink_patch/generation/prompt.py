@@ -18,6 +18,7 @@ from sink_patch.models.entries import input_device
 from sink_patch.rules.columns import Columns
 from sink_patch.rules.padding import check_left_padded, is_left_padded
 from sink_patch.streaming.inputs import Call
+from sink_patch.streaming.media import Cut, check_cut, media_among
 from sink_patch.streaming.streams import streams_of
 
 logger = logging.getLogger("sink_patch")
@@ -62,6 +63,11 @@ class Prompt:
         self._turn = Turn.of_call(self._streams, self.columns, self._inputs, self._mask, generation_config)
         self.columns = self._turn.columns
         self._piece_size = self._size_of_pieces(generation_config)
+        self._media = media_among(model, model_kwargs)
+        if self._media and (self._piece_size or 0) >= self.columns.new:
+            self._piece_size = None
+        if self._media and self._piece_size is not None:
+            check_cut(model, self._media, self.columns.new)
         generation_config.prefill_chunk_size = None  # else transformers would cut the rest once more
 
     def _told(self, generation_config: Any, model_kwargs: MutableMapping[str, Any]) -> Columns:
@@ -94,6 +100,18 @@ class Prompt:
             drafting: leave the last token alone to transformers, whatever the pieces are: it is followed by drafts.
             kept: a copy of its cache is made in between, if it wants one.
         """
+        cut = None
+        if self._media:  # its pieces are cut where images are in their places
+            cut = None if self._piece_size is None else Cut(self._piece_size)
+        else:
+            self._feed_ahead(drafting, kept)
+        self._streams.call = Call(self.columns, drafting=drafting, cut=cut)
+        try:
+            yield
+        finally:
+            self._streams.call = None
+
+    def _feed_ahead(self, drafting: bool, kept: KeptCall | None) -> None:
         unread, new = self._parts(self._inputs[:, self._inputs.shape[1] - self.columns.new :])
         size, ahead = self._piece_size, 0 if kept is None else kept.columns_ahead
         first = [unread, *torch.split(new[:, :ahead], size or max(ahead, 1), dim=1)]
@@ -105,11 +123,6 @@ class Prompt:
         if kept is not None and ahead:
             kept.copy_before_answer()
         self._feed_all(second)
-        self._streams.call = Call(self.columns, drafting=drafting)
-        try:
-            yield
-        finally:
-            self._streams.call = None
 
     def _parts(self, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The columns that the cache has not read in two parts, each padded to the left: the first is mostly empty.

@@ -22,7 +22,8 @@ from sink_patch.models.entries import CACHE_NAMES, decoder_of
 from sink_patch.rules.positions import check_of_forward
 from sink_patch.rules.rows import Row
 from sink_patch.streaming.calls.guard import check_given
-from sink_patch.streaming.inputs import accepted, check_text_only, named_arguments, without_columns
+from sink_patch.streaming.inputs import accepted, named_arguments, without_columns
+from sink_patch.streaming.media import check_media
 from sink_patch.streaming.streams import StreamingCache, Streams, streams_of
 
 _installing = threading.Lock()
@@ -81,19 +82,24 @@ def _begin(
     name = "inputs_embeds" if named.get("input_ids") is None else "input_ids"
     if named.get(name) is None:
         return None  # the model itself says what it misses
-    check_text_only(module, named)
     streams = streams_of(cache, type(module).__name__)
     if not streams.is_bound_to(module):
         raise UnboundCacheError.elsewhere(repr(cache), type(module).__name__)
     if streams.forward.includes(module, named[name].shape[1]):
         return None  # the model has handed on what it was given
-    if streams.call is None:
-        _check_positions(streams, module, named, named[name])
+    media, call, inputs = check_media(module, named, streams.columns), streams.call, named[name]
+    if call is None:
+        _check_positions(streams, module, named, inputs)
+    elif call.cut is not None and call.cut.is_begun:
+        inputs, named = call.cut.feed_ahead(module, named)
     else:
-        count = streams.call.read_again(named[name], named.get("attention_mask"), streams.columns)
-        named = without_columns(named, named[name], count)
-    fixed = (in_graph or _is_compiled(module)) and named[name].shape[1] == 1 and streams.can_be_fixed_now
-    replaced = streams.begin(module, named[name], named.get("attention_mask"), fixed=fixed)
+        count = call.read_again(inputs, named.get("attention_mask"), streams.columns)
+        if media and call.cut is not None:
+            return (), call.cut.begin(module, named)
+        named = without_columns(named, inputs, count)
+        inputs = named[name]
+    fixed = (in_graph or _is_compiled(module)) and inputs.shape[1] == 1 and streams.can_be_fixed_now
+    replaced = streams.begin(module, inputs, named.get("attention_mask"), fixed=fixed)
     return (), named | accepted(module, replaced, named)
 
 

@@ -1,0 +1,57 @@
+"""Which models may be given images and sounds, and by which arguments: data only, each proven by a tiny model.
+
+Such a model is one whose processor writes a token for each column of an image, which the model puts in its place. Then
+images are columns like any others, and the cache has nothing to learn. (tests/models/test_media.py)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from sink_patch.compat import installed_shim
+
+_TOKENS = tuple(f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index"))
+
+
+@dataclass(frozen=True)
+class Media:
+    """How the images and sounds of a model reach its forward.
+
+    Args:
+        inputs: arguments that hold them.
+        both_ways: whether an image sees itself in both directions, by masks that the model makes of a whole prompt.
+    """
+
+    inputs: frozenset[str]
+    both_ways: bool = False
+
+
+_IMAGES, _VIDEOS = "pixel_values", "pixel_values pixel_values_videos"
+_SOUNDS = "input_features"
+
+
+def _each(model_types: str, inputs: str, **more: Any) -> Iterable[tuple[str, Media]]:
+    return [(name, Media(frozenset(inputs.split()), **more)) for name in model_types.split()]
+
+
+MEDIA: dict[str, Media] = dict(
+    [
+        *_each("llava vipllava aya_vision got_ocr2 internvl deepseek_vl ovis2 qianfan_ocr", _IMAGES),
+        *_each("idefics2 idefics3 smolvlm mistral3 lighton_ocr", _IMAGES),
+        *_each("gemma3 paligemma", _IMAGES, both_ways=True),
+    ]
+)
+
+
+def media_of(config: Any) -> Media | None:
+    """How a model with this config takes images and sounds; None: not known, or not in this transformers."""
+    model_type = getattr(config, "model_type", None)
+    return None if model_type in installed_shim().no_media.split() else MEDIA.get(str(model_type))
+
+
+def media_tokens(config: Any) -> frozenset[int]:
+    """The ids that stand for columns of images and sounds."""
+    found = (getattr(config, name, None) for name in _TOKENS)
+    return frozenset(token for token in found if isinstance(token, int))
