@@ -113,6 +113,7 @@ SHIMS = (
         passes_cache_position=True,
         explicit_masks=False,
         quirks=(_PHIMOE,),
+        no_media="glm4v_moe",  # its mask is made of three coordinates
     ),
     # a cache is given its layers, and knows from the config what they hold
     Shim(

@@ -16,7 +16,7 @@ from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.models.claims import Claim, read_claim
 from sink_patch.models.entries import CACHE_NAMES, text_config, unwrapped
 from sink_patch.rules.columns import Columns
-from sink_patch.streaming.media import media_among
+from sink_patch.streaming.media.given import media_among
 
 MODE = "assisted_generation"
 

@@ -18,7 +18,8 @@ from sink_patch.models.entries import input_device
 from sink_patch.rules.columns import Columns
 from sink_patch.rules.padding import check_left_padded, is_left_padded
 from sink_patch.streaming.inputs import Call
-from sink_patch.streaming.media import Cut, check_cut, media_among
+from sink_patch.streaming.media.cut import Cut
+from sink_patch.streaming.media.given import check_cut, media_among
 from sink_patch.streaming.streams import streams_of
 
 logger = logging.getLogger("sink_patch")
@@ -63,7 +64,7 @@ class Prompt:
         self._turn = Turn.of_call(self._streams, self.columns, self._inputs, self._mask, generation_config)
         self.columns = self._turn.columns
         self._piece_size = self._size_of_pieces(generation_config)
-        self._media = media_among(model, model_kwargs)
+        self._media, self._positions = media_among(model, model_kwargs), model_kwargs.get("position_ids")
         if self._media and (self._piece_size or 0) >= self.columns.new:
             self._piece_size = None
         if self._media and self._piece_size is not None:
@@ -87,7 +88,8 @@ class Prompt:
         with self.fed():
             unread = self.columns.stream - self._cache.get_seq_length()
             last = self._inputs[:, self._inputs.shape[1] - unread :]
-            return self._model(**self._piece_inputs.of(last, self._cache.get_seq_length()))
+            inputs = self._piece_inputs.of(last, self._cache.get_seq_length())
+            return self._model(**inputs, **({"position_ids": self._positions} if self._media else {}))
 
     @contextlib.contextmanager
     def fed(self, *, drafting: bool = False, kept: KeptCall | None = None) -> Iterator[None]:

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from sink_patch.errors import UnboundCacheError
+from sink_patch.errors import UnboundCacheError, UnsupportedGenerationError
 from sink_patch.models.entries import CACHE_NAMES, decoder_of
+from sink_patch.models.families.media import media_tokens
 from sink_patch.rules.positions import check_of_forward
 from sink_patch.rules.rows import Row
 from sink_patch.streaming.calls.guard import check_given
 from sink_patch.streaming.inputs import accepted, named_arguments, without_columns
-from sink_patch.streaming.media import check_media
+from sink_patch.streaming.media.given import check_media, has_coordinates
 from sink_patch.streaming.streams import StreamingCache, Streams, streams_of
 
 _installing = threading.Lock()
@@ -86,7 +87,9 @@ def _begin(
     if not streams.is_bound_to(module):
         raise UnboundCacheError.elsewhere(repr(cache), type(module).__name__)
     if streams.forward.includes(module, named[name].shape[1]):
+        streams.coordinates.note(named.get("position_ids"))
         return None  # the model has handed on what it was given
+    _check_coordinates(streams, module, named.get("position_ids"))
     media, call, inputs = check_media(module, named, streams.columns), streams.call, named[name]
     if call is None:
         _check_positions(streams, module, named, inputs)
@@ -99,8 +102,27 @@ def _begin(
         named = without_columns(named, inputs, count)
         inputs = named[name]
     fixed = (in_graph or _is_compiled(module)) and inputs.shape[1] == 1 and streams.can_be_fixed_now
+    streams.coordinates.forget()
     replaced = streams.begin(module, inputs, named.get("attention_mask"), fixed=fixed)
+    if media and has_coordinates(module):
+        tokens, given = media_tokens(module.config), named.get("position_ids")
+        replaced["position_ids"] = streams.coordinates.expect(inputs, tokens, given)
     return (), named | accepted(module, replaced, named)
+
+
+def _check_coordinates(streams: Streams, module: nn.Module, position_ids: Any) -> None:
+    """Positions with which a decoder is called where the hooks of its model have not run, as PEFT does.
+
+    Raises:
+        UnsupportedGenerationError: their coordinates differ, as there are images: nothing tells where those end.
+    """
+    if getattr(position_ids, "ndim", 0) < 3 or module is streams.entrances[0]():
+        return
+    if not bool((position_ids[-3:] == position_ids[-1:]).all()):
+        raise UnsupportedGenerationError(
+            f"{type(module).__name__} was called with positions of several coordinates, as for images, and not by the "
+            "model that a SinkCache is bound to. Call that model itself, or use another cache."
+        )
 
 
 def _check_positions(streams: Streams, module: nn.Module, named: dict[str, Any], inputs: torch.Tensor) -> None:
@@ -113,7 +135,7 @@ def _check_positions(streams: Streams, module: nn.Module, named: dict[str, Any],
     if position_ids is None or not streams.counts_positions:
         return
     if getattr(position_ids, "ndim", 0) > 2 and module is not streams.entrances[0]():
-        return  # several coordinates, which a model has made for its decoder
+        return  # which a model has made for its decoder: see above
     seen = [row.seen for row in streams.rows or [Row()] * rows]
     if len(seen) == rows:
         check_of_forward(position_ids, named.get("attention_mask"), seen, streams.columns, columns)

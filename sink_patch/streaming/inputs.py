@@ -14,7 +14,7 @@ from torch import nn
 from sink_patch.compat import installed_shim
 from sink_patch.models.facts import ModelFacts
 from sink_patch.rules.columns import Columns
-from sink_patch.streaming.media import Cut
+from sink_patch.streaming.media.cut import Cut
 from sink_patch.streaming.steps import Step
 
 _OF_THE_STREAM = ("attention_mask", "position_ids")  # which the cache replaces

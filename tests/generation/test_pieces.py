@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from sink_patch import SinkCache, UnsupportedGenerationError
-from sink_patch.streaming.media import check_media, media_among
+from sink_patch.streaming.media.given import check_media, media_among
 from tests.support import zoo
 from tests.support.exact import EXACT
 from tests.support.oracle import relative_error

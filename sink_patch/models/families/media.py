@@ -22,10 +22,12 @@ class Media:
     Args:
         inputs: arguments that hold them.
         both_ways: whether an image sees itself in both directions, by masks that the model makes of a whole prompt.
+        coordinates: whether positions have several coordinates (M-RoPE), which the model makes of a whole prompt.
     """
 
     inputs: frozenset[str]
     both_ways: bool = False
+    coordinates: bool = False
 
 
 _IMAGES, _VIDEOS = "pixel_values", "pixel_values pixel_values_videos"
@@ -41,6 +43,8 @@ MEDIA: dict[str, Media] = dict(
         *_each("llava vipllava aya_vision got_ocr2 internvl deepseek_vl ovis2 qianfan_ocr", _IMAGES),
         *_each("idefics2 idefics3 smolvlm mistral3 lighton_ocr", _IMAGES),
         *_each("gemma3 paligemma", _IMAGES, both_ways=True),
+        *_each("qwen2_vl qwen2_5_vl", _VIDEOS, coordinates=True),
+        *_each("qwen3_vl qwen3_vl_moe glm4v glm4v_moe glm46v glm_ocr", _IMAGES, coordinates=True),
     ]
 )
 

@@ -44,7 +44,7 @@ def fresh(model: PreTrainedModel, embeddings: torch.Tensor, **positions: torch.T
     handle = text_decoder(model).register_forward_pre_hook(put, with_kwargs=True)
     try:
         ids = torch.full(embeddings.shape[:2], 2)
-        return model(ids, use_cache=False).logits[:, -1]
+        return model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, -1]
     finally:
         handle.remove()
 

@@ -21,7 +21,7 @@ class Sample:
         settings: of the config, nested for its parts.
         decoder: settings of the decoder's config.
         token: the name of the setting that holds the id.
-        row_end: an id of text that follows each so many ids of an image (0: none), as in Pixtral.
+        around: ids before and behind them.
     """
 
     columns: int
@@ -29,10 +29,12 @@ class Sample:
     settings: Mapping[str, Any] = field(default_factory=dict)
     decoder: Mapping[str, Any] = field(default_factory=dict)
     token: str = "image_token_id"
+    around: tuple[list[int], list[int]] = ([], [])
 
     def ids(self, token: int) -> list[int]:
         """Those of one image."""
-        return [token] * self.columns
+        before, behind = self.around
+        return [*before, *[token] * self.columns, *behind]
 
 
 def _pixels(size: int = 32) -> Inputs:
@@ -49,6 +51,31 @@ def _sized(size: int = 32) -> Inputs:
 def _in_row(size: int = 32) -> Inputs:
     """All in one row of a batch."""
     return lambda number: {"pixel_values": torch.randn(1, number, 3, size, size)}
+
+
+def _patches(width: int) -> Inputs:
+    """Two rows of four merged patches, 2 x 2 each, of so many numbers."""
+    return lambda number: {
+        "pixel_values": torch.randn(32 * number, width),
+        "image_grid_thw": torch.tensor([[1, 4, 8]] * number),
+    }
+
+
+_START, _END, _VIDEO = 92, 93, 91
+_IDS = {"vision_start_token_id": _START, "vision_end_token_id": _END, "video_token_id": _VIDEO}
+_GLM_IDS = {
+    "image_start_token_id": _START,
+    "image_end_token_id": _END,
+    "video_token_id": _VIDEO,
+    "video_start_token_id": 94,
+    "video_end_token_id": 95,
+}
+
+
+def _mrope(ids: Mapping[str, int], sections: list[int], vision: Mapping[str, Any], **more: Any) -> Sample:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections, **more}
+    settings = {**ids, "vision_config": {"out_hidden_size": 64, **vision}}
+    return Sample(8, _patches(384), settings, {"rope_parameters": rope}, around=([_START], [_END]))
 
 
 _FOUR = {"mm_tokens_per_image": 4}
@@ -71,4 +98,12 @@ SAMPLES: dict[str, Sample] = {
     "smolvlm": Sample(4, _in_row(), {"scale_factor": 2}),
     "mistral3": Sample(4, _sized(), token="image_token_index"),
     "lighton_ocr": Sample(4, _sized()),
+    "qwen2_vl": _mrope(_IDS, [2, 3, 3], {"embed_dim": 32}),
+    "qwen2_5_vl": _mrope(_IDS, [2, 3, 3], {"fullatt_block_indexes": [0]}),
+    "qwen3_vl": _mrope(_IDS, [4, 2, 2], {"deepstack_visual_indexes": [0]}),
+    "qwen3_vl_moe": _mrope(_IDS, [4, 2, 2], {"deepstack_visual_indexes": [0]}),
+    "glm4v": _mrope(_GLM_IDS, [2, 3, 3], {}),
+    "glm4v_moe": _mrope(_GLM_IDS, [1, 1, 2], {}, partial_rotary_factor=0.5),
+    "glm46v": _mrope(_GLM_IDS, [2, 3, 3], {}),
+    "glm_ocr": _mrope(_GLM_IDS, [2, 3, 3], {}),
 }

@@ -1,12 +1,8 @@
-"""Images and sounds of a forward: which may be given, and how a prompt that holds them goes in by pieces.
-
-The first forward of a stream may bring them. They are columns like any others: the model puts them in the place of
-tokens of their own before its decoder is called.
-"""
+"""Images and sounds among the arguments of a forward, or of a call: which may be given."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +10,7 @@ from torch import nn
 
 from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.models.entries import decoder_of, text_config
-from sink_patch.models.families.media import media_of, media_tokens
-from sink_patch.rules.media import pieces
+from sink_patch.models.families.media import media_of
 
 _OTHER_INPUTS = {
     *("pixel_values", "pixel_values_videos", "pixel_values_images", "input_features", "input_values"),
@@ -25,6 +20,7 @@ _OTHER_INPUTS = {
 _OF_TEXT = frozenset({"inputs_embeds", "attention_mask"})
 _ENCODED = "mm_encoder_outputs"
 _BY_KIND = {"image": "pixel_values", "video": "pixel_values_videos", "audio": "input_features"}
+_TYPES = ("token_type_ids", "mm_token_type_ids")
 _INSTEAD = "Leave them out, or use another cache."
 
 
@@ -40,6 +36,14 @@ def media_among(module: nn.Module, named: Mapping[str, Any]) -> Sequence[str]:
         for name, value in named.items()
         if (name in _OTHER_INPUTS and _is_given(value)) or (many and name not in _OF_TEXT and _has_numbers(value))
     ]
+
+
+def without_media(module: nn.Module, named: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arguments of a call for the text behind a prompt with images: without those, and all that tells of them."""
+    given = media_among(module, named)
+    return (
+        {name: value for name, value in named.items() if name not in given and name not in _TYPES} if given else named
+    )
 
 
 def check_media(module: nn.Module, named: Mapping[str, Any], read: int) -> Sequence[str]:
@@ -60,6 +64,11 @@ def check_media(module: nn.Module, named: Mapping[str, Any], read: int) -> Seque
         raise UnsupportedGenerationError(
             f"{name} was given {', '.join(unknown)} with a SinkCache, which streams "
             f"{'text alone' if media is None else 'no such inputs'} with this model. {_INSTEAD}"
+        )
+    if media is not None and media.coordinates and not _puts_images_in_place(module):
+        raise UnsupportedGenerationError(
+            f"{name} was given {', '.join(given)} with a SinkCache, and in this transformers nothing tells at which "
+            f"positions it puts them. {_INSTEAD}"
         )
     if read:
         raise UnsupportedGenerationError(
@@ -84,11 +93,12 @@ def check_cut(model: nn.Module, given: Sequence[str], columns: int) -> None:
     Raises:
         UnsupportedGenerationError: masks of the model are for whole prompts, or its decoder cannot be called by itself.
     """
-    config, decoder = getattr(model, "config", None), decoder_of(model)
-    media, text = media_of(config), type(text_config(model))
-    if decoder is model or not isinstance(decoder.config, text):
+    media = media_of(getattr(model, "config", None))
+    if not _puts_images_in_place(model):
         why = f"{type(model).__name__} does not put images in their place before its decoder is called"
-    elif media is None or media.both_ways:
+    elif media is None or media.coordinates:
+        why = f"{type(model).__name__} makes positions of several coordinates of the whole prompt"
+    elif media.both_ways:
         why = f"in {type(model).__name__} an image sees itself in both directions, by a mask of the whole prompt"
     else:
         return
@@ -99,72 +109,16 @@ def check_cut(model: nn.Module, given: Sequence[str], columns: int) -> None:
     )
 
 
-class Cut:
-    """A prompt with images that goes in by pieces, which are cut where the decoder is called: encoders run once.
-
-    The forward of the whole prompt is none over the cache. Where it calls the decoder, each piece but the last is fed
-    to the decoder by itself, and the call goes on with the last one.
-
-    Args:
-        size: columns of a piece; see `pieces`.
-    """
-
-    def __init__(self, size: int):
-        self._size = size
-        self._ids: torch.Tensor | None = None  # of the prompt, [rows, columns], once its forward has begun
-        self._tokens: Sequence[int] = ()
-        self._piece: torch.Tensor | None = None  # ids of the piece that goes in, [rows, columns]
-
-    @property
-    def is_begun(self) -> bool:
-        """Whether what is called next is the decoder."""
-        return self._ids is not None or self._piece is not None
-
-    def begin(self, module: nn.Module, named: Mapping[str, Any]) -> dict[str, Any]:
-        """The forward of the whole prompt begins: what the model receives."""
-        self._ids, self._tokens = named["input_ids"], sorted(media_tokens(module.config))
-        return dict(named)
-
-    def feed_ahead(self, decoder: nn.Module, named: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
-        """The decoder is called: with the whole prompt by the model, with a piece of it from here.
-
-        Returns:
-            The ids of the columns that are to go in now, [rows, columns], and the arguments of the decoder for them.
-
-        Raises:
-            UnsupportedGenerationError: the model gives its decoder something by columns that is not known.
-        """
-        if self._piece is None and self._ids is not None:
-            *ahead, last = list(self._split(self._ids, named))
-            self._ids = None
-            for self._piece, part in ahead:
-                decoder(**part)
-            self._piece, named = last
-        ids, self._piece = self._piece, None
-        return named["inputs_embeds"] if ids is None else ids, named
-
-    def _split(self, ids: torch.Tensor, named: Mapping[str, Any]) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
-        of_image = torch.isin(ids, torch.tensor(self._tokens, dtype=ids.dtype, device=ids.device))  # [rows, columns]
-        joined = (of_image[:, 1:] & of_image[:, :-1]).any(dim=0).tolist()
-        for first, end in pieces([False, *joined], self._size):
-            yield ids[:, first:end], {name: _cut(name, value, ids, first, end) for name, value in named.items()}
+def has_coordinates(module: nn.Module) -> bool:
+    """Whether a model gives its images positions of several coordinates."""
+    media = media_of(getattr(module, "config", None))
+    return media is not None and media.coordinates
 
 
-def _cut(name: str, value: Any, ids: torch.Tensor, first: int, end: int) -> Any:
-    """The columns of a piece of an argument of the decoder."""
-    columns = ids.shape[1]
-    if not isinstance(value, torch.Tensor):
-        return value
-    if name == "attention_mask" and value.shape == ids.shape:
-        return value[:, :end]  # [rows, columns so far]
-    if name in ("position_ids", "cache_position") and value.shape[-1] == columns:
-        return value[..., first:end]
-    if value.ndim > 1 and value.shape[:2] == ids.shape:
-        return value[:, first:end]
-    raise UnsupportedGenerationError(
-        f"A prompt with images was to go into a sink cache by pieces, and the model gives its decoder {name} of shape "
-        f"{list(value.shape)}, which cannot be cut. Give a prompt that goes in at once, or use another cache."
-    )
+def _puts_images_in_place(model: nn.Module) -> bool:
+    """Whether what a model calls its decoder is given embeddings, images among them, and their positions."""
+    decoder: Any = decoder_of(model)
+    return decoder is not model and isinstance(decoder.config, type(text_config(model)))
 
 
 def _meant(name: str, value: Any) -> frozenset[str]:
