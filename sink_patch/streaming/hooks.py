@@ -89,7 +89,7 @@ def _begin(
     if streams.forward.includes(module, named[name].shape[1]):
         streams.coordinates.note(named.get("position_ids"))
         return None  # the model has handed on what it was given
-    _check_coordinates(streams, module, named.get("position_ids"))
+    _check_decoder(streams, module, named.get("position_ids"))
     media, call, inputs = check_media(module, named, streams.columns), streams.call, named[name]
     if call is None:
         _check_positions(streams, module, named, inputs)
@@ -104,18 +104,26 @@ def _begin(
     fixed = (in_graph or _is_compiled(module)) and inputs.shape[1] == 1 and streams.can_be_fixed_now
     streams.coordinates.forget()
     replaced = streams.begin(module, inputs, named.get("attention_mask"), fixed=fixed)
+    streams.coordinates.columns = inputs.shape[1] if media else None
     if media and has_coordinates(module):
         tokens, given = media_tokens(module.config), named.get("position_ids")
         replaced["position_ids"] = streams.coordinates.expect(inputs, tokens, given)
     return (), named | accepted(module, replaced, named)
 
 
-def _check_coordinates(streams: Streams, module: nn.Module, position_ids: Any) -> None:
-    """Positions with which a decoder is called where the hooks of its model have not run, as PEFT does.
+def _check_decoder(streams: Streams, module: nn.Module, position_ids: Any) -> None:
+    """A decoder is called in a forward that its model has not begun, or had begun with other columns.
 
     Raises:
-        UnsupportedGenerationError: their coordinates differ, as there are images: nothing tells where those end.
+        UnsupportedGenerationError: images have made more columns; or coordinates differ, as there are images that the
+            hooks of the model have not seen (PEFT calls past those), and nothing tells where they end.
     """
+    if streams.forward.in_progress and streams.coordinates.columns is not None:
+        raise UnsupportedGenerationError(
+            f"{type(module).__name__} was called with other columns than the {streams.coordinates.columns} of a prompt "
+            "with images or sounds: the prompt must hold a token for each column of them, as processors write it. "
+            "Update the processor, or use another cache."
+        )
     if getattr(position_ids, "ndim", 0) < 3 or module is streams.entrances[0]():
         return
     if not bool((position_ids[-3:] == position_ids[-1:]).all()):

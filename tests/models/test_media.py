@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from sink_patch import SinkCache, UnsupportedGenerationError, UnsupportedModelError, stream
 from sink_patch.models.entries import decoder_of
+from sink_patch.models.families.media import MEDIA
 from sink_patch.streaming.media.given import check_media
 from sink_patch.streaming.streams import streams_of
 from tests.support import media
@@ -27,7 +28,7 @@ BIG = {"cache_implementation": "sink", "window_length": 200, "num_sink_tokens": 
 SMALL = {**BIG, "window_length": W}
 ASKED = {"max_new_tokens": 10, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 
-PLAIN = [name for name, sample in media.SAMPLES.items() if "image_grid_thw" not in sample.inputs(1)]
+PLAIN = [name for name in media.SAMPLES if not MEDIA[name].coordinates]
 
 built = functools.cache(media.build)
 

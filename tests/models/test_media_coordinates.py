@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sink_patch import SinkCache
+from sink_patch.models.families.media import MEDIA
 from sink_patch.streaming.streams import streams_of
 from tests.models.test_media import ASKED, BIG, ROWS, SMALL, S, W, built, schedule, streaming
 from tests.support import media
@@ -17,7 +18,7 @@ from tests.support.oracle import relative_error
 from tests.support.replay import cache_name, named_inputs
 from tests.support.tiny import tokens
 
-COORDINATES = [name for name in media.SAMPLES if "image_grid_thw" in media.SAMPLES[name].inputs(1)]
+COORDINATES = [name for name in media.SAMPLES if MEDIA[name].coordinates]
 
 
 def places_of(whole: dict, ids: torch.Tensor) -> Places:

@@ -25,6 +25,7 @@ class Coordinates:
 
     def forget(self) -> None:
         """Another forward begins."""
+        self.columns: int | None = None  # of a forward with images
         self._of_image: torch.Tensor | None = None  # [rows, columns]
         self._noted: torch.Tensor | None = None  # [coordinates, rows, columns]
 

@@ -125,7 +125,7 @@ def _meant(name: str, value: Any) -> frozenset[str]:
     """The arguments that one stands for: what encoders have made of images stands for those."""
     if name != _ENCODED or not isinstance(value, dict):
         return frozenset({name})
-    return frozenset(_BY_KIND.get(kind, kind) for kind, made in value.items() if _is_given(made))
+    return frozenset(_BY_KIND.get(str(kind), str(kind)) for kind, made in value.items() if _is_given(made))
 
 
 def _has_parts(config: Any) -> bool:

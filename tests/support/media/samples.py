@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -53,10 +53,35 @@ def _in_row(size: int = 32) -> Inputs:
     return lambda number: {"pixel_values": torch.randn(1, number, 3, size, size)}
 
 
-def _patches(width: int) -> Inputs:
-    """Two rows of four merged patches, 2 x 2 each, of so many numbers."""
+def _tiles(number: int) -> dict[str, Any]:
+    """A whole image and one part of it."""
+    return {"pixel_values": torch.randn(number, 2, 3, 32, 32), "image_sizes": torch.tensor([[32, 32]] * number)}
+
+
+def _shapes(number: int) -> dict[str, Any]:
+    return {
+        "pixel_values": torch.randn(number, 16, 192),
+        "spatial_shapes": torch.tensor([[4, 4]] * number),
+        "pixel_attention_mask": torch.ones(number, 16, dtype=torch.long),
+    }
+
+
+def _merged(number: int) -> dict[str, Any]:
+    return {**_patches(192)(number), "image_merge_sizes": torch.tensor([2] * number)}
+
+
+def _sounds(mask: str) -> Inputs:
+    """Sounds of 64 frames."""
     return lambda number: {
-        "pixel_values": torch.randn(32 * number, width),
+        "input_features": torch.randn(number, 16, 64),
+        mask: torch.ones(number, 64, dtype=torch.long),
+    }
+
+
+def _patches(*shape: int) -> Inputs:
+    """Two rows of four merged patches, 2 x 2 each, of such a shape."""
+    return lambda number: {
+        "pixel_values": torch.randn(32 * number, *shape),
         "image_grid_thw": torch.tensor([[1, 4, 8]] * number),
     }
 
@@ -78,6 +103,7 @@ def _mrope(ids: Mapping[str, int], sections: list[int], vision: Mapping[str, Any
     return Sample(8, _patches(384), settings, {"rope_parameters": rope}, around=([_START], [_END]))
 
 
+_PIN = {"image_grid_pinpoints": [[32, 32]]}
 _FOUR = {"mm_tokens_per_image": 4}
 
 SAMPLES: dict[str, Sample] = {
@@ -98,6 +124,22 @@ SAMPLES: dict[str, Sample] = {
     "smolvlm": Sample(4, _in_row(), {"scale_factor": 2}),
     "mistral3": Sample(4, _sized(), token="image_token_index"),
     "lighton_ocr": Sample(4, _sized()),
+    "llava_next": Sample(36, _tiles, _PIN, token="image_token_index"),
+    "llava_onevision": Sample(36, _tiles, _PIN, token="image_token_index"),
+    "aria": Sample(4, _pixels(), {"projector_patch_to_query_dict": {16: 4}}, token="image_token_index"),
+    "cohere2_vision": Sample(4, _pixels()),
+    "lfm2_vl": Sample(4, _shapes),
+    "video_llama_3": Sample(8, _merged),
+    "exaone4_5": _mrope(_IDS, [4, 2, 2], {"fullatt_block_indexes": [0]}),
+    "hyperclovax_vision_v2": _mrope(_IDS, [4, 2, 2], {"fullatt_block_indexes": [0]}),
+    "qwen2_audio": Sample(
+        16, _sounds("feature_attention_mask"), {"audio_config": {"max_source_positions": 32}}, token="audio_token_index"
+    ),
+    "glmasr": Sample(8, _sounds("input_features_mask"), token="audio_token_id"),
+    "qwen3_5": _mrope(_IDS, [1, 1, 0], {}, partial_rotary_factor=0.25),
+    "qwen3_5_moe": _mrope(_IDS, [1, 1, 0], {}, partial_rotary_factor=0.25),
+    "paddleocr_vl": replace(_mrope(_IDS, [2, 3, 3], {}), inputs=_patches(3, 8, 8)),
+    "cosmos3_omni": _mrope(_IDS, [4, 2, 2], {"deepstack_visual_indexes": [0]}),
     "qwen2_vl": _mrope(_IDS, [2, 3, 3], {"embed_dim": 32}),
     "qwen2_5_vl": _mrope(_IDS, [2, 3, 3], {"fullatt_block_indexes": [0]}),
     "qwen3_vl": _mrope(_IDS, [4, 2, 2], {"deepstack_visual_indexes": [0]}),
