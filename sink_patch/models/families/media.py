@@ -29,6 +29,13 @@ class Media:
     both_ways: bool = False
     coordinates: bool = False
 
+    def __str__(self) -> str:
+        kinds = {"pixel_values": "images", "pixel_values_videos": "videos", "input_features": "sounds"}
+        how = " and ".join(word for name, word in kinds.items() if name in self.inputs) + " are columns like any others"
+        if self.both_ways:
+            how += ", and see themselves in both directions"
+        return how + (", at positions of three coordinates" if self.coordinates else "")
+
 
 _IMAGES, _VIDEOS = "pixel_values", "pixel_values pixel_values_videos"
 _SOUNDS = "input_features"

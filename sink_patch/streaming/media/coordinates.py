@@ -61,9 +61,18 @@ class Coordinates:
         self._noted = position_ids[-3:].expand(3, *self._of_image.shape)
 
     def told(self, rows: Sequence[Row], num_sink_tokens: int) -> list[Row]:
-        """The rows when the forward has ended, which know where their images stand."""
-        if self._of_image is None or self._noted is None:
+        """The rows when the forward has ended, which know where their images stand.
+
+        Raises:
+            UnsupportedGenerationError: the decoder was called in a graph, where nobody could look.
+        """
+        if self._of_image is None:
             return list(rows)
+        if self._noted is None:
+            raise UnsupportedGenerationError(
+                "A prompt with images went through a compiled forward with a SinkCache, which cannot see there at which "
+                "positions they stand. Compile single tokens alone: generate(..., compile_config=...) does."
+            )
         noted, of_image = self._noted.cpu(), self._of_image.cpu()
         self.forget()
         return [
