@@ -47,15 +47,15 @@ def _each(model_types: str, inputs: str, **more: Any) -> Iterable[tuple[str, Med
 
 MEDIA: dict[str, Media] = dict(
     [
-        *_each("llava vipllava aya_vision got_ocr2 internvl deepseek_vl ovis2 qianfan_ocr", _IMAGES),
+        *_each("llava vipllava aya_vision got_ocr2 pp_chart2table internvl deepseek_vl ovis2 qianfan_ocr", _IMAGES),
         *_each(
             "idefics2 idefics3 smolvlm mistral3 lighton_ocr llava_next llava_onevision aria cohere2_vision", _IMAGES
         ),
         *_each("lfm2_vl video_llama_3 exaone4_5 hyperclovax_vision_v2", _IMAGES),
         *_each("qwen2_audio glmasr", _SOUNDS),
-        *_each("gemma3 paligemma", _IMAGES, both_ways=True),
+        *_each("gemma3 shieldgemma2 paligemma", _IMAGES, both_ways=True),
         *_each("qwen2_vl qwen2_5_vl", _VIDEOS, coordinates=True),
-        *_each("qwen3_vl qwen3_vl_moe glm4v glm4v_moe glm46v glm_ocr paddleocr_vl", _IMAGES, coordinates=True),
+        *_each("qwen3_vl qwen3_vl_moe glm4v glm4v_moe glm46v glmga glm_ocr paddleocr_vl", _IMAGES, coordinates=True),
         *_each("qwen3_5 qwen3_5_moe cosmos3_omni", _IMAGES, coordinates=True),
     ]
 )

@@ -70,8 +70,8 @@ class Coordinates:
             return list(rows)
         if self._noted is None:
             raise UnsupportedGenerationError(
-                "A prompt with images went through a compiled forward with a SinkCache, which cannot see there at which "
-                "positions they stand. Compile single tokens alone: generate(..., compile_config=...) does."
+                "A prompt with images went through a compiled forward with a SinkCache, which cannot see there at "
+                "which positions they stand. Compile single tokens alone: generate(..., compile_config=...) does."
             )
         noted, of_image = self._noted.cpu(), self._of_image.cpu()
         self.forget()

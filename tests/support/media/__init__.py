@@ -29,10 +29,11 @@ def build(model_type: str, stack: Stack | None = None, *, seed: int = 0, **overr
         skip_if_model_is_newer(model_type)
         pytest.skip(f"{model_type} is not in this transformers")
     sample = SAMPLES[model_type]
-    model_class = _class_of(CONFIG_MAPPING[model_type])
-    if model_class.config_class.model_type != model_type:
+    config_class = CONFIG_MAPPING[model_type]
+    model_class = _class_of(config_class)
+    if config_class.model_type != model_type:
         pytest.skip(f"{model_type} has another name in this transformers, and is refused under that")
-    config = tiny_config(model_class.config_class, stack, **{**sample.decoder, **overrides})
+    config = tiny_config(config_class, stack, **{**sample.decoder, **overrides})
     _set(config, {**sample.settings, sample.token: _TOKEN})
     return seeded(model_class, config, overrides.pop("attn_implementation", "eager"), seed)
 

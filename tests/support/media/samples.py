@@ -116,6 +116,8 @@ SAMPLES: dict[str, Sample] = {
     "ovis2": Sample(16, _pixels()),
     "qianfan_ocr": Sample(4, _pixels()),
     "gemma3": Sample(4, _pixels(), _FOUR, token="image_token_index"),
+    "shieldgemma2": Sample(4, _pixels(), _FOUR, token="image_token_index"),
+    "pp_chart2table": Sample(1, _pixels()),
     "paligemma": Sample(
         16, _pixels(), {"projection_dim": 64, "vision_config": {"projection_dim": 64}}, token="image_token_index"
     ),
@@ -147,5 +149,6 @@ SAMPLES: dict[str, Sample] = {
     "glm4v": _mrope(_GLM_IDS, [2, 3, 3], {}),
     "glm4v_moe": _mrope(_GLM_IDS, [1, 1, 2], {}, partial_rotary_factor=0.5),
     "glm46v": _mrope(_GLM_IDS, [2, 3, 3], {}),
+    "glmga": _mrope(_GLM_IDS, [2, 3, 3], {}),
     "glm_ocr": _mrope(_GLM_IDS, [2, 3, 3], {}),
 }
