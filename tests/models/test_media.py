@@ -10,7 +10,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from sink_patch import SinkCache, UnsupportedGenerationError, UnsupportedModelError, coverage, stream
+from sink_patch import SinkCache, UnsupportedGenerationError, UnsupportedModelError, coverage, kept_streams, stream
 from sink_patch.models.entries import decoder_of
 from sink_patch.models.families.media import MEDIA
 from sink_patch.streaming.media.given import check_media
@@ -191,7 +191,7 @@ def test_each_that_is_called_exact_has_a_sample_that_proves_it():
     assert {CONFIG_MAPPING[name].model_type for name in exact} <= set(media.SAMPLES) == set(MEDIA)
     assert all(verdict.reason for verdict in verdicts.values())
     if is_newest():
-        assert len(exact) >= 37
+        assert len(exact) >= 44
 
 
 class _Words:
@@ -213,3 +213,16 @@ def test_a_stream_begins_with_images(model_type):
     del given["attention_mask"]
     sizes = {"window_length": W, "num_sink_tokens": S}
     assert "".join(stream(model, _Words(), ids, **given, **asked, **sizes)) == _Words().decode(wanted)
+
+
+def test_kept_streams_never_take_one_image_for_another():
+    """The ids of two prompts are the same, and their images are not."""
+    model = built("llava")
+    streaming(model)
+    given, asked = media.prompt(model, ROWS), {"max_new_tokens": 4, "do_sample": False, **BIG}
+    other = {**given, **media.images(model, 2, seed=7)}
+    first = model.generate(**given, **asked, keep_streams=2)
+    found = model.generate(**other, **asked, keep_streams=2)
+    assert torch.equal(found, model.generate(**other, **asked))
+    assert not torch.equal(found, first)
+    assert len(kept_streams) == 0

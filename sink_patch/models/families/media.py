@@ -30,8 +30,14 @@ class Media:
     coordinates: bool = False
 
     def __str__(self) -> str:
-        kinds = {"pixel_values": "images", "pixel_values_videos": "videos", "input_features": "sounds"}
-        how = " and ".join(word for name, word in kinds.items() if name in self.inputs) + " are columns like any others"
+        kinds = {
+            "pixel_values": "images",
+            "pixel_values_images": "images",
+            "pixel_values_videos": "videos",
+            "input_features": "sounds",
+        }
+        words = dict.fromkeys(word for name, word in kinds.items() if name in self.inputs)
+        how = " and ".join(words) + " are columns like any others"
         if self.both_ways:
             how += ", and see themselves in both directions"
         return how + (", at positions of three coordinates" if self.coordinates else "")
@@ -52,11 +58,13 @@ MEDIA: dict[str, Media] = dict(
             "idefics2 idefics3 smolvlm mistral3 lighton_ocr llava_next llava_onevision aria cohere2_vision", _IMAGES
         ),
         *_each("lfm2_vl video_llama_3 exaone4_5 hyperclovax_vision_v2", _IMAGES),
-        *_each("qwen2_audio glmasr", _SOUNDS),
+        *_each("llava_next_video", _IMAGES),
+        *_each("video_llava", "pixel_values pixel_values_images"),
+        *_each("qwen2_audio glmasr voxtral", _SOUNDS),
         *_each("gemma3 shieldgemma2 paligemma", _IMAGES, both_ways=True),
         *_each("qwen2_vl qwen2_5_vl", _VIDEOS, coordinates=True),
         *_each("qwen3_vl qwen3_vl_moe glm4v glm4v_moe glm46v glmga glm_ocr paddleocr_vl", _IMAGES, coordinates=True),
-        *_each("qwen3_5 qwen3_5_moe cosmos3_omni", _IMAGES, coordinates=True),
+        *_each("qwen3_5 qwen3_5_moe cosmos3_omni cohere_compass", _IMAGES, coordinates=True),
     ]
 )
 

@@ -128,6 +128,10 @@ SAMPLES: dict[str, Sample] = {
     "lighton_ocr": Sample(4, _sized()),
     "llava_next": Sample(36, _tiles, _PIN, token="image_token_index"),
     "llava_onevision": Sample(36, _tiles, _PIN, token="image_token_index"),
+    "llava_next_video": Sample(36, _tiles, _PIN, token="image_token_index"),
+    "video_llava": Sample(
+        16, lambda number: {"pixel_values_images": torch.randn(number, 3, 32, 32)}, token="image_token_index"
+    ),
     "aria": Sample(4, _pixels(), {"projector_patch_to_query_dict": {16: 4}}, token="image_token_index"),
     "cohere2_vision": Sample(4, _pixels()),
     "lfm2_vl": Sample(4, _shapes),
@@ -137,10 +141,17 @@ SAMPLES: dict[str, Sample] = {
     "qwen2_audio": Sample(
         16, _sounds("feature_attention_mask"), {"audio_config": {"max_source_positions": 32}}, token="audio_token_index"
     ),
+    "voxtral": Sample(
+        64,
+        lambda number: {"input_features": torch.randn(number, 16, 128)},
+        {"audio_config": {"max_source_positions": 64}},
+        token="audio_token_id",
+    ),
     "glmasr": Sample(8, _sounds("input_features_mask"), token="audio_token_id"),
     "qwen3_5": _mrope(_IDS, [1, 1, 0], {}, partial_rotary_factor=0.25),
     "qwen3_5_moe": _mrope(_IDS, [1, 1, 0], {}, partial_rotary_factor=0.25),
     "paddleocr_vl": replace(_mrope(_IDS, [2, 3, 3], {}), inputs=_patches(3, 8, 8)),
+    "cohere_compass": replace(_mrope(_IDS, [4, 2, 2], {"deepstack_visual_indexes": [0]}), decoder={}),
     "cosmos3_omni": _mrope(_IDS, [4, 2, 2], {"deepstack_visual_indexes": [0]}),
     "qwen2_vl": _mrope(_IDS, [2, 3, 3], {"embed_dim": 32}),
     "qwen2_5_vl": _mrope(_IDS, [2, 3, 3], {"fullatt_block_indexes": [0]}),
