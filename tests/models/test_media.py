@@ -45,23 +45,23 @@ def streaming(model: PreTrainedModel) -> SinkCache:
         pytest.skip(str(refusal))
 
 
-def schedule(model: PreTrainedModel, cache: SinkCache) -> list[int]:
-    """Once around the ring, then several at once by rules 3 and 4, where the model takes that."""
+def schedule(cache: SinkCache, singles: int = 2) -> list[int]:
+    """So many single tokens, then several at once by rules 3 and 4, where the model takes that."""
     single = streams_of(cache).facts.one_by_one
-    return [1] * 9 if single else [*[1] * 4, 3, 6, 1]
+    return [1] * (singles + 3) if single else [*[1] * singles, 3, 6, 1]
 
 
 def text_config_class(model: PreTrainedModel) -> type:
     return type(model.config.get_text_config(decoder=True))
 
 
-@pytest.mark.parametrize("model_type", ["llava", "gemma3", "idefics3"])
+@pytest.mark.parametrize("model_type", ["llava", "gemma3"])
 @torch.no_grad()
 def test_one_layer_equals_a_fresh_forward_over_the_kept_tokens(model_type):
     for layer in kinds_of(text_config_class(built(model_type))):
         model = media.build(model_type, smallest_stack(text_config_class(built(model_type)), layer))
         cache, given = streaming(model), media.prompt(model, ROWS)
-        steps, seen, start = schedule(model, cache), given["input_ids"].shape[1], 0
+        steps, seen, start = schedule(cache, 6), given["input_ids"].shape[1], 0
         assert len(cache) == 1
         kind, text = cache.layers[0].kind, tokens(sum(steps)) % 80
         whole = embedded(model, given, text)["inputs_embeds"]
@@ -81,7 +81,7 @@ def test_one_layer_equals_a_fresh_forward_over_the_kept_tokens(model_type):
 def test_several_layers_equal_a_naive_cache(model_type):
     model = built(model_type)
     cache, naive, name, start = streaming(model), ReplayCache(model, W, S), cache_name(model), 0
-    given, steps = media.prompt(model, ROWS), schedule(model, cache)
+    given, steps = media.prompt(model, ROWS), schedule(cache)
     text = tokens(sum(steps)) % 80
     first = named_inputs(model, naive.start(given["input_ids"].shape[1]))
     wanted = model(**{**given, **first}, use_cache=True, **{name: naive}).logits[:, -1]
