@@ -149,6 +149,7 @@ class Shim:
         traced_by: versions of torch whose compiler can trace the models.
         quirks: families that behave differently here.
         batching: the places on which sinks in continuous batching build; none where it takes no sinks.
+        no_media: model types, in words, that take no images and sounds here, though they do in other versions.
     """
 
     versions: SpecifierSet
@@ -166,6 +167,7 @@ class Shim:
     traced_by: SpecifierSet
     quirks: tuple[Quirk, ...] = field(default=())
     batching: tuple[Place, ...] = field(default=())
+    no_media: str = ""
 
     def own_cache_of(self, model_type: str) -> str | None:
         """`own_cache` of the causal language model of a `model_type`, whose class is imported for that."""

@@ -32,6 +32,8 @@ _GEMMA3N = Quirk(
     "gemma3n gemma3n_text", refusal="on transformers up to 4.55 some of its layers read the cache by themselves"
 )
 _FALCON_H1 = Quirk("falcon_h1", refusal=caches.OWN)  # which is not said to `generate` in 4.53 alone
+_NO_MEDIA = "glm4v_moe"  # its mask is made from three coordinates, and fails
+_NO_MEDIA_452 = "qwen2_vl qwen2_5_vl mistral3"  # decoders are not given images in their places; two rotary modules
 _CUT_MASKS = Quirk(
     "gemma2 gemma3 gemma3_text cohere2",
     whole_prompts="On transformers 4.52 this model cuts masks of sliding windows right for whole prompts and single "
@@ -116,6 +118,7 @@ SHIMS = (
         explicit_masks=False,
         traced_by=_TRACED_BY,
         quirks=(_PHIMOE,),
+        no_media=_NO_MEDIA,
     ),
     # a cache is given its layers, and knows from the config what they hold
     Shim(
@@ -133,6 +136,7 @@ SHIMS = (
         explicit_masks=False,
         traced_by=_TRACED_BY,
         quirks=(_PHIMOE,),
+        no_media=_NO_MEDIA,
     ),
     # caches are made of layers; `cache_config` is a dict again
     Shim(
@@ -150,6 +154,7 @@ SHIMS = (
         explicit_masks=False,
         traced_by=_TRACED_BY,
         quirks=(_PHIMOE, _GEMMA3N, _LLAMA4),
+        no_media=_NO_MEDIA,
     ),
     # `masking_utils` asks the cache for the sizes of masks; configs have `layer_types`
     Shim(
@@ -184,5 +189,6 @@ SHIMS = (
         explicit_masks=True,
         traced_by=_TRACED_BY,
         quirks=(_PHIMOE, _CUT_MASKS),
+        no_media=_NO_MEDIA_452,
     ),
 )

@@ -27,7 +27,7 @@ _Record = TypeVar("_Record", bound="Preamble")
 
 
 class RowRecord(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A `Row` (rules/rows.py); files of before know nothing of messages."""
+    """A `Row` (rules/rows.py); files of before know nothing of messages and images."""
 
     seen: Count
     base: Count
@@ -35,8 +35,13 @@ class RowRecord(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=T
     complete: bool
     dropped: Count = 0
     searched: Count = 0
+    places: tuple[tuple[Count, Count, bool], ...] = ()
+    sink_end: Count = 0
 
     def __post_init__(self) -> None:
+        firsts = [first for first, _, _ in self.places]
+        if firsts != sorted(set(firsts)) or any(first > self.seen for first in firsts):
+            raise ValueError(f"places={self.places} of seen={self.seen} tokens")
         if max(self.base, self.recallable, self.dropped, self.searched) > self.seen:
             left = f"dropped={self.dropped} and searched={self.searched}"
             raise ValueError(f"base={self.base} and recallable={self.recallable}, {left}, of seen={self.seen} tokens")

@@ -16,6 +16,7 @@ from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.models.claims import Claim, read_claim
 from sink_patch.models.entries import CACHE_NAMES, text_config, unwrapped
 from sink_patch.rules.columns import Columns
+from sink_patch.streaming.media.given import media_among
 
 MODE = "assisted_generation"
 
@@ -24,8 +25,11 @@ _WHOLE_OUTPUTS = ("output_attentions", "output_hidden_states")
 _LOOKBEHIND = 16  # tokens that an assistant with another tokenizer may take back beside its draft
 
 
-def check_options(generation_config: Any) -> None:
+def check_options(generation_config: Any, model: nn.Module, model_kwargs: Mapping[str, Any]) -> None:
     """Refuse options that cannot be right where decoding is with drafts and a sink cache.
+
+    Args:
+        generation_config, model, model_kwargs: of the call.
 
     Raises:
         UnsupportedGenerationError: with the reason.
@@ -42,6 +46,11 @@ def check_options(generation_config: Any) -> None:
                 f"{name} was asked for with drafts and a sink cache, which takes the prompt in before transformers "
                 "looks at its outputs. Leave it out, or decode without drafts."
             )
+    if media := media_among(model, model_kwargs):
+        raise UnsupportedGenerationError(
+            f"{', '.join(media)} was given with drafts (an assistant model, or prompt lookup) and a sink cache, which "
+            "takes prompts of text alone then. Decode without drafts, or use another cache."
+        )
 
 
 def check_assistant(given: Mapping[str, Any]) -> None:

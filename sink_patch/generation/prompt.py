@@ -18,6 +18,8 @@ from sink_patch.models.entries import input_device
 from sink_patch.rules.columns import Columns
 from sink_patch.rules.padding import check_left_padded, is_left_padded
 from sink_patch.streaming.inputs import Call
+from sink_patch.streaming.media.cut import Cut
+from sink_patch.streaming.media.given import check_cut, media_among
 from sink_patch.streaming.streams import streams_of
 
 logger = logging.getLogger("sink_patch")
@@ -62,6 +64,11 @@ class Prompt:
         self._turn = Turn.of_call(self._streams, self.columns, self._inputs, self._mask, generation_config)
         self.columns = self._turn.columns
         self._piece_size = self._size_of_pieces(generation_config)
+        self._media, self._positions = media_among(model, model_kwargs), model_kwargs.get("position_ids")
+        if self._media and (self._piece_size or 0) >= self.columns.new:
+            self._piece_size = None
+        if self._media and self._piece_size is not None:
+            check_cut(model, self._media, self.columns.new)
         generation_config.prefill_chunk_size = None  # else transformers would cut the rest once more
 
     def _told(self, generation_config: Any, model_kwargs: MutableMapping[str, Any]) -> Columns:
@@ -81,7 +88,8 @@ class Prompt:
         with self.fed():
             unread = self.columns.stream - self._cache.get_seq_length()
             last = self._inputs[:, self._inputs.shape[1] - unread :]
-            return self._model(**self._piece_inputs.of(last, self._cache.get_seq_length()))
+            inputs = self._piece_inputs.of(last, self._cache.get_seq_length())
+            return self._model(**inputs, **({"position_ids": self._positions} if self._media else {}))
 
     @contextlib.contextmanager
     def fed(self, *, drafting: bool = False, kept: KeptCall | None = None) -> Iterator[None]:
@@ -94,6 +102,18 @@ class Prompt:
             drafting: leave the last token alone to transformers, whatever the pieces are: it is followed by drafts.
             kept: a copy of its cache is made in between, if it wants one.
         """
+        cut = None
+        if self._media:  # its pieces are cut where images are in their places
+            cut = None if self._piece_size is None else Cut(self._piece_size)
+        else:
+            self._feed_ahead(drafting, kept)
+        self._streams.call = Call(self.columns, drafting=drafting, cut=cut)
+        try:
+            yield
+        finally:
+            self._streams.call = None
+
+    def _feed_ahead(self, drafting: bool, kept: KeptCall | None) -> None:
         unread, new = self._parts(self._inputs[:, self._inputs.shape[1] - self.columns.new :])
         size, ahead = self._piece_size, 0 if kept is None else kept.columns_ahead
         first = [unread, *torch.split(new[:, :ahead], size or max(ahead, 1), dim=1)]
@@ -105,11 +125,6 @@ class Prompt:
         if kept is not None and ahead:
             kept.copy_before_answer()
         self._feed_all(second)
-        self._streams.call = Call(self.columns, drafting=drafting)
-        try:
-            yield
-        finally:
-            self._streams.call = None
 
     def _parts(self, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The columns that the cache has not read in two parts, each padded to the left: the first is mostly empty.

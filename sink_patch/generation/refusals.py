@@ -15,10 +15,10 @@ from sink_patch.generation import drafts
 from sink_patch.generation.inputs.system import check_has_ids
 from sink_patch.generation.request import Request
 from sink_patch.models.claims import read_claim
-from sink_patch.models.entries import unwrapped
+from sink_patch.models.entries import cache_argument, unwrapped
 from sink_patch.rules.padding import check_left_padded
 from sink_patch.rules.positions import check_of_call
-from sink_patch.streaming.inputs import check_text_only
+from sink_patch.streaming.media.given import check_cut, check_media
 from sink_patch.streaming.streams import streams_of
 
 _MODES = ("greedy_search", "sample", "beam_search", "beam_sample", drafts.MODE)
@@ -57,10 +57,17 @@ def check_call(model: nn.Module, request: Request, generation_config: Any, model
     check_mode(mode)
     claim = read_claim(unwrapped(model))
     if mode == drafts.MODE:
-        drafts.check_options(generation_config)
+        drafts.check_options(generation_config, model, model_kwargs)
         drafts.check_takes_tokens_back(claim)
     check_rows(model_kwargs.get("attention_mask"))
-    check_text_only(model, model_kwargs)
+    cache = model_kwargs.get(cache_argument(model))
+    media = check_media(model, model_kwargs, cache.get_seq_length() if isinstance(cache, SinkCache) else 0)
+    ids, piece = model_kwargs.get("input_ids"), generation_config.prefill_chunk_size
+    if media and ids is not None:
+        sizes = cache.sizes if isinstance(cache, SinkCache) else request.settings().sizes()
+        at_once = max(claim.context.length, sizes.window_length - sizes.num_sink_tokens) if piece is None else piece
+        if ids.shape[1] > at_once:
+            check_cut(unwrapped(model), media, ids.shape[1])
 
 
 def _check_options(generation_config: Any) -> None:

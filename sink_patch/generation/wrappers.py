@@ -93,7 +93,7 @@ def prepare_cache(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], 
     refusals.check_rows(model_kwargs.get("attention_mask"))  # perhaps made from padding tokens in the meantime
     refusals.check_positions(generation_config, model_kwargs, None if is_made_here else cache)
     if mode == drafts.MODE:
-        drafts.check_options(generation_config)
+        drafts.check_options(generation_config, instance, model_kwargs)
         drafts.check_takes_tokens_back(read_claim(unwrapped(instance)))
         drafts.check_assistant(given)
     rows = given["batch_size"] * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)

@@ -18,7 +18,7 @@ class RowPlan:
 
     `past` cached tokens are visible in a layer with sinks; sink s is shown at absolute position s + `shift`; the ring's
     keys are first turned back by `turn` positions, which makes the clock's base `base`. `dropped` tokens have left in
-    whole messages (`Row`).
+    whole messages (`Row`); `lag` is how far positions lie behind indices.
     """
 
     seen: int
@@ -28,6 +28,7 @@ class RowPlan:
     base: int
     turn: int
     dropped: int = 0
+    lag: int = 0
 
     @property
     def total(self) -> int:
@@ -41,7 +42,7 @@ class RowPlan:
     @property
     def first_position(self) -> int:
         """RoPE position of the first new token."""
-        return self.seen - self.base
+        return self.seen - self.lag - self.base
 
 
 def plan_row(row: Row, new: int, window_length: int, num_sink_tokens: int, horizon: int) -> RowPlan:
@@ -56,10 +57,10 @@ def plan_row(row: Row, new: int, window_length: int, num_sink_tokens: int, horiz
     Where the newest RoPE position would reach `horizon`, the clock is set back so that the cache starts at 0 again.
     """
     past, shift = _visible(row.seen - row.dropped, new, window_length, num_sink_tokens)
-    shift += row.dropped
-    newest_position = row.seen + new - 1 - row.base
+    shift = row.shift(shift + row.dropped, num_sink_tokens)
+    newest_position = row.seen - row.lag + new - 1 - row.base
     base = shift if newest_position >= horizon and shift > row.base else row.base
-    return RowPlan(row.seen, new, past, shift, base, turn=base - row.base, dropped=row.dropped)
+    return RowPlan(row.seen, new, past, shift, base, turn=base - row.base, dropped=row.dropped, lag=row.lag)
 
 
 def _visible(seen: int, new: int, window_length: int, num_sink_tokens: int) -> tuple[int, int]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from sink_patch.rules.media import Place, position_of
+
 
 @dataclass(frozen=True)
 class Slots:
@@ -31,6 +33,8 @@ class Row:
             of the ring, so that there the row is as one that has read so many tokens fewer.
         searched: how many of the first tokens were looked through for a message that may become the first one behind
             the sinks, without finding one. 0 once tokens were taken back, as the next forward may be a shorter one.
+        places: where positions are not indices, as images have saved some (rules/media.py); none: they are.
+        sink_end: the largest coordinate of any sink in an image, plus 1; 0: there is none.
 
     With a window of 4 and 2 spare slots, 3 tokens leave a row complete; 7 tokens do not, and the newest 2 of them can
     be taken back, as the 2 tokens that left the window for them lie in the spare slots.
@@ -42,6 +46,21 @@ class Row:
     complete: bool = True
     dropped: int = 0
     searched: int = 0
+    places: tuple[Place, ...] = ()
+    sink_end: int = 0
+
+    @property
+    def lag(self) -> int:
+        """How far the position of the next token lies behind its index."""
+        return self.seen - position_of(self.places, self.seen)
+
+    def shift(self, steps: int, num_sink_tokens: int) -> int:
+        """By how many positions the sinks walk forward to stand just before the token that is `steps` behind them."""
+        if not self.places or not steps:
+            return steps
+        sinks = min(self.seen, num_sink_tokens)
+        end = max(position_of(self.places, sinks), self.sink_end)
+        return max(0, position_of(self.places, sinks + steps) - end)
 
     def after(self, new: int, slots: Slots) -> Row:
         """The row when `new` more tokens are stored."""
@@ -56,12 +75,14 @@ class Row:
     def can_lose(self, count: int, num_sink_tokens: int) -> bool:
         """Whether the newest `count` tokens can be taken back. Messages that have left do not come back."""
         held = self.seen - self.dropped - num_sink_tokens if self.dropped else self.seen
+        if self.places:
+            held = min(held, self.seen - self.places[-1][0])  # images do not come back in parts
         return count <= held and (self.complete or count <= self.recallable)
 
     def without_newest(self, count: int, window_length: int) -> Row:
         """The row when they are taken back. A clock that would start behind the window goes back with them."""
         seen = self.seen - count
-        base = min(self.base, max(0, seen - window_length))
+        base = min(self.base, max(0, seen - self.lag - window_length))
         recallable = max(0, self.recallable - count)
         return replace(self, seen=seen, base=base, recallable=recallable, searched=0)
 

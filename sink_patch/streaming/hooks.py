@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from sink_patch.errors import UnboundCacheError
+from sink_patch.errors import UnboundCacheError, UnsupportedGenerationError
 from sink_patch.models.entries import CACHE_NAMES, decoder_of
+from sink_patch.models.families.media import media_tokens
 from sink_patch.rules.positions import check_of_forward
 from sink_patch.rules.rows import Row
 from sink_patch.streaming.calls.guard import check_given
-from sink_patch.streaming.inputs import accepted, check_text_only, named_arguments, without_columns
+from sink_patch.streaming.inputs import accepted, named_arguments, without_columns
+from sink_patch.streaming.media.given import check_media, has_coordinates
 from sink_patch.streaming.streams import StreamingCache, Streams, streams_of
 
 _installing = threading.Lock()
@@ -81,20 +83,54 @@ def _begin(
     name = "inputs_embeds" if named.get("input_ids") is None else "input_ids"
     if named.get(name) is None:
         return None  # the model itself says what it misses
-    check_text_only(module, named)
     streams = streams_of(cache, type(module).__name__)
     if not streams.is_bound_to(module):
         raise UnboundCacheError.elsewhere(repr(cache), type(module).__name__)
     if streams.forward.includes(module, named[name].shape[1]):
+        streams.coordinates.note(named.get("position_ids"))
         return None  # the model has handed on what it was given
-    if streams.call is None:
-        _check_positions(streams, module, named, named[name])
+    _check_decoder(streams, module, named.get("position_ids"))
+    media, call, inputs = check_media(module, named, streams.columns), streams.call, named[name]
+    if call is None:
+        _check_positions(streams, module, named, inputs)
+    elif call.cut is not None and call.cut.is_begun:
+        inputs, named = call.cut.feed_ahead(module, named)
     else:
-        count = streams.call.read_again(named[name], named.get("attention_mask"), streams.columns)
-        named = without_columns(named, named[name], count)
-    fixed = (in_graph or _is_compiled(module)) and named[name].shape[1] == 1 and streams.can_be_fixed_now
-    replaced = streams.begin(module, named[name], named.get("attention_mask"), fixed=fixed)
+        count = call.read_again(inputs, named.get("attention_mask"), streams.columns)
+        if media and call.cut is not None:
+            return (), call.cut.begin(module, named)
+        named = without_columns(named, inputs, count)
+        inputs = named[name]
+    fixed = (in_graph or _is_compiled(module)) and inputs.shape[1] == 1 and streams.can_be_fixed_now
+    streams.coordinates.forget()
+    replaced = streams.begin(module, inputs, named.get("attention_mask"), fixed=fixed)
+    streams.coordinates.columns = inputs.shape[1] if media else None
+    if media and has_coordinates(module):
+        tokens, given = media_tokens(module.config), named.get("position_ids")
+        replaced["position_ids"] = streams.coordinates.expect(inputs, tokens, given)
     return (), named | accepted(module, replaced, named)
+
+
+def _check_decoder(streams: Streams, module: nn.Module, position_ids: Any) -> None:
+    """A decoder is called in a forward that its model has not begun, or had begun with other columns.
+
+    Raises:
+        UnsupportedGenerationError: images have made more columns; or coordinates differ, as there are images that the
+            hooks of the model have not seen (PEFT calls past those), and nothing tells where they end.
+    """
+    if streams.forward.in_progress and streams.coordinates.columns is not None:
+        raise UnsupportedGenerationError(
+            f"{type(module).__name__} was called with other columns than the {streams.coordinates.columns} of a prompt "
+            "with images or sounds: the prompt must hold a token for each column of them, as processors write it. "
+            "Update the processor, or use another cache."
+        )
+    if getattr(position_ids, "ndim", 0) < 3 or module is streams.entrances[0]():
+        return
+    if not bool((position_ids[-3:] == position_ids[-1:]).all()):
+        raise UnsupportedGenerationError(
+            f"{type(module).__name__} was called with positions of several coordinates, as for images, and not by the "
+            "model that a SinkCache is bound to. Call that model itself, or use another cache."
+        )
 
 
 def _check_positions(streams: Streams, module: nn.Module, named: dict[str, Any], inputs: torch.Tensor) -> None:
@@ -107,7 +143,7 @@ def _check_positions(streams: Streams, module: nn.Module, named: dict[str, Any],
     if position_ids is None or not streams.counts_positions:
         return
     if getattr(position_ids, "ndim", 0) > 2 and module is not streams.entrances[0]():
-        return  # several coordinates, which a model has made for its decoder
+        return  # which a model has made for its decoder: see above
     seen = [row.seen for row in streams.rows or [Row()] * rows]
     if len(seen) == rows:
         check_of_forward(position_ids, named.get("attention_mask"), seen, streams.columns, columns)

@@ -12,17 +12,10 @@ import torch
 from torch import nn
 
 from sink_patch.compat import installed_shim
-from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.models.facts import ModelFacts
 from sink_patch.rules.columns import Columns
+from sink_patch.streaming.media.cut import Cut
 from sink_patch.streaming.steps import Step
-
-_OTHER_INPUTS = {
-    *("pixel_values", "pixel_values_videos", "pixel_values_images", "input_features", "input_values"),
-    *("audio_values", "mm_encoder_outputs"),
-}
-"""Of models that declare nothing."""
-_OF_TEXT = frozenset({"inputs_embeds", "attention_mask"})
 
 _OF_THE_STREAM = ("attention_mask", "position_ids")  # which the cache replaces
 
@@ -34,10 +27,13 @@ class Call:
     Args:
         columns: which of its columns are new. After those of the stream come single tokens, which are never padding.
         drafting: whether drafts follow the prompt in the first forward.
+        cut: how the first forward goes in by pieces, whose images are in place when the decoder is called; None: not
+            by itself.
     """
 
     columns: Columns
     drafting: bool = False
+    cut: Cut | None = None
     _has_begun: bool = False
 
     def is_past_prompt(self, read: int) -> bool:
@@ -107,45 +103,6 @@ def accepted(module: nn.Module, replaced: Mapping[str, Any], given: Mapping[str,
     """
     names = _accepted_names(type(module).forward)
     return {name: value for name, value in replaced.items() if name in names or name in given}
-
-
-def check_text_only(module: nn.Module, named: Mapping[str, Any]) -> None:
-    """Images and sounds have positions of their own (M-RoPE), or see each other in both directions.
-
-    They are what has a known name, and all numbers that are no embeddings of text, given to a model whose config
-    declares more than one part (vision, audio: `sub_configs`).
-
-    Raises:
-        UnsupportedGenerationError: some were given.
-    """
-    many = _has_parts(getattr(module, "config", None))
-    others = [
-        name
-        for name, value in named.items()
-        if (name in _OTHER_INPUTS and _is_given(value)) or (many and name not in _OF_TEXT and _has_numbers(value))
-    ]
-    if others:
-        raise UnsupportedGenerationError(
-            f"{type(module).__name__} was given {', '.join(others)} with a SinkCache, which streams text alone. Leave "
-            "them out, or use another cache."
-        )
-
-
-def _has_parts(config: Any) -> bool:
-    """Whether a config declares parts beside that of the text."""
-    return any(name != "text_config" for name in getattr(config, "sub_configs", ()))
-
-
-def _is_given(value: Any) -> bool:
-    """`generate` passes a dict of None for encoders that had nothing to do."""
-    return any(map(_is_given, value.values())) if isinstance(value, dict) else value is not None
-
-
-def _has_numbers(value: Any) -> bool:
-    """Whether this is a tensor of floating point, or holds one."""
-    if isinstance(value, (dict, list, tuple)):
-        return any(map(_has_numbers, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 @functools.lru_cache(maxsize=256)

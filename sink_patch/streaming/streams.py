@@ -18,6 +18,7 @@ from sink_patch.rules.rows import Row
 from sink_patch.streaming.fixed.steps import FixedSteps
 from sink_patch.streaming.forward import Phase
 from sink_patch.streaming.inputs import Call, replaced_inputs
+from sink_patch.streaming.media.coordinates import Coordinates
 from sink_patch.streaming.planning import Planner
 from sink_patch.streaming.rows import Rows
 from sink_patch.streaming.steps import Step
@@ -56,7 +57,7 @@ class Streams(Rows):
     they are, and the new token at 7, which goes into the slot of token 4. The next one would be at 8: all keys are
     turned back by 4 first, so that the new token is at 4 again, and `base` is 4 from then on.
 
-    `call` is what is known of the call of `generate` in progress, None outside.
+    `call` is what is known of the call of `generate` in progress, None outside; `coordinates` of what the model makes.
 
     Args:
         planner: the rules, with the sizes of the cache.
@@ -69,6 +70,7 @@ class Streams(Rows):
         self.planner = planner
         self.entrances = tuple(weakref.ref(module) for module in entrances)
         self.call: Call | None = None
+        self.coordinates = Coordinates()
         self.offered_to_compiler = False  # while `generate` asks whether it may compile (generation/compiled.py)
         self._fixed = FixedSteps(store, planner.facts, entrances[0])
 
@@ -175,7 +177,8 @@ class Streams(Rows):
                 "checkpointing does not). Call model.eval() first."
             )
         rows = self.rows or [Row()] * len(step.plans)
-        self.rows = [row.after(plan.new, self.store.slots) for row, plan in zip(rows, step.plans, strict=True)]
+        rows = [row.after(plan.new, self.store.slots) for row, plan in zip(rows, step.plans, strict=True)]
+        self.rows = self.coordinates.told(rows, self.sizes.num_sink_tokens)
         self.columns += step.columns
         self.history.commit()
 

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from sink_patch import SinkCache, UnsupportedGenerationError
-from sink_patch.streaming.inputs import check_text_only
+from sink_patch.streaming.media.given import check_media, media_among
 from tests.support import zoo
 from tests.support.exact import EXACT
 from tests.support.oracle import relative_error
@@ -186,11 +186,11 @@ def test_numbers_for_a_model_with_other_parts_are_refused_whatever_they_are_call
     if not set(type(model.config).sub_configs) - {"text_config"}:
         pytest.skip("its decoder alone is built")
     given = {"inputs_embeds": torch.ones(1, 2, 4), "token_type_ids": torch.ones(1, 2, dtype=torch.long)}
-    check_text_only(model, given)
+    assert not media_among(model, given)
     for value in (torch.ones(1, 3), [torch.ones(3)], {"image": torch.ones(3)}):
         with pytest.raises(UnsupportedGenerationError, match=name):
-            check_text_only(model, {**given, name: value})
+            check_media(model, {**given, name: value}, 0)
 
 
 def test_numbers_for_a_model_of_text_alone_are_its_own():
-    check_text_only(copy.deepcopy(tiny("llama", layers=1)), {"tone": torch.ones(1, 3)})
+    assert not media_among(copy.deepcopy(tiny("llama", layers=1)), {"tone": torch.ones(1, 3)})

@@ -1,4 +1,4 @@
-"""Vision-language models fed text: M-RoPE, where all sections turn by the same delta; images are refused."""
+"""Vision-language models fed text: M-RoPE, where all sections turn by the same delta."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from sink_patch import SinkCache, UnsupportedGenerationError
+from sink_patch.models.families.media import MEDIA
 from tests.support.known_gaps import skip_if_model_is_newer
 from tests.support.oracle import worst_error
 from tests.support.tiny import tokens
@@ -74,7 +75,8 @@ def test_it_generates(model_type):
     assert out.past_key_values.get_seq_length() == 45
 
 
-def test_images_are_refused():
+def test_images_are_refused_by_models_that_are_not_known_to_take_them(monkeypatch):
     model = model_of("qwen2_vl")
+    monkeypatch.delitem(MEDIA, "qwen2_vl")
     with pytest.raises(UnsupportedGenerationError, match="pixel_values with a SinkCache, which streams text alone"):
         model(tokens(6), past_key_values=SinkCache(12, 3, model=model), pixel_values=torch.zeros(4, 96))

@@ -122,6 +122,11 @@ class ReplayCache(BareCache):
         return past + new, self.past_columns() - past
 
     @property
+    def is_initialized(self) -> bool:
+        """Whether it holds anything: some models see by that whether a prompt is a first one."""
+        return self.seen > 0
+
+    @property
     def is_sliding(self) -> list[bool]:
         return [facts.entry.sliding_window is not None for facts in self.facts]
 

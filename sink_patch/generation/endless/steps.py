@@ -17,6 +17,7 @@ from sink_patch.generation.endless import window
 from sink_patch.generation.inputs.pieces import PieceInputs
 from sink_patch.generation.prompt import Prompt
 from sink_patch.streaming.calls.guard import guarded
+from sink_patch.streaming.media.given import without_media
 
 
 class Steps:
@@ -49,7 +50,7 @@ class Steps:
         self._ids = given["input_ids"]  # [1, columns]; once the prompt is in, those of the window
         self._logits = torch.empty(0)  # of the next token, float32 [1, vocabulary]
         self._token: torch.Tensor | None = None  # [1, 1], chosen and not read yet
-        kwargs = {**given["model_kwargs"], "attention_mask": None}
+        kwargs = {**without_media(model, given["model_kwargs"]), "attention_mask": None}
         self._inputs = PieceInputs(model, self._ids[:, -1:], 1, kwargs)
         self._forward = _forward(model, config, given["model_kwargs"])
 

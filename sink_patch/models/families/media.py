@@ -1,0 +1,81 @@
+"""Which models may be given images and sounds, and by which arguments: data only, each proven by a tiny model.
+
+Such a model is one whose processor writes a token for each column of an image, which the model puts in its place. Then
+images are columns like any others, and the cache has nothing to learn. (tests/models/test_media.py)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from sink_patch.compat import installed_shim
+
+_TOKENS = tuple(f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index"))
+
+
+@dataclass(frozen=True)
+class Media:
+    """How the images and sounds of a model reach its forward.
+
+    Args:
+        inputs: arguments that hold them.
+        both_ways: whether an image sees itself in both directions, by masks that the model makes of a whole prompt.
+        coordinates: whether positions have several coordinates (M-RoPE), which the model makes of a whole prompt.
+    """
+
+    inputs: frozenset[str]
+    both_ways: bool = False
+    coordinates: bool = False
+
+    def __str__(self) -> str:
+        kinds = {
+            "pixel_values": "images",
+            "pixel_values_images": "images",
+            "pixel_values_videos": "videos",
+            "input_features": "sounds",
+        }
+        words = dict.fromkeys(word for name, word in kinds.items() if name in self.inputs)
+        how = " and ".join(words) + " are columns like any others"
+        if self.both_ways:
+            how += ", and see themselves in both directions"
+        return how + (", at positions of three coordinates" if self.coordinates else "")
+
+
+_IMAGES, _VIDEOS = "pixel_values", "pixel_values pixel_values_videos"
+_SOUNDS = "input_features"
+
+
+def _each(model_types: str, inputs: str, **more: Any) -> Iterable[tuple[str, Media]]:
+    return [(name, Media(frozenset(inputs.split()), **more)) for name in model_types.split()]
+
+
+MEDIA: dict[str, Media] = dict(
+    [
+        *_each("llava vipllava aya_vision got_ocr2 pp_chart2table internvl deepseek_vl ovis2 qianfan_ocr", _IMAGES),
+        *_each(
+            "idefics2 idefics3 smolvlm mistral3 lighton_ocr llava_next llava_onevision aria cohere2_vision", _IMAGES
+        ),
+        *_each("lfm2_vl video_llama_3 exaone4_5 hyperclovax_vision_v2", _IMAGES),
+        *_each("llava_next_video", _IMAGES),
+        *_each("video_llava", "pixel_values pixel_values_images"),
+        *_each("qwen2_audio glmasr voxtral", _SOUNDS),
+        *_each("gemma3 shieldgemma2 paligemma", _IMAGES, both_ways=True),
+        *_each("qwen2_vl qwen2_5_vl", _VIDEOS, coordinates=True),
+        *_each("qwen3_vl qwen3_vl_moe glm4v glm4v_moe glm46v glmga glm_ocr paddleocr_vl", _IMAGES, coordinates=True),
+        *_each("qwen3_5 qwen3_5_moe cosmos3_omni cohere_compass", _IMAGES, coordinates=True),
+    ]
+)
+
+
+def media_of(config: Any) -> Media | None:
+    """How a model with this config takes images and sounds; None: not known, or not in this transformers."""
+    model_type = getattr(config, "model_type", None)
+    return None if model_type in installed_shim().no_media.split() else MEDIA.get(str(model_type))
+
+
+def media_tokens(config: Any) -> frozenset[int]:
+    """The ids that stand for columns of images and sounds."""
+    found = (getattr(config, name, None) for name in _TOKENS)
+    return frozenset(token for token in found if isinstance(token, int))

@@ -1,0 +1,73 @@
+"""Where images and sounds stand in the columns of a prompt and in its positions, in plain integers.
+
+Where positions have several coordinates (M-RoPE), an image has as many positions as it has rows or columns of patches,
+and what follows goes on behind those: text positions lag behind the tokens by what images save. Three tokens of text,
+an image of 2 x 4 patches, and text:
+
+    index     0 1 2 | 3 4 5 6 7 8 9 10 | 11 12
+    height          | 3 3 3 3 4 4 4 4  |
+    width           | 3 4 5 6 3 4 5 6  |
+    position  0 1 2 | 3 3 3 3 3 3 3 3  |  7  8
+
+The position of a token of an image is said to be that at which the image begins. `places` are ((3, 3, False),
+(11, 7, True)): from index 3 on the position is 3, from 11 on it goes on from 7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Place = tuple[int, int, bool]  # (first index, its position, whether each token that follows has a position of its own)
+
+
+def pieces(joined: Sequence[bool], size: int) -> list[tuple[int, int]]:
+    """The columns of a prompt in pieces of at most `size` columns that cut no image: (first, end) of each.
+
+    An image that is longer than that is a piece by itself. With a size of 4 and an image in columns 2 to 6:
+
+        columns   0 1 | 2 3 4 5 6 | 7 8 9
+        joined    - - | - x x x x | - - -
+
+    Args:
+        joined: of each column, whether it goes on with an image (of any row) that has begun in a column before.
+    """
+    columns, found, first = len(joined), list[tuple[int, int]](), 0
+    while first < columns:
+        end = min(first + size, columns)
+        while first < end < columns and joined[end]:
+            end -= 1
+        if end == first:  # an image from here on
+            end = first + 1
+            while end < columns and joined[end]:
+                end += 1
+        found.append((first, end))
+        first = end
+    return found
+
+
+def position_of(places: Sequence[Place], index: int) -> int:
+    """The position of a token of a row, as the model counts it, from its index in the stream."""
+    for first, position, counts in reversed(places):
+        if first <= index:
+            return position + (index - first if counts else 0)
+    return index
+
+
+def places_of(of_image: Sequence[bool], lowest: Sequence[int], end: int) -> tuple[Place, ...]:
+    """The places of a prompt.
+
+    Args:
+        of_image: of each token, whether it belongs to an image.
+        lowest: of each token, the smallest of its coordinates.
+        end: position of the token that follows.
+    """
+    found, count = list[Place](), len(of_image)
+    for index in range(count):
+        if of_image[index]:
+            if index == 0 or not of_image[index - 1]:
+                found.append((index, lowest[index], False))
+        elif lowest[index] != position_of(found, index) or (found and not found[-1][2]):
+            found.append((index, lowest[index], True))
+    if position_of(found, count) != end or (found and not found[-1][2]):
+        found.append((count, end, True))
+    return tuple(found)

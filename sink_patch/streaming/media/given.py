@@ -1,0 +1,145 @@
+"""Images and sounds among the arguments of a forward, or of a call: which may be given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from sink_patch.errors import UnsupportedGenerationError
+from sink_patch.models.entries import decoder_of, text_config
+from sink_patch.models.families.media import media_of
+
+_OTHER_INPUTS = {
+    *("pixel_values", "pixel_values_videos", "pixel_values_images", "input_features", "input_values"),
+    *("audio_values", "mm_encoder_outputs"),
+}
+"""Of models that declare nothing."""
+_OF_TEXT = frozenset({"inputs_embeds", "attention_mask"})
+_ENCODED = "mm_encoder_outputs"
+_BY_KIND = {"image": "pixel_values", "video": "pixel_values_videos", "audio": "input_features"}
+_TYPES = ("token_type_ids", "mm_token_type_ids")
+_INSTEAD = "Leave them out, or use another cache."
+
+
+def media_among(module: nn.Module, named: Mapping[str, Any]) -> Sequence[str]:
+    """The arguments that hold images or sounds.
+
+    They are what has a known name, and all numbers that are no embeddings of text, given to a model whose config
+    declares more than one part (vision, audio: `sub_configs`).
+    """
+    many = _has_parts(getattr(module, "config", None))
+    return [
+        name
+        for name, value in named.items()
+        if (name in _OTHER_INPUTS and _is_given(value)) or (many and name not in _OF_TEXT and _has_numbers(value))
+    ]
+
+
+def without_media(module: nn.Module, named: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arguments of a call for the text behind a prompt with images: without those, and all that tells of them."""
+    given = media_among(module, named)
+    return (
+        {name: value for name, value in named.items() if name not in given and name not in _TYPES} if given else named
+    )
+
+
+def check_media(module: nn.Module, named: Mapping[str, Any], read: int) -> Sequence[str]:
+    """The images and sounds among the arguments of a forward, or of a call, none of which is refused.
+
+    Args:
+        read: columns that the cache has read before.
+
+    Raises:
+        UnsupportedGenerationError: the model is not known to stream with them, or they are in a later turn.
+    """
+    given = media_among(module, named)
+    if not given:
+        return given
+    name, media = type(module).__name__, media_of(getattr(module, "config", None))
+    unknown = [one for one in given if media is None or not media.inputs.issuperset(_meant(one, named[one]))]
+    if unknown:
+        raise UnsupportedGenerationError(
+            f"{name} was given {', '.join(unknown)} with a SinkCache, which streams "
+            f"{'text alone' if media is None else 'no such inputs'} with this model. {_INSTEAD}"
+        )
+    if media is not None and media.coordinates and not _puts_images_in_place(module):
+        raise UnsupportedGenerationError(
+            f"{name} was given {', '.join(given)} with a SinkCache, and in this transformers nothing tells at which "
+            f"positions it puts them. {_INSTEAD}"
+        )
+    if read:
+        raise UnsupportedGenerationError(
+            f"{name} was given {', '.join(given)} with a SinkCache that has read {read} columns, and a stream takes "
+            "images and sounds in its first prompt alone. Give the whole text to a new SinkCache, or use another cache."
+        )
+    if named.get("inputs_embeds") is not None:
+        raise UnsupportedGenerationError(
+            f"{name} was given {', '.join(given)} together with inputs_embeds and a SinkCache, which must see the ids "
+            "of the tokens that stand for them. Pass input_ids instead."
+        )
+    return given
+
+
+def check_cut(model: nn.Module, given: Sequence[str], columns: int) -> None:
+    """Refuse a prompt with images that is to go in by pieces, where it cannot.
+
+    Args:
+        given: the arguments that hold images.
+        columns: of the prompt.
+
+    Raises:
+        UnsupportedGenerationError: masks of the model are for whole prompts, or its decoder cannot be called by itself.
+    """
+    media = media_of(getattr(model, "config", None))
+    if not _puts_images_in_place(model):
+        why = f"{type(model).__name__} does not put images in their place before its decoder is called"
+    elif media is None or media.coordinates:
+        why = f"{type(model).__name__} makes positions of several coordinates of the whole prompt"
+    elif media.both_ways:
+        why = f"in {type(model).__name__} an image sees itself in both directions, by a mask of the whole prompt"
+    else:
+        return
+    raise UnsupportedGenerationError(
+        f"A prompt of {columns} columns with {', '.join(given)} was to go into a sink cache by pieces, as it is longer "
+        f"than prefill_chunk_size or than the model's context, and {why}. Give a prompt that goes in at once, or use "
+        "another cache."
+    )
+
+
+def has_coordinates(module: nn.Module) -> bool:
+    """Whether a model gives its images positions of several coordinates."""
+    media = media_of(getattr(module, "config", None))
+    return media is not None and media.coordinates
+
+
+def _puts_images_in_place(model: nn.Module) -> bool:
+    """Whether what a model calls its decoder is given embeddings, images among them, and their positions."""
+    decoder: Any = decoder_of(model)
+    return decoder is not model and isinstance(decoder.config, type(text_config(model)))
+
+
+def _meant(name: str, value: Any) -> frozenset[str]:
+    """The arguments that one stands for: what encoders have made of images stands for those."""
+    if name != _ENCODED or not isinstance(value, dict):
+        return frozenset({name})
+    return frozenset(_BY_KIND.get(str(kind), str(kind)) for kind, made in value.items() if _is_given(made))
+
+
+def _has_parts(config: Any) -> bool:
+    """Whether a config declares parts beside that of the text."""
+    return any(name != "text_config" for name in getattr(config, "sub_configs", ()))
+
+
+def _is_given(value: Any) -> bool:
+    """`generate` passes a dict of None for encoders that had nothing to do."""
+    return any(map(_is_given, value.values())) if isinstance(value, dict) else value is not None
+
+
+def _has_numbers(value: Any) -> bool:
+    """Whether this is a tensor of floating point, or holds one."""
+    if isinstance(value, (dict, list, tuple)):
+        return any(map(_has_numbers, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, torch.Tensor) and value.is_floating_point()

@@ -1,0 +1,228 @@
+"""Models with images: one layer against fresh forwards, several against a naive cache, and what is refused."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from sink_patch import SinkCache, UnsupportedGenerationError, UnsupportedModelError, coverage, kept_streams, stream
+from sink_patch.models.entries import decoder_of
+from sink_patch.models.families.media import MEDIA
+from sink_patch.streaming.media.given import check_media
+from sink_patch.streaming.streams import streams_of
+from tests.support import media
+from tests.support.known_gaps import is_newest
+from tests.support.media.oracle import embedded, fresh, visible
+from tests.support.oracle import relative_error
+from tests.support.replay import ReplayCache, cache_name, named_inputs
+from tests.support.tiny import tokens
+from tests.support.zoo.configs import kinds_of, smallest_stack
+
+W, S = 8, 3
+ROWS = [[2, "image", 3, "image", 2]]
+BIG = {"cache_implementation": "sink", "window_length": 200, "num_sink_tokens": S}
+SMALL = {**BIG, "window_length": W}
+ASKED = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+
+PLAIN = [name for name in media.SAMPLES if not MEDIA[name].coordinates]
+
+built = functools.cache(media.build)
+
+
+def streaming(model: PreTrainedModel) -> SinkCache:
+    """A cache of it; skips where an old transformers is refused by name."""
+    try:
+        check_media(model, media.prompt(model, ROWS), 0)
+        return SinkCache(W, S, model=model)
+    except (UnsupportedModelError, UnsupportedGenerationError) as refusal:
+        if is_newest():
+            raise
+        pytest.skip(str(refusal))
+
+
+def schedule(cache: SinkCache, singles: int = 2) -> list[int]:
+    """So many single tokens, then several at once by rules 3 and 4, where the model takes that."""
+    single = streams_of(cache).facts.one_by_one
+    return [1] * (singles + 3) if single else [*[1] * singles, 3, 6, 1]
+
+
+def text_config_class(model: PreTrainedModel) -> type:
+    return type(model.config.get_text_config(decoder=True))
+
+
+@pytest.mark.parametrize("model_type", ["llava", "gemma3"])
+@torch.no_grad()
+def test_one_layer_equals_a_fresh_forward_over_the_kept_tokens(model_type):
+    for layer in kinds_of(text_config_class(built(model_type))):
+        model = media.build(model_type, smallest_stack(text_config_class(built(model_type)), layer))
+        cache, given = streaming(model), media.prompt(model, ROWS)
+        steps, seen, start = schedule(cache, 6), given["input_ids"].shape[1], 0
+        assert len(cache) == 1
+        kind, text = cache.layers[0].kind, tokens(sum(steps)) % 80
+        whole = embedded(model, given, text)["inputs_embeds"]
+        found = model(**given, **{cache_name(model): cache}).logits[:, -1]
+        assert relative_error(found, model(**given, use_cache=False).logits[:, -1]) < 1e-5
+        for new in steps:
+            found = model(text[:, start : start + new], **{cache_name(model): cache}).logits[:, -1]
+            kept = visible(seen, new, W, S)
+            if kind.local:
+                kept = list(range(max(0, seen + new - kind.capacity), seen + new))
+            assert relative_error(found, fresh(model, whole[:, kept])) < 1e-5, (layer, start, new)
+            seen, start = seen + new, start + new
+
+
+@pytest.mark.parametrize("model_type", PLAIN)
+@torch.no_grad()
+def test_several_layers_equal_a_naive_cache(model_type):
+    model = built(model_type)
+    cache, naive, name, start = streaming(model), ReplayCache(model, W, S), cache_name(model), 0
+    given, steps = media.prompt(model, ROWS), schedule(cache)
+    text = tokens(sum(steps)) % 80
+    first = named_inputs(model, naive.start(given["input_ids"].shape[1]))
+    wanted = model(**{**given, **first}, use_cache=True, **{name: naive}).logits[:, -1]
+    assert relative_error(model(**given, **{name: cache}).logits[:, -1], wanted) < 1e-5
+    naive.finish()
+    for new in steps:
+        piece = text[:, start : start + new]
+        wanted = model(piece, **named_inputs(model, naive.start(new)), use_cache=True, **{name: naive}).logits[:, -1]
+        naive.finish()
+        assert relative_error(model(piece, **{name: cache}).logits[:, -1], wanted) < 1e-5, start
+        start += new
+
+
+@pytest.mark.parametrize("model_type", ["llava", "gemma3"])
+def test_below_the_window_the_text_is_that_of_the_default_cache_and_rows_are_as_if_alone(model_type):
+    model = built(model_type)
+    streaming(model)
+    given = media.prompt(model, [[3, "image", 4, "image", 2], [1, "image", 4]])
+    wanted, found = (model.generate(**given, **ASKED, **sink) for sink in ({}, BIG))
+    assert torch.equal(found.sequences, wanted.sequences)
+    real = given["attention_mask"][1].bool()
+    alone = {name: value[1:][:, real] for name, value in given.items() if name != "pixel_values"}
+    both = model.generate(**given, **ASKED, **SMALL)
+    one = model.generate(**alone, pixel_values=given["pixel_values"][2:], **ASKED, **SMALL)
+    for found, wanted in zip(both.logits, one.logits, strict=True):
+        assert relative_error(found[1:], wanted) < 1e-5
+    beams = {"max_new_tokens": 3, "do_sample": False, "num_beams": 2}
+    assert torch.equal(model.generate(**given, **beams), model.generate(**given, **beams, **BIG))
+
+
+def test_a_prompt_that_goes_in_by_pieces_cuts_no_image_and_runs_encoders_once(monkeypatch):
+    model = built("llava")
+    given, pieces, encoded = media.prompt(model, [[3, "image", 4, "image", 9], [1, "image", 4]]), [], []
+    decoder = decoder_of(model)
+    if not hasattr(decoder, "layers"):
+        with pytest.raises(UnsupportedGenerationError, match="before its decoder is called"):
+            model.generate(**given, **SMALL, prefill_chunk_size=7)
+        return
+    hooks = [
+        decoder.layers[0].register_forward_pre_hook(lambda module, args: pieces.append(args[0].shape[1])),
+        model.model.vision_tower.register_forward_pre_hook(lambda *_: encoded.append(1)),
+    ]
+    found = model.generate(**given, **ASKED, **BIG, prefill_chunk_size=7)
+    ahead = pieces[: -ASKED["max_new_tokens"] + 1]
+    for hook in hooks:
+        hook.remove()
+    # the second image begins in column 23, and that of the other row ends in column 43
+    assert (ahead, len(encoded)) == ([3, 16, 4, 21, 4], 1)
+    wanted = model.generate(**given, **ASKED)
+    for one, other in zip(found.logits, wanted.logits, strict=True):
+        assert relative_error(one, other) < 1e-5
+    assert torch.equal(found.sequences, wanted.sequences)
+
+
+def test_a_prompt_longer_than_the_context_goes_in_by_pieces():
+    """One layer, whose last logits are those of the sinks and the last piece."""
+    model = media.build("llava", ("full_attention",), max_position_embeddings=32)
+    given, seen = media.prompt(model, ROWS), []
+    if not hasattr(decoder_of(model), "layers"):
+        return  # refused: see above
+    hook = decoder_of(model).layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    found = model.generate(**given, **{**ASKED, "max_new_tokens": 1}, **SMALL).logits[0]
+    hook.remove()
+    assert seen[-5:] == [2, 16, 3, 16, 2]
+    whole = embedded(model, given, tokens(1)[:, :0])["inputs_embeds"]
+    assert relative_error(found, fresh(model, whole[:, [0, 1, 2, *range(34, 39)]])) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more", "says"),
+    [
+        ("llava", {"prompt_lookup_num_tokens": 2}, "pixel_values was given with drafts"),
+        ("llava", {"inputs_embeds": torch.ones(1, 3, 64)}, "together with inputs_embeds"),
+        ("llava", {"tone": torch.ones(1, 3)}, "was given tone with a SinkCache, which streams no such inputs"),
+        ("gemma3", {"prefill_chunk_size": 7}, "sees itself in both|before its decoder is called"),
+        ("qwen2_vl", {"prefill_chunk_size": 7}, "several coordinates of the whole prompt|streams text alone"),
+    ],
+)
+def test_what_cannot_be_right_is_refused_before_anything_is_computed(model_type, more, says):
+    model = built(model_type)
+    handle = register_module_forward_pre_hook(lambda module, _: pytest.fail(f"{type(module).__name__} ran"))
+    try:
+        with pytest.raises(UnsupportedGenerationError, match=says):
+            model.generate(**media.prompt(model, ROWS), **more, **SMALL)
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def test_later_turns_take_text_alone():
+    model = built("llava")
+    given, cache = media.prompt(model, ROWS), SinkCache(W, S, model=model)
+    model(**given, **{cache_name(model): cache})
+    with pytest.raises(UnsupportedGenerationError, match="that has read 39 columns.*in its first prompt alone"):
+        model(**given, **{cache_name(model): cache})
+    first = model.generate(**given, **ASKED, **SMALL)
+    cache = next(value for value in first.values() if isinstance(value, SinkCache))
+    text = torch.cat((first.sequences, tokens(4) % 80), dim=1)
+    assert model.generate(text, past_key_values=cache, max_new_tokens=3).shape[1] == text.shape[1] + 3
+    assert cache.get_seq_length() == text.shape[1] + 2
+
+
+def test_each_that_is_called_exact_has_a_sample_that_proves_it():
+    verdicts = {verdict.model_type: verdict for verdict in coverage().media}
+    assert set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) <= set(verdicts)
+    exact = [name for name, verdict in verdicts.items() if verdict.exact]
+    assert {CONFIG_MAPPING[name].model_type for name in exact} <= set(media.SAMPLES) == set(MEDIA)
+    assert all(verdict.reason for verdict in verdicts.values())
+    if is_newest():
+        assert len(exact) >= 44
+
+
+class _Words:
+    """A tokenizer that writes ids as numbers."""
+
+    def decode(self, ids, **_):
+        return "".join(f"{int(one)} " for one in ids)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "qwen2_vl"])
+def test_a_stream_begins_with_images(model_type):
+    model = built(model_type)
+    streaming(model)
+    if model_type == "qwen2_vl" and not is_newest():
+        pytest.skip("what makes the inputs of this model needs a mask, also without images")
+    given, asked = media.prompt(model, ROWS), {"max_new_tokens": W, "do_sample": False}
+    ids = given.pop("input_ids")
+    wanted = model.generate(ids, **given, **asked, **SMALL)[0, ids.shape[1] :]
+    del given["attention_mask"]
+    sizes = {"window_length": W, "num_sink_tokens": S}
+    assert "".join(stream(model, _Words(), ids, **given, **asked, **sizes)) == _Words().decode(wanted)
+
+
+def test_kept_streams_never_take_one_image_for_another():
+    """The ids of two prompts are the same, and their images are not."""
+    model = built("llava")
+    streaming(model)
+    given, asked = media.prompt(model, ROWS), {"max_new_tokens": 4, "do_sample": False, **BIG}
+    other = {**given, **media.images(model, 2, seed=7)}
+    first = model.generate(**given, **asked, keep_streams=2)
+    found = model.generate(**other, **asked, keep_streams=2)
+    assert torch.equal(found, model.generate(**other, **asked))
+    assert not torch.equal(found, first)
+    assert len(kept_streams) == 0

@@ -1,0 +1,180 @@
+"""Images whose positions have several coordinates (M-RoPE): sinks, clock and text count positions, not columns."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from sink_patch import SinkCache, UnsupportedGenerationError
+from sink_patch.models.families.media import MEDIA
+from sink_patch.streaming.streams import streams_of
+from tests.models.test_media import ASKED, BIG, ROWS, SMALL, S, W, built, schedule, streaming
+from tests.support import media
+from tests.support.media.naive import PlacedCache, Places
+from tests.support.media.oracle import embedded, fresh, visible
+from tests.support.oracle import relative_error
+from tests.support.replay import cache_name, named_inputs
+from tests.support.tiny import tokens
+
+COORDINATES = [name for name in media.SAMPLES if MEDIA[name].coordinates]
+
+
+def places_of(whole: dict, ids: torch.Tensor) -> Places:
+    """Of one row: ids [1, columns] of the whole stream."""
+    return Places(whole["position_ids"][-3:, 0], (ids[0] == 90).tolist())
+
+
+@pytest.mark.parametrize(("model_type", "sinks"), [("qwen2_vl", 3), ("qwen2_vl", 11), ("qwen3_vl", 3), ("glm4v", 7)])
+@torch.no_grad()
+def test_one_layer_equals_a_fresh_forward_at_the_positions_of_the_cache(model_type, sinks):
+    """With 11 sinks the first image stays; a short context sets the clock back."""
+    model = media.build(model_type, ("full_attention",), max_position_embeddings=24)
+    streaming(model)
+    window = W + sinks
+    given, cache = media.prompt(model, ROWS), SinkCache(window, sinks, model=model)
+    steps = [*[1] * 22, 4, 1, 11, 1]
+    text = tokens(sum(steps)) % 80
+    whole = embedded(model, given, text)
+    places = places_of(whole, torch.cat((given["input_ids"], text), dim=1))
+    found, seen, start = model(**given, **{cache_name(model): cache}).logits[:, -1], given["input_ids"].shape[1], 0
+    assert relative_error(found, model(**given, use_cache=False).logits[:, -1]) < 1e-5
+    for new in steps:
+        found = model(text[:, start : start + new], **{cache_name(model): cache}).logits[:, -1]
+        kept = visible(seen, new, window, sinks)
+        wanted = fresh(model, whole["inputs_embeds"][:, kept], position_ids=places.of(kept, sinks)[:, None])
+        assert relative_error(found, wanted) < 1e-5, start
+        seen, start = seen + new, start + new
+    (row,) = streams_of(cache).rows
+    assert row.lag == 8
+    assert row.base
+
+
+@pytest.mark.parametrize("model_type", COORDINATES)
+@torch.no_grad()
+def test_several_layers_equal_a_naive_cache(model_type):
+    model = built(model_type)
+    cache, name, start, given = streaming(model), cache_name(model), 0, media.prompt(model, ROWS)
+    steps = schedule(cache)
+    text = tokens(sum(steps)) % 80
+    places = places_of(embedded(model, given, text), torch.cat((given["input_ids"], text), dim=1))
+    naive = PlacedCache(model, W, S, places)
+    first = named_inputs(model, naive.start(given["input_ids"].shape[1]))
+    wanted = model(**{**given, **first}, use_cache=True, **{name: naive}).logits[:, -1]
+    assert relative_error(model(**given, **{name: cache}).logits[:, -1], wanted) < 1e-5
+    naive.finish()
+    for new in steps:
+        piece = text[:, start : start + new]
+        wanted = model(piece, **named_inputs(model, naive.start(new)), use_cache=True, **{name: naive}).logits[:, -1]
+        naive.finish()
+        assert relative_error(model(piece, **{name: cache}).logits[:, -1], wanted) < 1e-5, start
+        start += new
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl"])
+def test_below_the_window_the_text_is_that_of_the_default_cache_and_rows_are_as_if_alone(model_type):
+    model = built(model_type)
+    streaming(model)
+    given = media.prompt(model, [[3, "image", 4, "image", 2], [1, "image", 4]])
+    wanted, found = (model.generate(**given, **ASKED, **sink) for sink in ({}, BIG))
+    assert torch.equal(found.sequences, wanted.sequences)
+    for one, other in zip(found.logits, wanted.logits, strict=True):
+        assert relative_error(one, other) < 1e-5
+    real = given["attention_mask"][1].bool()
+    alone = {name: value[1:][:, real] for name, value in given.items() if value.shape == given["input_ids"].shape}
+    alone |= {"pixel_values": given["pixel_values"][64:], "image_grid_thw": given["image_grid_thw"][2:]}
+    both, one = (model.generate(**inputs, **ASKED, **SMALL) for inputs in (given, alone))
+    for found, wanted in zip(both.logits, one.logits, strict=True):
+        assert relative_error(found[1:], wanted) < 1e-5
+
+
+def test_two_streams_do_not_mix_where_they_stand():
+    """The model itself remembers the lag of the last prompt that it has read."""
+    model = built("qwen2_vl")
+    streaming(model)
+    texts = [media.prompt(model, [[3, "image", 2]]), media.prompt(model, [[2, "image", 1, "image", 1]], seed=1)]
+    asked = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+
+    def begun(text):
+        out = model.generate(**text, **asked, **BIG)
+        return out.sequences, next(value for value in out.values() if isinstance(value, SinkCache))
+
+    def ended(ids, cache):
+        return model.generate(torch.cat((ids, tokens(3) % 80), dim=1), past_key_values=cache, **asked).sequences
+
+    wanted = [ended(*begun(text)) for text in texts]
+    both = [begun(text) for text in texts]
+    for found, one in zip([ended(*stream) for stream in both], wanted, strict=True):
+        assert torch.equal(found, one)
+    lags = [streams_of(cache).rows[0].lag for _, cache in both]
+    assert lags == [4, 8]
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])
+@torch.no_grad()
+def test_videos_may_go_further_than_the_text_behind_them(model_type):
+    """Four pairs of frames of 1 x 2 merged patches."""
+    model = built(model_type)
+    cache, name = streaming(model), cache_name(model)
+    ids = torch.tensor([[3, 4, 92, *[91] * 8, 93, 7, 8]])
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "mm_token_type_ids" in inspect.signature(type(model).forward).parameters:
+        given["mm_token_type_ids"] = 2 * (ids == 91).long()
+    given |= {"pixel_values_videos": torch.randn(32, 384), "video_grid_thw": torch.tensor([[4, 2, 4]])}
+    asked = {**ASKED, "max_new_tokens": 3}
+    wanted, found = (model.generate(**given, **asked, **sink) for sink in ({}, BIG))
+    for one, other in zip(found.logits, wanted.logits, strict=True):
+        assert relative_error(one, other) < 1e-5
+    text = tokens(9) % 80
+    whole = embedded(model, given, text)
+    coordinates = whole["position_ids"][-3:, 0]
+    coordinates[:, ids.shape[1] :] = coordinates[:, ids.shape[1] - 1 : ids.shape[1]] + 1 + torch.arange(9)
+    places = Places(coordinates, (torch.cat((ids, text), dim=1)[0] == 91).tolist())
+    naive = PlacedCache(model, W, S, places)
+    feeds = [given, *[{"input_ids": token} for token in text.split(1, dim=1)]]
+    for feed in feeds:
+        first = named_inputs(model, naive.start(feed["input_ids"].shape[1]))
+        wanted = model(**{**feed, **first}, use_cache=True, **{name: naive}).logits[:, -1]
+        naive.finish()
+        assert relative_error(model(**feed, **{name: cache}).logits[:, -1], wanted) < 1e-5
+
+
+@torch.no_grad()
+def test_where_images_stand_is_saved_with_the_cache(tmp_path):
+    model = built("qwen2_vl")
+    cache, name = streaming(model), cache_name(model)
+    model(**media.prompt(model, ROWS), **{name: cache})
+    cache.save(tmp_path / "cache.safetensors")
+    again = SinkCache.load(tmp_path / "cache.safetensors", model=model)
+    assert streams_of(again).rows == streams_of(cache).rows
+    for token in (tokens(4) % 80).split(1, dim=1):
+        found, wanted = (model(token, **{name: one}).logits for one in (again, cache))
+        assert torch.equal(found, wanted)
+
+
+@torch.no_grad()
+def test_images_do_not_come_back_and_text_behind_them_does():
+    model = built("qwen2_vl")
+    streaming(model)
+    cache, name, text = SinkCache(100, S, model=model), cache_name(model), tokens(5) % 80
+    model(**media.prompt(model, ROWS), **{name: cache})
+    wanted = [model(token, **{name: cache}).logits for token in text.split(1, dim=1)]
+    assert streams_of(cache).crop(3)
+    for token, logits in zip(text[:, 2:].split(1, dim=1), wanted[2:], strict=True):
+        assert relative_error(model(token, **{name: cache}).logits, logits) < 1e-5
+    assert not streams_of(cache).crop(9)
+
+
+@torch.no_grad()
+def test_positions_that_nobody_has_seen_are_no_guess():
+    """In a graph the hook before the decoder does not run: here it is as if there were none."""
+    model = built("qwen2_vl")
+    cache, name = streaming(model), cache_name(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streams_of(cache).coordinates, "note", lambda _: None)
+        with pytest.raises(UnsupportedGenerationError, match="cannot see there at which positions"):
+            model(**media.prompt(model, ROWS), **{name: cache})
+    assert cache.get_seq_length() == 0
+    wanted = model(**media.prompt(model, ROWS), use_cache=False).logits[:, -1]
+    assert relative_error(model(**media.prompt(model, ROWS), **{name: cache}).logits[:, -1], wanted) < 1e-5

@@ -1,0 +1,58 @@
+"""Pieces of a prompt that cut no image, and the positions that images save."""
+
+from __future__ import annotations
+
+import pytest
+
+from sink_patch.rules.media import pieces, places_of, position_of
+from sink_patch.rules.plans import plan_row
+from sink_patch.rules.rows import Row, Slots
+
+_ = False
+X = True
+
+
+@pytest.mark.parametrize(
+    ("joined", "size", "wanted"),
+    [
+        ([_, _, _, X, X, X, X, _, _, _], 4, [(0, 2), (2, 7), (7, 10)]),
+        ([_] * 5, 2, [(0, 2), (2, 4), (4, 5)]),
+        ([_, X, X, _, _], 9, [(0, 5)]),
+        ([_, X, X, X], 2, [(0, 4)]),
+    ],
+)
+def test_pieces_cut_no_image(joined, size, wanted):
+    assert pieces(joined, size) == wanted
+
+
+def placed() -> tuple[Row, list[int]]:
+    """The row of the docstring, after its prompt: an image of 8 tokens and 4 positions behind 3 tokens."""
+    lowest = [0, 1, 2, *[3] * 8, 7, 8]
+    of_image = [3 <= index < 11 for index in range(13)]
+    return Row(seen=13, places=places_of(of_image, lowest, 9)), lowest
+
+
+def test_positions_lag_by_what_images_save():
+    row, lowest = placed()
+    assert row.places == ((3, 3, False), (11, 7, True))
+    assert [position_of(row.places, index) for index in range(16)] == [*lowest, 9, 10, 11]
+    assert row.lag == 4
+
+
+@pytest.mark.parametrize("sinks", [0, 3, 11, 12])
+def test_sinks_stand_just_before_the_oldest_token_or_image_behind_them(sinks):
+    row, _lowest = placed()
+    window = 6 + sinks
+    for _step in range(20):
+        plan = plan_row(row, 1, window, sinks, 10**6)
+        oldest = row.seen + 1 - (window - sinks)
+        if oldest > sinks:
+            assert plan.shift == position_of(row.places, oldest) - position_of(row.places, sinks)
+        assert plan.first_position == row.seen - 4
+        row = row.after(1, Slots(window))
+
+
+def test_an_image_is_not_taken_back_in_parts():
+    row = Row(**{**vars(placed()[0]), "seen": 15})
+    assert row.can_lose(4, 3)
+    assert not row.can_lose(5, 3)

@@ -1,0 +1,75 @@
+"""What a forward over kept tokens gives, images among them: by the model itself, over what it made of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from sink_patch.models.entries import names_of_cache
+
+
+@torch.no_grad()
+def embedded(model: PreTrainedModel, given: dict[str, Any], stream: torch.Tensor) -> dict[str, Any]:
+    """What the decoder is given for a prompt and the text after it: embeddings [rows, columns, hidden], positions.
+
+    Args:
+        given: the prompt, as `prompt` makes it.
+        stream: ids of the text behind it, [rows, columns].
+    """
+    seen: dict[str, Any] = {}
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.update(kwargs)
+
+    handle = text_decoder(model).register_forward_pre_hook(look, with_kwargs=True)
+    more = {name: longer(value, stream) for name, value in given.items() if name in OF_COLUMNS}
+    more["input_ids"] = torch.cat((given["input_ids"], stream), dim=1)
+    try:
+        model(**{**given, **more}, use_cache=False)
+    finally:
+        handle.remove()
+    return seen
+
+
+@torch.no_grad()
+def fresh(model: PreTrainedModel, embeddings: torch.Tensor, **positions: torch.Tensor) -> torch.Tensor:
+    """The last logits [rows, vocab] of a fresh forward over embeddings [rows, columns, hidden]."""
+
+    def put(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        return (), {**kwargs, "inputs_embeds": embeddings, **positions}
+
+    handle = text_decoder(model).register_forward_pre_hook(put, with_kwargs=True)
+    try:
+        ids = torch.full(embeddings.shape[:2], 2)
+        return model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, -1]
+    finally:
+        handle.remove()
+
+
+def text_decoder(model: PreTrainedModel) -> nn.Module:
+    """The part that is given embeddings, with images in their places."""
+    config = type(model.config.get_text_config(decoder=True))
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part is not model]
+    return next(part for part in parts if isinstance(part.config, config) and names_of_cache(part))
+
+
+OF_COLUMNS = ("attention_mask", "token_type_ids", "mm_token_type_ids")
+
+
+def longer(value: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
+    """An argument of a prompt [rows, columns], for the text behind it too."""
+    rest = torch.ones_like(stream) if bool(value[:, -1].all()) else torch.zeros_like(stream)
+    return torch.cat((value, rest.to(value)), dim=1)
+
+
+def visible(seen: int, new: int, window_length: int, num_sink_tokens: int) -> list[int]:
+    """The places in a stream that a forward of `new` tokens sees after `seen` ones, by the four rules."""
+    total = seen + new
+    if total <= window_length or seen == 0:
+        return list(range(total))
+    if new <= window_length - num_sink_tokens:
+        return [*range(num_sink_tokens), *range(total - (window_length - num_sink_tokens), total)]
+    return [*range(min(seen, num_sink_tokens)), *range(seen, total)]
