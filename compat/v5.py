@@ -75,6 +75,7 @@ SHIMS = (
         own_cache=caches.takes_any_cache,
         passes_cache_position=False,
         explicit_masks=False,
+        traced_by=_TRACED_BY,
         quirks=(),
         batching=places.BATCHING,
     ),

@@ -14,12 +14,12 @@ from sink_patch.batching import trial
 from sink_patch.batching.models import Group, check_model, groups_of, refusal
 from sink_patch.compat import installed_shim
 from sink_patch.errors import SinkArgumentError, UnsupportedGenerationError, UnsupportedTransformersError
+from sink_patch.generation.inputs.cuts import Cuts
 from sink_patch.generation.request import Request
 from sink_patch.models.entries import unwrapped
 from sink_patch.models.examine import examine
 from sink_patch.models.facts import ModelFacts
 from sink_patch.models.horizon import horizon
-from sink_patch.rules.cuts import Cuts
 
 INSTEAD = (
     "Use generate (or serve without --continuous-batching); or leave it out and set "

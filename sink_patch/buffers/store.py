@@ -18,7 +18,6 @@ from sink_patch.rules.rows import Row, Slots
 
 _OF_THE_MODEL = frozenset({"kind", "kind_index", "rings", "is_sliding"})  # of our layers; all else is of states
 _OF_THE_BATCH = "max_batch_size"  # which some layers of states have, and nothing reads
-
 Held = dict[str, Any]
 
 
@@ -122,10 +121,9 @@ class LayerStore:
         return None
 
     def joined(self, other: LayerStore, rows: tuple[int, int]) -> Joined:
-        """What these layers will hold with the rows of `other` below theirs, in new tensors; nothing changes yet.
+        """What these layers will hold with the rows of `other` below theirs (`rows`: how many here and there).
 
-        Args:
-            rows: here and there.
+        In new tensors; nothing changes yet.
         """
         layers = zip(self.sink_layers, other.sink_layers, strict=True)
         rings = [pair for one, two in layers for pair in zip(one.rings, two.rings, strict=True)]

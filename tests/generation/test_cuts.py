@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sink_patch.rules.cuts import Cut, Cuts
+from sink_patch.generation.inputs.cuts import Cut, Cuts
 from sink_patch.rules.plans import plan_row
 from sink_patch.rules.rows import Row
 
