@@ -44,7 +44,7 @@ def asynchronous(monkeypatch):
 
 
 @pytest.mark.usefixtures("asynchronous")
-@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("name", ["gemma3_text"])
 def test_batches_that_are_prepared_ahead(name):
     tested, requests = model(name), asked([(3, 46), (30, 8), (50, 5)])
     sizes = batching(use_async_batching=True, max_batch_tokens=31)

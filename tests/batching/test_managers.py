@@ -54,7 +54,7 @@ def test_several_texts_for_one_prompt(llama, prompt):
 
 
 @pytest.mark.parametrize("space", [0.01, 0.0], ids=["to the CPU and back", "begun anew"])
-@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("name", ["gemma3_text"])
 def test_pages_that_are_taken_away(name, space, monkeypatch):
     """It never happens by itself, as requests have all their pages when they are let in."""
     tested, requests = model(name), asked([(5, 10), (30, 30), (9, 36)])
@@ -160,7 +160,6 @@ OPTIONS = {
     "max_blocks_per_request": {"max_blocks_per_request": 4},
     "prefill_first": {"scheduler_type": "prefill_first"},
     "a safety margin": {"safety_margin": 0.4, "num_blocks": 9},
-    "few requests in a batch": {"max_requests_per_batch": 2},
 }
 
 
@@ -183,7 +182,6 @@ def test_doors(llama):
     quick = {"continuous_batching_config": batching(), "max_new_tokens": 12}
     given = [
         llama.generate_batch(prompts, plain, cache_implementation="sink", **sizes, **quick),
-        llama.generate_batch(prompts, plain, cache_implementation="sink", cache_config=sizes, **quick),
         llama.generate_batch(prompts, SINK, **quick),
     ]
     llama.generation_config.update(cache_implementation="sink", cache_config=sizes)
