@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from sink_patch import SinkCache
 from sink_patch.models.entries import cache_argument
@@ -104,6 +104,8 @@ class Batching:
             config.cache_config = {"window_length": window, "num_sink_tokens": SINKS}
             config.prefill_chunk_size = window - SINKS
         held = length + requests + rounds + WARM + 2 if window is None else window
+        from transformers import ContinuousBatchingConfig  # here: older versions have none
+
         sizes = ContinuousBatchingConfig(
             page_size=PAGE,
             num_blocks=requests * (-(-held // PAGE)) + 8,

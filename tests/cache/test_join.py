@@ -247,11 +247,12 @@ def test_no_tensor_is_shared_and_the_other_cache_goes_on(name):
 
 def tensors_of(cache):
     store = streams_of(cache).store
-    held = [ring.buffer for layer in store.sink_layers for ring in layer.rings]
+    rings = [ring for layer in store.sink_layers for ring in layer.rings]
+    held = [tensor for ring in rings for tensor in (ring.buffer, ring.pristine)]
     for layer in store.layers:
         for value in vars(layer).values():
             held += value.values() if isinstance(value, dict) else [value]
-    return [tensor for tensor in [*held, *store.sinks._pristine.values()] if isinstance(tensor, torch.Tensor)]
+    return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
 
 
 @torch.no_grad()
