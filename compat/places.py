@@ -129,9 +129,11 @@ BATCHING = (
     Place(f"{_CB}.continuous_api", "ContinuousBatchProcessor", "_generation_step", ("model",)),
     Place(f"{_CB}.input_outputs", "ContinuousBatchingIOs", "prepare_batch_tensors", ("requests_in_batch",)),
     Place(f"{_CB}.scheduler", "Scheduler", "add_waiting_request", ("state",)),
+    Place(f"{_CB}.scheduler", "Scheduler", "set_request_cancellation", ("request_id",)),
     Place(f"{_CB}.scheduler", "Scheduler", "_process_candidates", ("candidates", "token_budget")),
     Place(f"{_CB}.scheduler", "Scheduler", "_schedule_request", ("state", "request_tokens", "token_budget")),
     Place(f"{_CB}.continuous_api", "ContinuousBatchProcessor", "prepare_next_batch"),
+    Place(f"{_CB}.continuous_api", "ContinuousBatchProcessor", "_handle_request_error", ("error", "state")),
     Place(f"{_CB}.input_outputs", "ContinuousBatchingIOs", "get_model_kwargs"),
     Place(f"{_CB}.scheduler", "Scheduler", "finish_request", ("request_id",)),
     Place(f"{_CB}.cache_allocators", "CachePool", "try_to_free_sectors"),
@@ -148,7 +150,7 @@ BATCHING = (
 BATCHING_ATTRIBUTES = {
     "manager": "continuous_batching_config _use_prefix_sharing _original_attn_impl",
     "config": "safety_margin allow_block_sharing max_blocks_per_request decode_compile_config",
-    "processor": "cache scheduler model_runner.pad_inputs inputs_and_outputs.compute_stream",
+    "processor": "cache scheduler use_async_batching model_runner.pad_inputs inputs_and_outputs.compute_stream",
     "cache": "cache_allocators pool max_batch_tokens num_sectors num_blocks read_cache_limit use_prefix_sharing "
     "allow_block_sharing max_decode_fast_path_length",
     "inputs": "position_ids requests_in_batch",

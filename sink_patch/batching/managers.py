@@ -6,7 +6,6 @@ this one goes on when transformers is unpatched.
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -40,7 +39,7 @@ def service_for(model: Any, passed: Any, arguments: Mapping[str, Any] | None = N
     """
     service = Service.asked_for(model, passed, arguments)
     if service is not None:
-        service.check_trial(model, functools.partial(serve, service=service))
+        service.check_trial(model, serve)
     return service
 
 
@@ -74,5 +73,5 @@ def _take_over(processor: Any, service: Service) -> None:
         for name, allocator in cache.cache_allocators.items()
         if not kinds[name].local
     ]
-    SinkScheduling(processor.scheduler, service, SinkRoom(cache, service))
+    SinkScheduling(processor, service, SinkRoom(cache, service))
     SinkInputs(processor, Batches(service, cache.cache_allocators, pages))

@@ -42,7 +42,7 @@ def groups_of(model: nn.Module, facts: ModelFacts, sizes: Sizes) -> Mapping[str,
     return groups
 
 
-_samples: weakref.WeakKeyDictionary[nn.Module, Sequence[Sample]] = weakref.WeakKeyDictionary()
+_samples: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Sequence[Sample]]] = weakref.WeakKeyDictionary()  # by dtype
 
 
 def check_model(model: Any, facts: ModelFacts) -> None:
@@ -109,10 +109,12 @@ def _of_groups(config: Any, facts: ModelFacts) -> Iterator[str]:
 
 def _of_shapes(model: Any, facts: ModelFacts) -> Iterator[str]:
     """Where it caches other tensors than pages are made for."""
-    if model not in _samples:
-        _samples[model] = sample(model, facts)
+    dtype, samples = _samples.get(model, (None, ()))
+    if dtype != model.dtype:
+        samples = sample(model, facts)
+        _samples[model] = (model.dtype, samples)
     heads, dim = transformers_models.page_shape(text_config(model))
-    for index, one in enumerate(_samples[model]):
+    for index, one in enumerate(samples):
         for name, states in (("keys", one.keys), ("values", one.values)):
             if states is None or (states.shape[1], states.shape[3]) != (heads, dim) or states.dtype != model.dtype:
                 found = None if states is None else (*states.shape[1::2], states.dtype)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from math import ceil
 from typing import Any
 
@@ -72,11 +73,14 @@ class SinkScheduling:
     in the one after that, requests have their usual order again.
     """
 
-    def __init__(self, scheduler: Any, service: Service, room: SinkRoom):
+    def __init__(self, processor: Any, service: Service, room: SinkRoom):
         self._service, self._room = service, room
-        transformers_models.stand_before(
-            self, scheduler, "add_waiting_request", "_process_candidates", "_schedule_request"
-        )
+        self._scheduler = processor.scheduler
+        self._processor = weakref.ref(processor)  # which is freed with its pages
+        # there a request that is read to the end of its prompt is scheduled again before it is forked
+        self._forks = not processor.use_async_batching
+        wrapped = ("add_waiting_request", "set_request_cancellation", "_process_candidates", "_schedule_request")
+        transformers_models.stand_before(self, self._scheduler, *wrapped)
 
     def add_waiting_request(self, wrapped: Any, state: Any) -> None:
         """Let a request wait for its turn.
@@ -88,16 +92,37 @@ class SinkScheduling:
             SinkArgumentError: there will never be room for it.
         """
         prompt = prompt_of(state)
-        self._service.check_prompt(prompt, self._room.batch_tokens)
-        self._room.check_fits(state)
+        try:
+            self._service.check_prompt(prompt, self._room.batch_tokens)
+            self._room.check_fits(state)
+        except SinkArgumentError as refused:  # transformers tells of the first text alone; callers wait for all
+            for child in self._children(state, state.num_children):
+                self._refuse(refused, child)
+            raise
         children = state.num_children
-        if not 1 < prompt <= self._service.cuts.free(prompt):
+        if not (self._forks and 1 < prompt <= self._service.cuts.free(prompt)):
             state.num_children = 0
         wrapped(state)
-        for index in range(children - state.num_children):
-            child = state.create_equivalent_initial_request()
-            child.request_id = f"{state.request_id}__child#{index}"
+        for child in self._children(state, children - state.num_children):
             wrapped(child)
+
+    def set_request_cancellation(self, wrapped: Any, request_id: str) -> None:
+        """Cancel a request, with the other texts of its prompt that have not begun."""
+        wrapped(request_id)
+        for state in [*self._scheduler.waiting_requests.values(), *self._scheduler.active_requests.values()]:
+            if state.request_id.startswith(_child_of(request_id)) and not self._is_decoding(state):
+                wrapped(state.request_id)
+
+    def _children(self, state: Any, count: int) -> Iterator[Any]:
+        """Requests of their own for more texts of a prompt, named as transformers names what it forks."""
+        for index in range(count):
+            child = state.create_equivalent_initial_request()
+            child.request_id = f"{_child_of(state.request_id)}{index}"
+            yield child
+
+    def _refuse(self, error: Exception, state: Any) -> None:
+        if (processor := self._processor()) is not None:
+            processor._handle_request_error(error, state)
 
     def _process_candidates(self, wrapped: Any, candidates: list[Any], token_budget: int, *others: Any) -> Any:
         return wrapped(self._in_turn(candidates, token_budget), token_budget, *others)
@@ -140,3 +165,8 @@ class SinkScheduling:
         if cut.whole:
             return wanted if wanted <= budget else 0
         return min(wanted, budget)
+
+
+def _child_of(request_id: str) -> str:
+    """How the names of the other texts of a prompt begin."""
+    return f"{request_id}__child#"

@@ -75,9 +75,15 @@ class Service:
         cuts = Cuts(sizes.window_length, sizes.num_sink_tokens, facts.context.length, piece)
         return cls(facts, sizes, clock, cuts, groups_of(model, facts, sizes))
 
+    def of_trial(self, model: nn.Module) -> Service:
+        """The same model at sizes that fit a trial, whatever was asked for."""
+        return self._of(model, Sizes(16, 2), None)
+
     def same_as(self, other: Service | None) -> bool:
         """Whether both give the same text."""
-        return other is not None and (self.sizes, self.cuts) == (other.sizes, other.cuts)
+        if other is None or not self.facts.same_as(other.facts):
+            return False
+        return (self.sizes, self.cuts, self.horizon) == (other.sizes, other.cuts, other.horizon)
 
     def check_prompt(self, prompt: int, batch_tokens: int | None) -> None:
         """Refuse a prompt that `generate` reads in a forward that no batch has room for.
@@ -106,16 +112,17 @@ class Service:
                 f"may use {limit}, as {self.facts.context.why_limited}. Use prefill_chunk_size={ring} or less."
             )
 
-    def check_trial(self, model: Any, serve: Callable[[Any], None]) -> None:
+    def check_trial(self, model: Any, serve: Callable[[Any, Service], None]) -> None:
         """Refuse a model that transformers itself does not serve as it should.
 
         Args:
-            serve: lets a manager serve so.
+            serve: lets a manager serve as a service says.
 
         Raises:
             UnsupportedModelError: as it says.
         """
-        if reason := trial.fault(unwrapped(model), serve):
+        bare = unwrapped(model)
+        if reason := trial.fault(bare, lambda manager: serve(manager, self.of_trial(bare))):
             raise refusal(self.facts, reason)
 
     @cached_property

@@ -6,6 +6,7 @@ Not every model of transformers hands on what its paged cache needs. Some fail t
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,22 +21,47 @@ _NUM_TOKENS = (6, 4)  # of the two requests; a batch has room for one token less
 _FAR = {torch.float32: 1e-3, torch.float64: 1e-3}  # how far logits may be off, of their size
 _FARTHER = 0.25  # in lower precision
 
-_found: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+State = tuple[Any, ...]
+_passed: weakref.WeakKeyDictionary[nn.Module, frozenset[State]] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()  # a trial may give the model another implementation of attention for a while
 
 
 def fault(model: Any, serve: Callable[[Any], None]) -> str:
-    """What keeps a model from being served by a manager; empty: nothing does. It is tried once for a model object.
+    """What keeps a model from being served by a manager; empty: nothing does.
+
+    A model object that has passed is not tried again before its dtype, its attention or its device is another one.
 
     Args:
         serve: lets a manager that has not begun serve with sinks.
     """
-    if model not in _found:
-        _found[model] = _try(model, serve)
-    return _found[model]
+    with _lock:
+        state = (model.dtype, model.config._attn_implementation, model.device)
+        passed = _passed.get(model, frozenset())
+        if state in passed:
+            return ""
+        with _as_it_was(model):
+            reason = _try(model, serve)
+        if not reason:
+            _passed[model] = passed | {state}
+        return reason
+
+
+@contextlib.contextmanager
+def _as_it_was(model: Any) -> Iterator[None]:
+    """Inside, a model is not in training; what its parts were, and random numbers, are as before in the end."""
+    training = {module: module.training for module in model.modules()}
+    on = [] if model.device.type in ("cpu", "meta") else [model.device]
+    with torch.random.fork_rng(on, device_type=model.device.type if on else "cuda"):
+        try:
+            yield
+        finally:
+            for module, was in training.items():
+                module.training = was
 
 
 @torch.no_grad()
 def _try(model: Any, serve: Callable[[Any], None]) -> str:
+    model.eval()  # as its manager does
     tokens = probe_tokens(model, max(_NUM_TOKENS))[:, 0]  # [tokens]
     requests = {str(count): tokens[:count] for count in _NUM_TOKENS}
     plain = {name: run(model, ids[None], None).logits[0, -1] for name, ids in requests.items()}  # [vocabulary] each
@@ -54,13 +80,11 @@ def _try(model: Any, serve: Callable[[Any], None]) -> str:
 
 @contextlib.contextmanager
 def _manager(model: Any) -> Iterator[Any]:
-    """A small manager of a model, which is as before in the end."""
-    is_training = model.training
+    """A small manager of a model, which has its own attention again in the end."""
     manager = transformers_models.small_manager(model, max(_NUM_TOKENS) - 1)
     try:
         yield manager
     finally:
-        model.train(is_training)
         if manager._original_attn_impl is not None:
             model.set_attn_implementation(manager._original_attn_impl)
 

@@ -19,6 +19,8 @@ from sink_patch.compat.shim import Role
 from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.generation import refusals
 from sink_patch.generation.request import Request
+from sink_patch.models.entries import unwrapped
+from sink_patch.streaming.media.given import media_among
 
 Wrapped = Callable[..., Any]
 _OF_CACHE = ("cache_implementation", "cache_config")
@@ -61,6 +63,11 @@ def generate_batch(wrapped: Wrapped, instance: Any, args: tuple[Any, ...], kwarg
         if request.of_call is not None:  # another cache than that of the model's own config
             bound.arguments["generation_config"] = _without_sinks(passed or own, request.of_call)
         return wrapped(*bound.args, **bound.kwargs)
+    if media := media_among(unwrapped(instance), others):
+        raise UnsupportedGenerationError(
+            f"{', '.join(media)} was given to continuous batching with sinks, which takes prompts of text alone. Use "
+            "generate."
+        )
     _check_prompts(service, bound.arguments)
     if request.arguments or "cache_implementation" in others:
         bound.arguments["generation_config"] = _with_settings(passed or own, request)

@@ -53,6 +53,30 @@ def test_several_texts_for_one_prompt(llama, prompt):
         assert len(result.prompt_ids) == prompt
 
 
+@pytest.mark.parametrize("refused", [{"num_blocks": 2, "page_size": 4}, {"max_batch_tokens": 8}], ids=["room", "batch"])
+def test_several_texts_for_a_prompt_that_is_refused(llama, refused):
+    """Who waits for all of them hears of all."""
+    (request,) = asked([(30, 20)])
+    wanted = config(W, S)
+    wanted.num_return_sequences = 3
+    with driven(llama, wanted, batching(**refused)) as manager:
+        name = manager.add(request)
+        done = manager.run()
+        assert manager.free == 1.0
+    assert set(done) == {name, f"{name}__child#0", f"{name}__child#1"}
+    assert all(result.error for result in done.values())
+
+
+@pytest.mark.parametrize("prompt", [10, 30], ids=["within the window", "longer"])
+def test_several_texts_for_a_prompt_are_cancelled_together(llama, prompt):
+    wanted = config(W, S)
+    wanted.num_return_sequences = 3
+    with driven(llama, wanted, batching()) as manager:
+        manager.manager.cancel_request(manager.add(*asked([(prompt, 20)])))
+        assert manager.run() == {}
+        assert manager.free == 1.0
+
+
 @pytest.mark.parametrize("space", [0.01, 0.0], ids=["to the CPU and back", "begun anew"])
 @pytest.mark.parametrize("name", ["gemma3_text"])
 def test_pages_that_are_taken_away(name, space, monkeypatch):

@@ -27,7 +27,7 @@ REASONS = {
 def test_models(name):
     model = zoo.build(name, attn_implementation="eager")
     before, attributes = model.generation_config.to_dict(), set(vars(model))
-    for _ in range(2):  # what a trial finds is remembered
+    for _ in range(2):
         with pytest.raises(UnsupportedModelError, match=REASONS[name]) as caught:
             model.init_continuous_batching(config(12, 2), batching())
         assert type(model).__name__ in str(caught.value)
