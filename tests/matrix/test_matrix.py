@@ -125,6 +125,7 @@ def test_other_versions_of_torch_and_python_have_a_table_of_their_own():
         "| 2.14.1 | 3.10 | 5.24.0 | torch | 40 | 0 | 1 |",
     }
     assert [*report.tables([GOOD])] == ["matrix"]
+    assert usual.key == GOOD.key != replace(usual, python="3.12").key
     assert [*report.tables([replace(usual, python="3.12")])] == ["torch"]
 
 

@@ -31,7 +31,7 @@ OTHERS = (
 )
 """What pyproject.toml claims of torch and Python is what stands here, and the two of CI."""
 
-LEAST = {"msgspec": "0.18", "packaging": "23", "safetensors": "0.4.3", "tqdm": "4.60", "wrapt": "1.16"}
+LEAST = {"msgspec": "0.18", "packaging": "23", "safetensors": "0.4.4", "tqdm": "4.60", "wrapt": "1.16"}
 """The oldest versions of what we depend on beside torch, as in pyproject.toml."""
 BESIDE = {
     VERSIONS[0]: tuple(f"{name}=={version}" for name, version in LEAST.items()),
