@@ -34,11 +34,15 @@ def too_old(monkeypatch):
     monkeypatch.setattr(table, "installed_shim", lambda: shim)
 
 
+def forward_that_fails(_model, input_ids=None, past_key_values=None, **_others):
+    pytest.fail("the model has run")
+
+
 def test_a_graph_that_torch_cannot_trace_is_refused_by_name_before_the_model_runs(too_old, monkeypatch):
     model = tiny("llama")
     model.generate(tokens(5), max_new_tokens=1, **ASKED)  # its adapters are proven
     with monkeypatch.context() as patched:
-        patched.setattr(type(model), "forward", lambda *_, **__: pytest.fail("the model has run"))
+        patched.setattr(type(model), "forward", forward_that_fails)
         with pytest.raises(UnsupportedGenerationError) as refusal:
             model.generate(tokens(5), max_new_tokens=20, compile_config=graph_config(), **ASKED)
     for said in (f"torch {torch.__version__}", f"transformers {transformers.__version__}", "torch>=99"):
