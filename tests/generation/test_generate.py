@@ -278,12 +278,6 @@ def test_a_second_turn_is_fed_in_pieces_too(model, history, mask):
     assert torch.equal(out.sequences[:, : new.shape[1]], new)
 
 
-def test_continuous_batching_is_refused_by_name(model):
-    model.generation_config.cache_implementation = "sink"
-    with pytest.raises(UnsupportedGenerationError, match="paged cache of its own"):
-        model.init_continuous_batching()
-
-
 def test_a_second_turn_must_have_a_new_token_for_each_row(model):
     """The only new column of one row is padding. It is checked, unlike the single tokens that `generate` makes."""
     sink = {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S, "pad_token_id": 0}
