@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 import sink_patch
-from sink_patch import SinkArgumentError, SinkCache, UnsupportedGenerationError
+from sink_patch import SinkArgumentError, SinkCache
 from sink_patch.generation import prompt as prompt_module
 from tests.support.oracle import relative_error, visible_tokens
 from tests.support.tiny import tiny, tokens
