@@ -239,7 +239,12 @@ TENSORS = {
 
 @pytest.mark.parametrize("changed", TENSORS.values(), ids=TENSORS)
 def test_tensors_that_contradict_the_header_are_refused(saved, changed):
-    rewrite(saved.path, header_text(saved.path), **changed)
+    try:
+        rewrite(saved.path, header_text(saved.path), **changed)
+    except KeyError as dtype:
+        if dtype.args != (torch.complex64,):
+            raise
+        pytest.skip("this safetensors knows no complex numbers")
     saved.refused(r"is not as cache\.save\(path\) writes it: .*layers\.")
 
 
