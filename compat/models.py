@@ -132,13 +132,9 @@ def small_manager(model: Any, batch_tokens: int) -> Any:
     from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 
     config = ContinuousBatchingConfig(
-        page_size=4,
-        num_blocks=16,
-        max_batch_tokens=batch_tokens,
-        use_async_batching=False,
-        use_cuda_graph=False,
-        auto_switch_to_flash=False,  # the attention of the model is tried
+        page_size=4, num_blocks=16, max_batch_tokens=batch_tokens, use_async_batching=False, use_cuda_graph=False
     )
+    config.auto_switch_to_flash = False  # the attention of the model is tried; 5.18 does not know it, and has no other
     make: Any = GenerationConfig
     plain = make(cache_implementation="paged", do_sample=False, eos_token_id=-1, max_new_tokens=1)
     return ContinuousBatchingManager(model=model, generation_config=plain, continuous_batching_config=config)
