@@ -24,7 +24,7 @@ from sink_patch.rules.positions import check_of_forward
 from sink_patch.rules.rows import Row
 from sink_patch.streaming.calls.guard import check_given
 from sink_patch.streaming.inputs import accepted, named_arguments, without_columns
-from sink_patch.streaming.media.given import check_media, has_coordinates
+from sink_patch.streaming.media.given import check_media, has_coordinates, sees_both_ways
 from sink_patch.streaming.streams import StreamingCache, Streams, streams_of
 
 _installing = threading.Lock()
@@ -108,6 +108,8 @@ def _begin(
     if media and has_coordinates(module):
         tokens, given = media_tokens(module.config), named.get("position_ids")
         replaced["position_ids"] = streams.coordinates.expect(inputs, tokens, given)
+    if streams.columns and sees_both_ways(module):
+        replaced["token_type_ids"] = None  # by columns of the stream, of which some have left; here is text alone
     return (), named | accepted(module, replaced, named)
 
 

@@ -184,6 +184,22 @@ def test_later_turns_take_text_alone():
     assert cache.get_seq_length() == text.shape[1] + 2
 
 
+def test_a_later_turn_sees_no_future_whatever_types_are_given():
+    """Types of the whole history, as processors write them, are not by the columns of the cache."""
+    model = built("gemma3")
+    streaming(model)
+    given, text, found = media.prompt(model, [[3, "image", 5]]), tokens(8) % 80, []
+    ids = torch.cat((given["input_ids"], text), dim=1)
+    types = torch.cat((given["token_type_ids"], torch.zeros_like(text)), dim=1)
+    for more in ({"token_type_ids": types}, {}):
+        cache = SinkCache(9, S, model=model)
+        with torch.no_grad():
+            model(**given, **{cache_name(model): cache})
+        out = model.generate(ids, past_key_values=cache, **{**ASKED, "max_new_tokens": 1}, **more)
+        found.append(out.logits[0])
+    assert torch.equal(*found)
+
+
 def test_each_that_is_called_exact_has_a_sample_that_proves_it():
     verdicts = {verdict.model_type: verdict for verdict in coverage().media}
     assert set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) <= set(verdicts)

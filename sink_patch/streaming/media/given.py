@@ -115,6 +115,12 @@ def has_coordinates(module: nn.Module) -> bool:
     return media is not None and media.coordinates
 
 
+def sees_both_ways(module: nn.Module) -> bool:
+    """Whether images of a model see themselves in both directions."""
+    media = media_of(getattr(module, "config", None))
+    return media is not None and media.both_ways
+
+
 def _puts_images_in_place(model: nn.Module) -> bool:
     """Whether what a model calls its decoder is given embeddings, images among them, and their positions."""
     decoder: Any = decoder_of(model)
