@@ -231,6 +231,37 @@ def test_a_stream_begins_with_images(model_type):
     assert "".join(stream(model, _Words(), ids, **given, **asked, **sizes)) == _Words().decode(wanted)
 
 
+class _Processor(_Words):
+    """Its chat template returns what it was made with, and text behind that."""
+
+    def __init__(self, given):
+        self.given = given
+
+    def apply_chat_template(self, messages, **_):
+        more = torch.tensor([[5 + len(message["content"]) for message in messages[1:]]], dtype=torch.long)
+        ids = torch.cat((self.given["input_ids"], more), dim=1)
+        return {**self.given, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def test_a_stream_of_a_chat_sees_its_images():
+    """What comes behind them goes on in the same cache, and the template writes them again."""
+    model = built("llava")
+    streaming(model)
+    given, asked = media.prompt(model, ROWS), {"max_new_tokens": 6, "do_sample": False, "num_sink_tokens": S}
+    chat = [{"role": "user", "content": [{"type": "image"}]}]
+    asked["window_length"] = 200
+    begun = stream(model, _Processor(given), chat, **asked)
+    wanted = model.generate(**given, **asked, cache_implementation="sink")
+    text = "".join(begun)
+    assert text == _Words().decode(wanted[0, given["input_ids"].shape[1] :])
+    longer = {**given, "input_ids": wanted}
+    more = stream(model, _Processor(longer), [*chat, {"content": "and?"}], past_key_values=begun.cache, **asked)
+    assert len("".join(more).split()) == 6
+    again = {**given, "input_ids": torch.cat((wanted, given["input_ids"]), dim=1)}
+    with pytest.raises(UnsupportedGenerationError, match="in its first prompt alone"):
+        stream(model, _Processor(again), chat, past_key_values=more.cache, **asked)
+
+
 def test_kept_streams_never_take_one_image_for_another():
     """The ids of two prompts are the same, and their images are not."""
     model = built("llava")
