@@ -120,7 +120,7 @@ def _check_decoder(streams: Streams, module: nn.Module, position_ids: Any) -> No
         UnsupportedGenerationError: images have made more columns; or coordinates differ, as there are images that the
             hooks of the model have not seen (PEFT calls past those), and nothing tells where they end.
     """
-    if streams.forward.in_progress and streams.coordinates.columns is not None:
+    if streams.forward.is_running(called=module) and streams.coordinates.columns is not None:
         raise UnsupportedGenerationError(
             f"{type(module).__name__} was called with other columns than the {streams.coordinates.columns} of a prompt "
             "with images or sounds: the prompt must hold a token for each column of them, as processors write it. "

@@ -184,6 +184,24 @@ def test_later_turns_take_text_alone():
     assert cache.get_seq_length() == text.shape[1] + 2
 
 
+@torch.no_grad()
+def test_a_prompt_with_images_that_was_interrupted_may_be_given_again():
+    model = built("llava")
+    cache, given = streaming(model), media.prompt(model, ROWS)
+    if not hasattr(decoder_of(model), "layers"):
+        return
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = decoder_of(model).layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**given, **{cache_name(model): cache})
+    hook.remove()
+    wanted = model(**given, use_cache=False).logits[:, -1]
+    assert relative_error(model(**given, **{cache_name(model): cache}).logits[:, -1], wanted) < 1e-5
+
+
 def test_a_later_turn_sees_no_future_whatever_types_are_given():
     """Types of the whole history, as processors write them, are not by the columns of the cache."""
     model = built("gemma3")
