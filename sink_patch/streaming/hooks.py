@@ -91,10 +91,12 @@ def _begin(
         return None  # the model has handed on what it was given
     _check_decoder(streams, module, named.get("position_ids"))
     media, call, inputs = check_media(module, named, streams.columns), streams.call, named[name]
+    streams.coordinates.forget()
     if call is None:
         _check_positions(streams, module, named, inputs)
     elif call.cut is not None and call.cut.is_begun:
         inputs, named = call.cut.feed_ahead(module, named)
+        streams.coordinates.look_for(inputs, call.cut.tokens)
     else:
         count = call.read_again(inputs, named.get("attention_mask"), streams.columns)
         if media and call.cut is not None:
@@ -102,15 +104,24 @@ def _begin(
         named = without_columns(named, inputs, count)
         inputs = named[name]
     fixed = (in_graph or _is_compiled(module)) and inputs.shape[1] == 1 and streams.can_be_fixed_now
-    streams.coordinates.forget()
     replaced = streams.begin(module, inputs, named.get("attention_mask"), fixed=fixed)
-    streams.coordinates.columns = inputs.shape[1] if media else None
-    if media and has_coordinates(module):
-        tokens, given = media_tokens(module.config), named.get("position_ids")
-        replaced["position_ids"] = streams.coordinates.expect(inputs, tokens, given)
-    if streams.columns and sees_both_ways(module):
-        replaced["token_type_ids"] = None  # by columns of the stream, of which some have left; here is text alone
+    replaced |= _replaced_for_images(streams, module, named, inputs, has_images=bool(media))
     return (), named | accepted(module, replaced, named)
+
+
+def _replaced_for_images(
+    streams: Streams, module: nn.Module, named: dict[str, Any], inputs: torch.Tensor, *, has_images: bool
+) -> dict[str, torch.Tensor | None]:
+    """What a model that may see receives instead, in a forward with images and in those behind it."""
+    coordinates = streams.coordinates
+    if has_images:
+        coordinates.columns = inputs.shape[1]
+        coordinates.look_for(inputs, media_tokens(module.config))
+        if has_coordinates(module):
+            return {"position_ids": coordinates.expect(named.get("position_ids"))}
+    if streams.columns and sees_both_ways(module):
+        return {"token_type_ids": None}  # by columns of the stream, of which some have left; here is text alone
+    return {}
 
 
 def _check_decoder(streams: Streams, module: nn.Module, position_ids: Any) -> None:

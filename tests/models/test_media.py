@@ -115,6 +115,7 @@ def test_below_the_window_the_text_is_that_of_the_default_cache_and_rows_are_as_
 def test_a_prompt_that_goes_in_by_pieces_cuts_no_image_and_runs_encoders_once(monkeypatch):
     model = built("llava")
     given, pieces, encoded = media.prompt(model, [[3, "image", 4, "image", 9], [1, "image", 4]]), [], []
+    streaming(model)  # the probe runs here
     decoder = decoder_of(model)
     if not hasattr(decoder, "layers"):
         with pytest.raises(UnsupportedGenerationError, match="before its decoder is called"):
@@ -216,6 +217,24 @@ def test_a_later_turn_sees_no_future_whatever_types_are_given():
         out = model.generate(ids, past_key_values=cache, **{**ASKED, "max_new_tokens": 1}, **more)
         found.append(out.logits[0])
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("by_pieces", [False, True])
+def test_images_do_not_come_back_and_text_behind_them_does(by_pieces, tmp_path):
+    """Fed again, the ids that stand for an image would be text. Files say it too; the second row has no image."""
+    model = built("llava")
+    streaming(model)
+    if by_pieces and not hasattr(decoder_of(model), "layers"):
+        return
+    given = media.prompt(model, [[2, "image", 3, "image", 2], [4]])
+    out = model.generate(**given, **ASKED, **BIG, **({"prefill_chunk_size": 7} if by_pieces else {}))
+    cache = next(value for value in out.values() if isinstance(value, SinkCache))
+    cache.save(tmp_path / "cache.safetensors")
+    for one in (cache, SinkCache.load(tmp_path / "cache.safetensors", model=model)):
+        first, second = streams_of(one).rows
+        assert (first.seen, first.images_end, second.seen, second.images_end) == (44, 37, 9, 0)
+        assert streams_of(one).take_back([8, 0]) == 0
+        assert streams_of(one).take_back([7, 8]) is None
 
 
 def test_each_that_is_called_exact_has_a_sample_that_proves_it():
