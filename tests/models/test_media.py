@@ -300,13 +300,18 @@ def test_a_stream_of_a_chat_sees_its_images():
 
 
 def test_kept_streams_never_take_one_image_for_another():
-    """The ids of two prompts are the same, and their images are not."""
+    """The ids of two prompts are the same, and their images are not; those of a text that is kept may be too."""
     model = built("llava")
     streaming(model)
     given, asked = media.prompt(model, ROWS), {"max_new_tokens": 4, "do_sample": False, **BIG}
+    text = {name: given[name] for name in ("input_ids", "attention_mask")}
+    model.generate(**text, **asked, keep_streams=2)
+    assert len(kept_streams) == 1
     other = {**given, **media.images(model, 2, seed=7)}
     first = model.generate(**given, **asked, keep_streams=2)
     found = model.generate(**other, **asked, keep_streams=2)
     assert torch.equal(found, model.generate(**other, **asked))
     assert not torch.equal(found, first)
-    assert len(kept_streams) == 0
+    assert torch.equal(first, model.generate(**given, **asked))
+    assert len(kept_streams) == 1
+    kept_streams.clear()
