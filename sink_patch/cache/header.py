@@ -37,13 +37,14 @@ class RowRecord(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=T
     searched: Count = 0
     places: tuple[tuple[Count, Count, bool], ...] = ()
     sink_end: Count = 0
+    images_end: Count = 0
 
     def __post_init__(self) -> None:
         firsts = [first for first, _, _ in self.places]
         if firsts != sorted(set(firsts)) or any(first > self.seen for first in firsts):
             raise ValueError(f"places={self.places} of seen={self.seen} tokens")
-        if max(self.base, self.recallable, self.dropped, self.searched) > self.seen:
-            left = f"dropped={self.dropped} and searched={self.searched}"
+        if max(self.base, self.recallable, self.dropped, self.searched, self.images_end) > self.seen:
+            left = f"dropped={self.dropped}, searched={self.searched} and images_end={self.images_end}"
             raise ValueError(f"base={self.base} and recallable={self.recallable}, {left}, of seen={self.seen} tokens")
 
 

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sink_patch.arguments import SYSTEM
 from sink_patch.errors import SinkArgumentError
 
 Message = Mapping[str, Any]
@@ -29,14 +30,29 @@ def count_sink_tokens(tokenizer: Any, messages: Sequence[Message], **template: A
 
     Raises:
         SinkArgumentError: there are no messages, the chat template cannot be applied to them, or it does not write the
-            instructions where sinks are.
+            instructions where sinks are, or there are images in them.
     """
     if not messages:
         raise SinkArgumentError("No messages were given. Pass the chat, with its system message first.")
+    _check_are_text(messages)
     chat = _Chat(tokenizer, list(messages), template)
     part = chat.text[: chat.end_of_instructions()]
     ids, ids_of_part = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (chat.text, part))
     return common(ids, ids_of_part)  # a token across the border belongs to what follows
+
+
+def _check_are_text(messages: Sequence[Message]) -> None:
+    """Refuse images in the instructions: a template writes one word where a processor writes many tokens."""
+    for message in itertools.takewhile(lambda message: message.get("role") in _INSTRUCTING, messages):
+        content = message.get("content")
+        parts = content if isinstance(content, (list, tuple)) else ()
+        kinds = [part.get("type") for part in parts if isinstance(part, Mapping)]
+        if other := [kind for kind in kinds if kind not in (None, "text")]:
+            raise SinkArgumentError(
+                f"The tokens of instructions with a part of type {other[0]!r} were to be counted, and how many tokens "
+                f"that has, the processor alone can tell. Pass num_sink_tokens={SYSTEM!r} to generate, or count the "
+                "ids that the processor returns for them."
+            )
 
 
 class _Chat:

@@ -67,4 +67,6 @@ def _says_nothing(name: str, value: Any) -> bool:
     """Whether this argument of the model is as if it had not been given."""
     if name in _TYPES and isinstance(value, torch.Tensor):
         return not value.any()
+    if isinstance(value, dict):  # of what encoders have made, by kinds of images
+        return all(one is None for one in value.values())
     return value is None or value is False

@@ -35,6 +35,7 @@ class Row:
             the sinks, without finding one. 0 once tokens were taken back, as the next forward may be a shorter one.
         places: where positions are not indices, as images have saved some (rules/media.py); none: they are.
         sink_end: the largest coordinate of any sink in an image, plus 1; 0: there is none.
+        images_end: index of the token behind the last image, where positions are indices; 0: there is none.
 
     With a window of 4 and 2 spare slots, 3 tokens leave a row complete; 7 tokens do not, and the newest 2 of them can
     be taken back, as the 2 tokens that left the window for them lie in the spare slots.
@@ -48,6 +49,7 @@ class Row:
     searched: int = 0
     places: tuple[Place, ...] = ()
     sink_end: int = 0
+    images_end: int = 0
 
     @property
     def lag(self) -> int:
@@ -75,8 +77,8 @@ class Row:
     def can_lose(self, count: int, num_sink_tokens: int) -> bool:
         """Whether the newest `count` tokens can be taken back. Messages that have left do not come back."""
         held = self.seen - self.dropped - num_sink_tokens if self.dropped else self.seen
-        if self.places:
-            held = min(held, self.seen - self.places[-1][0])  # images do not come back in parts
+        # images do not come back, in parts or as the ids that stand for them
+        held = min(held, self.seen - max(self.images_end, self.places[-1][0] if self.places else 0))
         return count <= held and (self.complete or count <= self.recallable)
 
     def without_newest(self, count: int, window_length: int) -> Row:

@@ -24,7 +24,7 @@ from sink_patch.rules.positions import check_of_forward
 from sink_patch.rules.rows import Row
 from sink_patch.streaming.calls.guard import check_given
 from sink_patch.streaming.inputs import accepted, named_arguments, without_columns
-from sink_patch.streaming.media.given import check_media, has_coordinates
+from sink_patch.streaming.media.given import check_media, has_coordinates, sees_both_ways
 from sink_patch.streaming.streams import StreamingCache, Streams, streams_of
 
 _installing = threading.Lock()
@@ -91,10 +91,12 @@ def _begin(
         return None  # the model has handed on what it was given
     _check_decoder(streams, module, named.get("position_ids"))
     media, call, inputs = check_media(module, named, streams.columns), streams.call, named[name]
+    streams.coordinates.forget()
     if call is None:
         _check_positions(streams, module, named, inputs)
     elif call.cut is not None and call.cut.is_begun:
         inputs, named = call.cut.feed_ahead(module, named)
+        streams.coordinates.look_for(inputs, call.cut.tokens)
     else:
         count = call.read_again(inputs, named.get("attention_mask"), streams.columns)
         if media and call.cut is not None:
@@ -102,13 +104,24 @@ def _begin(
         named = without_columns(named, inputs, count)
         inputs = named[name]
     fixed = (in_graph or _is_compiled(module)) and inputs.shape[1] == 1 and streams.can_be_fixed_now
-    streams.coordinates.forget()
     replaced = streams.begin(module, inputs, named.get("attention_mask"), fixed=fixed)
-    streams.coordinates.columns = inputs.shape[1] if media else None
-    if media and has_coordinates(module):
-        tokens, given = media_tokens(module.config), named.get("position_ids")
-        replaced["position_ids"] = streams.coordinates.expect(inputs, tokens, given)
+    replaced |= _replaced_for_images(streams, module, named, inputs, has_images=bool(media))
     return (), named | accepted(module, replaced, named)
+
+
+def _replaced_for_images(
+    streams: Streams, module: nn.Module, named: dict[str, Any], inputs: torch.Tensor, *, has_images: bool
+) -> dict[str, torch.Tensor | None]:
+    """What a model that may see receives instead, in a forward with images and in those behind it."""
+    coordinates = streams.coordinates
+    if has_images:
+        coordinates.columns = inputs.shape[1]
+        coordinates.look_for(inputs, media_tokens(module.config))
+        if has_coordinates(module):
+            return {"position_ids": coordinates.expect(named.get("position_ids"))}
+    if streams.columns and sees_both_ways(module):
+        return {"token_type_ids": None}  # by columns of the stream, of which some have left; here is text alone
+    return {}
 
 
 def _check_decoder(streams: Streams, module: nn.Module, position_ids: Any) -> None:
@@ -118,7 +131,7 @@ def _check_decoder(streams: Streams, module: nn.Module, position_ids: Any) -> No
         UnsupportedGenerationError: images have made more columns; or coordinates differ, as there are images that the
             hooks of the model have not seen (PEFT calls past those), and nothing tells where they end.
     """
-    if streams.forward.in_progress and streams.coordinates.columns is not None:
+    if streams.forward.is_running(called=module) and streams.coordinates.columns is not None:
         raise UnsupportedGenerationError(
             f"{type(module).__name__} was called with other columns than the {streams.coordinates.columns} of a prompt "
             "with images or sounds: the prompt must hold a token for each column of them, as processors write it. "

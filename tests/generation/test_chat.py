@@ -121,3 +121,11 @@ def test_the_counted_tokens_stay_in_the_window():
     assert torch.equal(held[:, :, : kept - 1], held_by_other[:, :, : kept - 1])
     assert not torch.equal(held[:, :, kept - 1], held_by_other[:, :, kept - 1])
     assert torch.equal(held[:, :, kept:], held_by_other[:, :, kept:])
+
+
+def test_an_image_in_the_instructions_is_not_counted_as_one_token():
+    image = {"role": "system", "content": [{"type": "text", "text": "word10"}, {"type": "image"}]}
+    with pytest.raises(SinkArgumentError, match="a part of type 'image' were to be counted"):
+        count_sink_tokens(tiny_tokenizer(chat_template=MESSAGE_BY_MESSAGE), [image, USER])
+    user = {"role": "user", "content": image["content"]}
+    assert count_sink_tokens(tiny_tokenizer(chat_template=MESSAGE_BY_MESSAGE), [SYSTEM, user]) == 7

@@ -115,6 +115,7 @@ def test_below_the_window_the_text_is_that_of_the_default_cache_and_rows_are_as_
 def test_a_prompt_that_goes_in_by_pieces_cuts_no_image_and_runs_encoders_once(monkeypatch):
     model = built("llava")
     given, pieces, encoded = media.prompt(model, [[3, "image", 4, "image", 9], [1, "image", 4]]), [], []
+    streaming(model)  # the probe runs here
     decoder = decoder_of(model)
     if not hasattr(decoder, "layers"):
         with pytest.raises(UnsupportedGenerationError, match="before its decoder is called"):
@@ -184,6 +185,58 @@ def test_later_turns_take_text_alone():
     assert cache.get_seq_length() == text.shape[1] + 2
 
 
+@torch.no_grad()
+def test_a_prompt_with_images_that_was_interrupted_may_be_given_again():
+    model = built("llava")
+    cache, given = streaming(model), media.prompt(model, ROWS)
+    if not hasattr(decoder_of(model), "layers"):
+        return
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = decoder_of(model).layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**given, **{cache_name(model): cache})
+    hook.remove()
+    wanted = model(**given, use_cache=False).logits[:, -1]
+    assert relative_error(model(**given, **{cache_name(model): cache}).logits[:, -1], wanted) < 1e-5
+
+
+def test_a_later_turn_sees_no_future_whatever_types_are_given():
+    """Types of the whole history, as processors write them, are not by the columns of the cache."""
+    model = built("gemma3")
+    streaming(model)
+    given, text, found = media.prompt(model, [[3, "image", 5]]), tokens(8) % 80, []
+    ids = torch.cat((given["input_ids"], text), dim=1)
+    types = torch.cat((given["token_type_ids"], torch.zeros_like(text)), dim=1)
+    for more in ({"token_type_ids": types}, {}):
+        cache = SinkCache(9, S, model=model)
+        with torch.no_grad():
+            model(**given, **{cache_name(model): cache})
+        out = model.generate(ids, past_key_values=cache, **{**ASKED, "max_new_tokens": 1}, **more)
+        found.append(out.logits[0])
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("by_pieces", [False, True])
+def test_images_do_not_come_back_and_text_behind_them_does(by_pieces, tmp_path):
+    """Fed again, the ids that stand for an image would be text. Files say it too; the second row has no image."""
+    model = built("llava")
+    streaming(model)
+    if by_pieces and not hasattr(decoder_of(model), "layers"):
+        return
+    given = media.prompt(model, [[2, "image", 3, "image", 2], [4]])
+    out = model.generate(**given, **ASKED, **BIG, **({"prefill_chunk_size": 7} if by_pieces else {}))
+    cache = next(value for value in out.values() if isinstance(value, SinkCache))
+    cache.save(tmp_path / "cache.safetensors")
+    for one in (cache, SinkCache.load(tmp_path / "cache.safetensors", model=model)):
+        first, second = streams_of(one).rows
+        assert (first.seen, first.images_end, second.seen, second.images_end) == (44, 37, 9, 0)
+        assert streams_of(one).take_back([8, 0]) == 0
+        assert streams_of(one).take_back([7, 8]) is None
+
+
 def test_each_that_is_called_exact_has_a_sample_that_proves_it():
     verdicts = {verdict.model_type: verdict for verdict in coverage().media}
     assert set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) <= set(verdicts)
@@ -215,14 +268,50 @@ def test_a_stream_begins_with_images(model_type):
     assert "".join(stream(model, _Words(), ids, **given, **asked, **sizes)) == _Words().decode(wanted)
 
 
+class _Processor(_Words):
+    """Its chat template returns what it was made with, and text behind that."""
+
+    def __init__(self, given):
+        self.given = given
+
+    def apply_chat_template(self, messages, **_):
+        more = torch.tensor([[5 + len(message["content"]) for message in messages[1:]]], dtype=torch.long)
+        ids = torch.cat((self.given["input_ids"], more), dim=1)
+        return {**self.given, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def test_a_stream_of_a_chat_sees_its_images():
+    """What comes behind them goes on in the same cache, and the template writes them again."""
+    model = built("llava")
+    streaming(model)
+    given, asked = media.prompt(model, ROWS), {"max_new_tokens": 6, "do_sample": False, "num_sink_tokens": S}
+    chat = [{"role": "user", "content": [{"type": "image"}]}]
+    asked["window_length"] = 200
+    begun = stream(model, _Processor(given), chat, **asked)
+    wanted = model.generate(**given, **asked, cache_implementation="sink")
+    text = "".join(begun)
+    assert text == _Words().decode(wanted[0, given["input_ids"].shape[1] :])
+    longer = {**given, "input_ids": wanted}
+    more = stream(model, _Processor(longer), [*chat, {"content": "and?"}], past_key_values=begun.cache, **asked)
+    assert len("".join(more).split()) == 6
+    again = {**given, "input_ids": torch.cat((wanted, given["input_ids"]), dim=1)}
+    with pytest.raises(UnsupportedGenerationError, match="in its first prompt alone"):
+        stream(model, _Processor(again), chat, past_key_values=more.cache, **asked)
+
+
 def test_kept_streams_never_take_one_image_for_another():
-    """The ids of two prompts are the same, and their images are not."""
+    """The ids of two prompts are the same, and their images are not; those of a text that is kept may be too."""
     model = built("llava")
     streaming(model)
     given, asked = media.prompt(model, ROWS), {"max_new_tokens": 4, "do_sample": False, **BIG}
+    text = {name: given[name] for name in ("input_ids", "attention_mask")}
+    model.generate(**text, **asked, keep_streams=2)
+    assert len(kept_streams) == 1
     other = {**given, **media.images(model, 2, seed=7)}
     first = model.generate(**given, **asked, keep_streams=2)
     found = model.generate(**other, **asked, keep_streams=2)
     assert torch.equal(found, model.generate(**other, **asked))
     assert not torch.equal(found, first)
-    assert len(kept_streams) == 0
+    assert torch.equal(first, model.generate(**given, **asked))
+    assert len(kept_streams) == 1
+    kept_streams.clear()

@@ -166,6 +166,29 @@ def test_images_do_not_come_back_and_text_behind_them_does():
     assert not streams_of(cache).crop(9)
 
 
+@pytest.mark.parametrize("entry", ["generate", "forward"])
+@torch.no_grad()
+def test_images_in_embeddings_are_refused_as_nobody_makes_their_positions(entry):
+    model = built("qwen2_vl")
+    streaming(model)
+    given = media.prompt(model, ROWS)
+    whole = embedded(model, given, tokens(1)[:, :0])
+    rest = {name: value for name, value in given.items() if name not in ("pixel_values", "image_grid_thw")}
+    grids = {"image_grid_thw": given["image_grid_thw"]}
+    embeddings = {"inputs_embeds": whole["inputs_embeds"], "attention_mask": given["attention_mask"]}
+    placed = {"position_ids": whole["position_ids"]}
+    for text in ({**rest, **grids}, {**embeddings, **grids}, {**embeddings, **placed}):
+        cache = SinkCache(200, S, model=model)
+        call, more = (model, {cache_name(model): cache}) if entry == "forward" else (model.generate, {**ASKED, **BIG})
+        with pytest.raises(UnsupportedGenerationError, match="and no images, which alone tell"):
+            call(**text, **more)
+        assert cache.get_seq_length() == 0
+    plain = torch.arange(24).expand(3, 1, -1)
+    text = {"input_ids": tokens(24) % 80, "position_ids": plain}
+    wanted, found = (model(**text, **more).logits for more in ({}, {cache_name(model): cache}))
+    assert relative_error(found, wanted) < 1e-5
+
+
 @torch.no_grad()
 def test_positions_that_nobody_has_seen_are_no_guess():
     """In a graph the hook before the decoder does not run: here it is as if there were none."""

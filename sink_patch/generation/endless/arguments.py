@@ -6,10 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from sink_patch.arguments import CACHE_IMPLEMENTATION
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.errors import SinkArgumentError
+from sink_patch.models.entries import input_device
+from sink_patch.models.families.media import media_tokens
+from sink_patch.streaming.media.given import media_among
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -22,18 +26,23 @@ _NO_STREAM = {"num_beams": 1, "num_return_sequences": 1, "prompt_lookup_num_toke
 """Options, and the value with which there is one text that grows by a token a step."""
 
 
-def ids_of(tokenizer: Any, given: Any, *, follows: bool) -> torch.Tensor:
-    """Ids [1, tokens] of what is to be read.
+def inputs_of(model: nn.Module, tokenizer: Any, given: Any, read: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Ids [1, tokens] of what is to be read, and the images and sounds of a chat, with all that tells of them.
+
+    Args:
+        read: columns that the cache has read before, the images in them too.
 
     Raises:
         SinkArgumentError: as for `stream`.
     """
+    more: dict[str, Any] = {}
     if isinstance(given, torch.Tensor):
         ids = given if given.ndim == 2 else given[None]
     elif isinstance(given, str):
-        ids = tokenizer(given, return_tensors="pt", add_special_tokens=not follows)["input_ids"]
+        ids = tokenizer(given, return_tensors="pt", add_special_tokens=not read)["input_ids"]
     elif isinstance(given, Sequence) and given and all(isinstance(message, Mapping) for message in given):
-        ids = _ids_of_chat(tokenizer, given)
+        more = _written(tokenizer, given)
+        ids = more.pop("input_ids")
     else:
         raise SinkArgumentError(
             f"A {type(given).__name__} was given to stream. Give a text, a chat (a list of messages, each a dict with "
@@ -44,12 +53,29 @@ def ids_of(tokenizer: Any, given: Any, *, follows: bool) -> torch.Tensor:
             f"A stream was to begin with ids of shape {list(ids.shape)}. It needs one token at least, and has one row: "
             "give a text that is not empty; of several texts make several streams."
         )
-    return ids.long()
+    device = input_device(model)
+    return ids.long().to(device), _of_images(model, ids[:, read:] if ids.shape[1] > read else ids, more, device)
 
 
-def _ids_of_chat(tokenizer: Any, messages: Messages) -> torch.Tensor:
+def _of_images(model: nn.Module, new: torch.Tensor, written: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """What a chat template returned beside ids; nothing where no image is among the new ids [1, tokens]."""
+    tokens = torch.tensor(sorted(media_tokens(getattr(model, "config", None))), dtype=new.dtype, device=new.device)
+    given = media_among(model, written)
+    if not given or (tokens.numel() and not bool(torch.isin(new, tokens).any())):
+        return {}
+    dtype = getattr(model, "dtype", None)
+    return {
+        name: value.to(device, dtype if name in given and value.is_floating_point() else None)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in written.items()
+    }
+
+
+def _written(tokenizer: Any, messages: Messages) -> dict[str, Any]:
+    """All that the chat template returns but the mask."""
     try:
-        ids = tokenizer.apply_chat_template(
+        written = tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
     except Exception as failure:  # templates are programs, and raise what they like
@@ -57,7 +83,7 @@ def _ids_of_chat(tokenizer: Any, messages: Messages) -> torch.Tensor:
             f"The chat template of this {type(tokenizer).__name__} cannot be applied to the messages: {failure} Pass "
             "messages that it takes, or a text."
         ) from failure
-    return ids["input_ids"]  # type: ignore[no-any-return]
+    return {name: value for name, value in written.items() if name != "attention_mask"}
 
 
 def asked_for(name: str, arguments: Mapping[str, Any], config: Any) -> Any:

@@ -13,11 +13,11 @@ from torch import nn
 from sink_patch.arguments import CACHE_IMPLEMENTATION
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.errors import CacheStateError, UnsupportedGenerationError
-from sink_patch.generation.endless.arguments import Messages, asked_for, check, ids_of, taken
+from sink_patch.generation.endless.arguments import Messages, asked_for, check, inputs_of, taken
 from sink_patch.generation.endless.loop import Loop
 from sink_patch.generation.endless.steps import Steps
 from sink_patch.generation.endless.text import Decoder
-from sink_patch.models.entries import cache_argument, input_device, unwrapped
+from sink_patch.models.entries import cache_argument, unwrapped
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -37,7 +37,7 @@ def stream(
     """Text that goes on until the caller stops, at constant memory and constant time a token: one piece a token.
 
     Args:
-        model, tokenizer: of transformers.
+        model, tokenizer: of transformers; a processor in place of the tokenizer reads the images of a chat too.
         messages_or_text: a chat, for the chat template and its generation prompt; a text; or ids [1, tokens].
         past_key_values: a cache to go on in. A text is new text then; a chat, or ids, as in `generate`: the whole
             history, or what is new if that is shorter.
@@ -51,18 +51,19 @@ def stream(
     """
     config = copy.deepcopy(arguments.pop("generation_config", None))
     check(model, arguments, config, past_key_values)
-    follows = past_key_values is not None and past_key_values.get_seq_length() > 0
-    ids = ids_of(tokenizer, messages_or_text, follows=follows).to(input_device(unwrapped(model)))  # [1, tokens]
+    read = 0 if past_key_values is None else past_key_values.get_seq_length()
+    ids, more = inputs_of(unwrapped(model), tokenizer, messages_or_text, read)
     loop = Loop(
         asked_for("max_new_tokens", arguments, config),
         ends_with_eos=asked_for("eos_token_id", arguments, config) is not None,
         own_criteria=tuple(arguments.get("stopping_criteria") or ()),
-        is_new=follows and isinstance(messages_or_text, str),
+        is_new=read > 0 and isinstance(messages_or_text, str),
     )
     if asked_for("stop_strings", arguments, config) is not None:
         arguments.setdefault("tokenizer", tokenizer)
     return TextStream(
-        _begun(model, ids, loop, past_key_values, config, arguments), Decoder(tokenizer, skips=skip_special_tokens)
+        _begun(model, ids, loop, past_key_values, config, more | arguments),
+        Decoder(tokenizer, skips=skip_special_tokens),
     )
 
 

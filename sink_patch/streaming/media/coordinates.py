@@ -27,20 +27,28 @@ class Coordinates:
         """Another forward begins."""
         self.columns: int | None = None  # of a forward with images
         self._of_image: torch.Tensor | None = None  # [rows, columns]
+        self._are_several = False  # whether positions of it have several coordinates
         self._noted: torch.Tensor | None = None  # [coordinates, rows, columns]
 
-    def expect(self, ids: torch.Tensor, tokens: Iterable[int], given: Any) -> torch.Tensor | None:
+    def look_for(self, ids: torch.Tensor, tokens: Iterable[int]) -> None:
         """A forward with images begins.
 
         Args:
             ids: of it, [rows, columns].
             tokens: ids that stand for images.
+        """
+        self._of_image = torch.isin(ids, torch.tensor(sorted(tokens), dtype=ids.dtype, device=ids.device))
+
+    def expect(self, given: Any) -> torch.Tensor | None:
+        """Its positions have several coordinates.
+
+        Args:
             given: its position_ids; None: there are none.
 
         Returns:
             The position_ids that it should have: with several coordinates, or none, so that the model makes them.
         """
-        self._of_image = torch.isin(ids, torch.tensor(sorted(tokens), dtype=ids.dtype, device=ids.device))
+        self._are_several = True
         return given if isinstance(given, torch.Tensor) and given.ndim > 2 else None
 
     def note(self, position_ids: Any) -> None:
@@ -49,7 +57,7 @@ class Coordinates:
         Raises:
             UnsupportedGenerationError: there are none of several coordinates.
         """
-        if self._of_image is None:
+        if self._of_image is None or not self._are_several:
             return
         if not isinstance(position_ids, torch.Tensor) or position_ids.ndim != 3 or position_ids.shape[0] not in (3, 4):
             shape = list(position_ids.shape) if isinstance(position_ids, torch.Tensor) else None
@@ -68,17 +76,27 @@ class Coordinates:
         """
         if self._of_image is None:
             return list(rows)
+        of_image = self._of_image.cpu()
+        if not self._are_several:
+            self.forget()
+            return [_with_images(row, found) for row, found in zip(rows, of_image, strict=True)]
         if self._noted is None:
             raise UnsupportedGenerationError(
                 "A prompt with images went through a compiled forward with a SinkCache, which cannot see there at "
                 "which positions they stand. Compile single tokens alone: generate(..., compile_config=...) does."
             )
-        noted, of_image = self._noted.cpu(), self._of_image.cpu()
+        noted = self._noted.cpu()
         self.forget()
         return [
             _placed(row, noted[:, number, -row.seen :], of_image[number, -row.seen :], num_sink_tokens)
             for number, row in enumerate(rows)
         ]
+
+
+def _with_images(row: Row, of_image: torch.Tensor) -> Row:
+    """A row that knows where its last image ends; `of_image` are the columns of a forward, its tokens at the end."""
+    behind = len(of_image) - int(of_image.nonzero().max()) - 1 if bool(of_image.any()) else None
+    return row if behind is None else replace(row, images_end=row.seen - behind)
 
 
 def _placed(row: Row, coordinates: torch.Tensor, of_image: torch.Tensor, num_sink_tokens: int) -> Row:

@@ -21,12 +21,14 @@ class Cut:
 
     Args:
         size: columns of a piece; see `pieces`.
+
+    `tokens` are the ids that stand for images, once the forward has begun.
     """
 
     def __init__(self, size: int):
         self._size = size
         self._ids: torch.Tensor | None = None  # of the prompt, [rows, columns], once its forward has begun
-        self._tokens: Sequence[int] = ()
+        self.tokens: Sequence[int] = ()
         self._piece: torch.Tensor | None = None  # ids of the piece that goes in, [rows, columns]
 
     @property
@@ -36,7 +38,7 @@ class Cut:
 
     def begin(self, module: nn.Module, named: Mapping[str, Any]) -> dict[str, Any]:
         """The forward of the whole prompt begins: what the model receives."""
-        self._ids, self._tokens = named["input_ids"], sorted(media_tokens(module.config))
+        self._ids, self.tokens = named["input_ids"], sorted(media_tokens(module.config))
         return dict(named)
 
     def feed_ahead(self, decoder: nn.Module, named: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -58,7 +60,7 @@ class Cut:
         return named["inputs_embeds"] if ids is None else ids, named
 
     def _split(self, ids: torch.Tensor, named: Mapping[str, Any]) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
-        of_image = torch.isin(ids, torch.tensor(self._tokens, dtype=ids.dtype, device=ids.device))  # [rows, columns]
+        of_image = torch.isin(ids, torch.tensor(self.tokens, dtype=ids.dtype, device=ids.device))  # [rows, columns]
         joined = (of_image[:, 1:] & of_image[:, :-1]).any(dim=0).tolist()
         for first, end in pieces([False, *joined], self._size):
             yield ids[:, first:end], {name: _cut(name, value, ids, first, end) for name, value in named.items()}

@@ -20,6 +20,7 @@ _OTHER_INPUTS = {
 _OF_TEXT = frozenset({"inputs_embeds", "attention_mask"})
 _ENCODED = "mm_encoder_outputs"
 _BY_KIND = {"image": "pixel_values", "video": "pixel_values_videos", "audio": "input_features"}
+_GRIDS = ("image_grid_thw", "video_grid_thw")
 _TYPES = ("token_type_ids", "mm_token_type_ids")
 _INSTEAD = "Leave them out, or use another cache."
 
@@ -53,10 +54,12 @@ def check_media(module: nn.Module, named: Mapping[str, Any], read: int) -> Seque
         read: columns that the cache has read before.
 
     Raises:
-        UnsupportedGenerationError: the model is not known to stream with them, or they are in a later turn.
+        UnsupportedGenerationError: the model is not known to stream with them, or they are in a later turn; or there
+            are none, and positions are said to be those of images.
     """
     given = media_among(module, named)
     if not given:
+        _check_places(module, named, read)
         return given
     name, media = type(module).__name__, media_of(getattr(module, "config", None))
     unknown = [one for one in given if media is None or not media.inputs.issuperset(_meant(one, named[one]))]
@@ -81,6 +84,27 @@ def check_media(module: nn.Module, named: Mapping[str, Any], read: int) -> Seque
             "of the tokens that stand for them. Pass input_ids instead."
         )
     return given
+
+
+def _check_places(module: nn.Module, named: Mapping[str, Any], read: int) -> None:
+    """Refuse a text with images in its embeddings, whose positions of several coordinates nobody makes."""
+    embeddings, positions = named.get("inputs_embeds") is not None, named.get("position_ids")
+    if not has_coordinates(module) or (read and not embeddings):  # `generate` hands grids on behind the prompt
+        return
+    told = [name for name in _GRIDS if named.get(name) is not None]
+    if isinstance(positions, torch.Tensor) and positions.ndim > 2 and not _are_equal(positions[-3:]):
+        told.append("position_ids of several coordinates")
+    if told:
+        raise UnsupportedGenerationError(
+            f"{type(module).__name__} was given {' and '.join(told)} with a SinkCache, and no images, which alone tell "
+            "it where they stand. Pass all that the processor returns (pixel_values among it, input_ids and no "
+            "inputs_embeds), or use another cache."
+        )
+
+
+def _are_equal(coordinates: torch.Tensor) -> bool:
+    """Whether positions [coordinates, rows, columns] are those of text."""
+    return bool((coordinates == coordinates[-1:]).all())
 
 
 def check_cut(model: nn.Module, given: Sequence[str], columns: int) -> None:
@@ -113,6 +137,12 @@ def has_coordinates(module: nn.Module) -> bool:
     """Whether a model gives its images positions of several coordinates."""
     media = media_of(getattr(module, "config", None))
     return media is not None and media.coordinates
+
+
+def sees_both_ways(module: nn.Module) -> bool:
+    """Whether images of a model see themselves in both directions."""
+    media = media_of(getattr(module, "config", None))
+    return media is not None and media.both_ways
 
 
 def _puts_images_in_place(model: nn.Module) -> bool:
