@@ -119,7 +119,7 @@ def _replaced_for_images(
         coordinates.look_for(inputs, media_tokens(module.config))
         if has_coordinates(module):
             return {"position_ids": coordinates.expect(named.get("position_ids"))}
-    if streams.columns and sees_both_ways(module):
+    if streams.columns and named.get("token_type_ids") is not None and sees_both_ways(module):
         return {"token_type_ids": None}  # by columns of the stream, of which some have left; here is text alone
     return {}
 

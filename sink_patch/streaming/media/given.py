@@ -88,9 +88,11 @@ def check_media(module: nn.Module, named: Mapping[str, Any], read: int) -> Seque
 
 def _check_places(module: nn.Module, named: Mapping[str, Any], read: int) -> None:
     """Refuse a text with images in its embeddings, whose positions of several coordinates nobody makes."""
-    embeddings, positions = named.get("inputs_embeds") is not None, named.get("position_ids")
-    if not has_coordinates(module) or (read and not embeddings):  # `generate` hands grids on behind the prompt
+    if read and named.get("inputs_embeds") is None:  # `generate` hands grids on behind the prompt
         return
+    if not has_coordinates(module):
+        return
+    positions = named.get("position_ids")
     told = [name for name in _GRIDS if named.get(name) is not None]
     if isinstance(positions, torch.Tensor) and positions.ndim > 2 and not _are_equal(positions[-3:]):
         told.append("position_ids of several coordinates")
