@@ -111,17 +111,37 @@ def test_two_streams_do_not_mix_where_they_stand():
     assert lags == [4, 8]
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])
-@torch.no_grad()
-def test_videos_may_go_further_than_the_text_behind_them(model_type):
-    """Four pairs of frames of 1 x 2 merged patches."""
-    model = built(model_type)
-    cache, name = streaming(model), cache_name(model)
+def video(model, **others):
+    """A prompt with four pairs of frames of 1 x 2 merged patches."""
     ids = torch.tensor([[3, 4, 92, *[91] * 8, 93, 7, 8]])
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "mm_token_type_ids" in inspect.signature(type(model).forward).parameters:
         given["mm_token_type_ids"] = 2 * (ids == 91).long()
-    given |= {"pixel_values_videos": torch.randn(32, 384), "video_grid_thw": torch.tensor([[4, 2, 4]])}
+    return given | {"pixel_values_videos": torch.randn(32, 384), "video_grid_thw": torch.tensor([[4, 2, 4]])} | others
+
+
+def seconds(count):
+    """Of a pair of frames, as the processor of Qwen2.5-VL tells them."""
+    return {"second_per_grid_ts": torch.tensor([float(count)])}
+
+
+@torch.no_grad()
+def test_a_video_among_the_sinks_leaves_room_for_text_or_is_refused():
+    model = built("qwen2_5_vl", max_position_embeddings=24)
+    cache = SinkCache(16, 12, model=model)
+    with pytest.raises(UnsupportedGenerationError, match="12 sinks that end at position.*window_length of 16"):
+        model(**video(model, **seconds(3)), **{cache_name(model): cache})
+    model(tokens(5) % 80, **{cache_name(model): cache})  # a stream of its own
+    assert cache.get_seq_length() == 5
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])
+@torch.no_grad()
+def test_videos_may_go_further_than_the_text_behind_them(model_type):
+    model = built(model_type)
+    cache, name = streaming(model), cache_name(model)
+    given = video(model, **(seconds(1) if model_type == "qwen2_5_vl" else {}))
+    ids = given["input_ids"]
     asked = {**ASKED, "max_new_tokens": 3}
     wanted, found = (model.generate(**given, **asked, **sink) for sink in ({}, BIG))
     for one, other in zip(found.logits, wanted.logits, strict=True):

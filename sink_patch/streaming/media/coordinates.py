@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sink_patch.arguments import Sizes
 from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.rules.media import places_of
 from sink_patch.rules.rows import Row
@@ -68,11 +69,12 @@ class Coordinates:
             )
         self._noted = position_ids[-3:].expand(3, *self._of_image.shape)
 
-    def told(self, rows: Sequence[Row], num_sink_tokens: int) -> list[Row]:
+    def told(self, rows: Sequence[Row], sizes: Sizes, horizon: int) -> list[Row]:
         """The rows when the forward has ended, which know where their images stand.
 
         Raises:
-            UnsupportedGenerationError: the decoder was called in a graph, where nobody could look.
+            UnsupportedGenerationError: the decoder was called in a graph, where nobody could look; or a video among
+                the sinks goes so far that text behind it would come to the horizon, however the clock is set.
         """
         if self._of_image is None:
             return list(rows)
@@ -87,10 +89,19 @@ class Coordinates:
             )
         noted = self._noted.cpu()
         self.forget()
-        return [
-            _placed(row, noted[:, number, -row.seen :], of_image[number, -row.seen :], num_sink_tokens)
+        sinks = sizes.num_sink_tokens
+        placed = [
+            _placed(row, noted[:, number, -row.seen :], of_image[number, -row.seen :], sinks)
             for number, row in enumerate(rows)
         ]
+        end = max(row.sink_end for row in placed)
+        if end + sizes.window_length - sinks > horizon:
+            raise UnsupportedGenerationError(
+                f"A prompt was given to a SinkCache with images or a video among its {sinks} sinks that end at position "
+                f"{end}, and behind them a window_length of {sizes.window_length} comes to {horizon}, the end of the "
+                "model's context. Use fewer sinks, a shorter window, or fewer seconds a frame."
+            )
+        return placed
 
 
 def _with_images(row: Row, of_image: torch.Tensor) -> Row:
