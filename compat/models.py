@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -123,7 +124,20 @@ def stand_before(ours: Any, theirs: Any, *names: str) -> None:
     Only that object is changed: the method that it had is the first argument of ours.
     """
     for name in names:
-        setattr(theirs, name, functools.partial(getattr(ours, name), getattr(theirs, name)))
+        setattr(theirs, name, functools.partial(getattr(ours, name), _not_holding(getattr(theirs, name))))
+
+
+def _not_holding(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that does not hold its object, which would hold itself by it, and so its model for a while."""
+    if not inspect.ismethod(method):
+        return method
+    held = weakref.WeakMethod(method)
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        there: Any = held()  # whoever calls it holds the object
+        return there(*args, **kwargs)
+
+    return called
 
 
 def small_manager(model: Any, batch_tokens: int) -> Any:

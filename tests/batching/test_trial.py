@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -80,3 +82,18 @@ def test_images():
     """transformers passes over arguments that it does not know."""
     with pytest.raises(UnsupportedGenerationError, match="pixel_values was given"):
         tiny("llama").generate_batch([[3, 4]], cache_implementation="sink", pixel_values=torch.zeros(1, 3, 4, 4))
+
+
+def test_a_model_goes_when_nobody_holds_it(model):
+    """Without the garbage collector, as where transformers serves by itself: on a GPU its weights would stay."""
+    given = {"generation_config": config(W, S), "continuous_batching_config": batching(), "progress_bar": False}
+    mine = copy.deepcopy(model)
+    gc.collect()
+    gc.disable()
+    try:
+        mine.generate_batch([[3, 4]], **given)
+        held = weakref.ref(mine)
+        del mine
+        assert held() is None
+    finally:
+        gc.enable()

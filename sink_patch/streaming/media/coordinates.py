@@ -97,9 +97,9 @@ class Coordinates:
         end = max(row.sink_end for row in placed)
         if end + sizes.window_length - sinks > horizon:
             raise UnsupportedGenerationError(
-                f"A prompt was given to a SinkCache with images or a video among its {sinks} sinks that end at position "
-                f"{end}, and behind them a window_length of {sizes.window_length} comes to {horizon}, the end of the "
-                "model's context. Use fewer sinks, a shorter window, or fewer seconds a frame."
+                f"A prompt was given to a SinkCache with images or a video among its {sinks} sinks that end at "
+                f"position {end}, and behind them a window_length of {sizes.window_length} comes to {horizon}, the end "
+                "of the model's context. Use fewer sinks, a shorter window, or fewer seconds a frame."
             )
         return placed
 
