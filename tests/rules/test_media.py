@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from sink_patch.rules.media import pieces, places_of, position_of
@@ -56,3 +58,13 @@ def test_an_image_is_not_taken_back_in_parts():
     row = Row(**{**vars(placed()[0]), "seen": 15})
     assert row.can_lose(4, 3)
     assert not row.can_lose(5, 3)
+
+
+def test_the_clock_goes_back_where_a_position_comes_to_the_horizon_not_a_token():
+    row, _lowest = placed()
+    window, sinks, horizon, positions = 9, 3, 20, []
+    while not positions or positions[-1] > positions[0] - 1:  # until one is smaller than the first
+        plan = plan_row(row, 1, window, sinks, horizon)
+        positions.append(plan.first_position)
+        row = replace(row.after(1, Slots(window)), base=plan.base)
+    assert positions == [*range(9, horizon), window - 1]
