@@ -12,6 +12,12 @@ import wrapt
 class _BoundWrapper(wrapt.BoundFunctionWrapper):  # type: ignore[type-arg]  # generic for type checkers only
     """Such a method of an object. Others keep it (PEFT, on its model), and copy and pickle it like any bound method."""
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Owner.method(model, ...): up to 2.4, wrapt gives a `wrapped` whose signature still has self
+        if self._self_instance is None and self._self_binding == "function" and args:
+            return self._self_parent.__get__(args[0], type(args[0]))(*args[1:], **kwargs)
+        return super().__call__(*args, **kwargs)
+
     def __copy__(self) -> Any:
         return self
 

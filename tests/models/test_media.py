@@ -34,11 +34,11 @@ PLAIN = [name for name in media.SAMPLES if not MEDIA[name].coordinates]
 built = functools.cache(media.build)
 
 
-def streaming(model: PreTrainedModel) -> SinkCache:
+def streaming(model: PreTrainedModel, window_length: int = W, num_sink_tokens: int = S) -> SinkCache:
     """A cache of it; skips where an old transformers is refused by name."""
     try:
         check_media(model, media.prompt(model, ROWS), 0)
-        return SinkCache(W, S, model=model)
+        return SinkCache(window_length, num_sink_tokens, model=model)
     except (UnsupportedModelError, UnsupportedGenerationError) as refusal:
         if is_newest():
             raise

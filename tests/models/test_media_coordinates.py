@@ -128,7 +128,7 @@ def seconds(count):
 @torch.no_grad()
 def test_a_video_among_the_sinks_leaves_room_for_text_or_is_refused():
     model = built("qwen2_5_vl", max_position_embeddings=24)
-    cache = SinkCache(16, 12, model=model)
+    cache = streaming(model, 16, 12)
     with pytest.raises(UnsupportedGenerationError, match="12 sinks that end at position.*window_length of 16"):
         model(**video(model, **seconds(3)), **{cache_name(model): cache})
     model(tokens(5) % 80, **{cache_name(model): cache})  # a stream of its own
