@@ -54,14 +54,16 @@ class Cuts:
         return self.window_length // size * size
 
     def next(self, seen: int, prompt: int) -> Cut:
-        """What goes in when `seen` tokens of a text have been read, the first `prompt` of which are its prompt."""
+        """What goes in when `seen` tokens of a text have been read, the first `prompt` of which are its prompt.
+
+        A forward must be able to begin there (`is_between`).
+        """
         free = self.free(prompt)
         if seen < free:
             return Cut(free - seen, whole=False)
         if seen >= prompt:
             return Cut(1, whole=True)
-        size = self.size(prompt)
-        return Cut(min(size - seen % size, prompt - seen), whole=True)
+        return Cut(min(self.size(prompt), prompt - seen), whole=True)
 
     def is_between(self, seen: int, prompt: int) -> bool:
         """Whether a forward may begin when so many tokens have been read."""
