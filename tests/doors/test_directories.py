@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import pickle
 import shutil
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from sink_patch.doors.directories import files
 from sink_patch.generation.request import Request
 from tests.support import directory
 from tests.support.templates import STYLES, byte_level
+from tests.support.travels import TRAVELS
 from tests.support.versions import make_config
 
 ALL = ("--window-length", "40", "--keep-system", "--whole-turns", "--keep-streams", "8")
@@ -97,44 +97,29 @@ def test_what_is_asked_for_is_what_a_model_has(folder, asked, settings):
     assert model.generation_config.eos_token_id == 96
 
 
-def saved(config: GenerationConfig, folder: Path) -> GenerationConfig:
-    config.save_pretrained(folder)
-    return GenerationConfig.from_pretrained(folder)
-
-
 def updated(config: GenerationConfig, _: Path) -> GenerationConfig:
     made = GenerationConfig()
     assert made.update(cache_implementation="sink", cache_config=config.cache_config) == {}
     return made
 
 
-TRAVELS = {
-    "saved": saved,
-    "saved twice": lambda config, folder: saved(saved(config, folder / "a"), folder / "b"),
-    "copied": lambda config, _: copy.copy(config),
-    "copied deeply": lambda config, _: copy.deepcopy(config),
-    "pickled": lambda config, _: pickle.loads(pickle.dumps(config)),
-    "from a dict": lambda config, _: GenerationConfig.from_dict(config.to_dict()),
-    "from a dict of differences": lambda config, _: GenerationConfig.from_dict(config.to_diff_dict()),
-    "from JSON": lambda config, _: GenerationConfig(**json.loads(config.to_json_string())),
-    "updated": updated,
-}
+WAYS = {**TRAVELS, "updated": updated}
 
 
-@pytest.mark.parametrize("travel", TRAVELS)
+@pytest.mark.parametrize("travel", WAYS)
 def test_all_settings_go_through_copies_and_files(folder, travel, tmp_path):
     run(folder, *ALL)
-    arrived = TRAVELS[travel](GenerationConfig.from_pretrained(folder), tmp_path)
+    arrived = WAYS[travel](GenerationConfig.from_pretrained(folder), tmp_path)
     assert settings_of(arrived) == SETTINGS
 
 
-@pytest.mark.parametrize("travel", TRAVELS)
+@pytest.mark.parametrize("travel", WAYS)
 def test_settings_beside_the_cache_do_too(travel, tmp_path):
     """As arguments say them, and not in `cache_config`."""
     if travel == "updated":
         pytest.skip("it updates the other")
     config = GenerationConfig(cache_implementation="sink", **SETTINGS.as_dict())
-    assert settings_of(TRAVELS[travel](config, tmp_path)) == SETTINGS
+    assert settings_of(WAYS[travel](config, tmp_path)) == SETTINGS
 
 
 def test_a_model_that_is_saved_keeps_them(folder, tmp_path):

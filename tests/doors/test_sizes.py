@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import pickle
-from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +16,7 @@ import sink_patch
 from tests.support import directory
 from tests.support.fresh import NO_ENTRY_POINT, fresh
 from tests.support.tiny import tokens
+from tests.support.travels import TRAVELS
 
 W, S, NEW = 12, 3, 20
 SIZES = {"window_length": W, "num_sink_tokens": S}
@@ -79,23 +77,6 @@ WAYS = (
     *("constructor", "update", "update of the sizes first", "update of the sizes last", "update of other sizes"),
     *("cache_config", "attributes"),
 )
-
-
-def saved(config: GenerationConfig, folder: Path) -> GenerationConfig:
-    config.save_pretrained(folder)
-    return GenerationConfig.from_pretrained(folder)
-
-
-TRAVELS: dict[str, Callable[[GenerationConfig, Path], GenerationConfig]] = {
-    "as it is": lambda config, _: config,
-    "copied": lambda config, _: copy.copy(config),
-    "copied deeply": lambda config, _: copy.deepcopy(config),
-    "pickled": lambda config, _: pickle.loads(pickle.dumps(config)),
-    "from a dict": lambda config, _: GenerationConfig.from_dict(config.to_dict()),
-    "from a dict of differences": lambda config, _: GenerationConfig.from_dict(config.to_diff_dict()),
-    "from JSON": lambda config, _: GenerationConfig(**json.loads(config.to_json_string())),
-    "saved": saved,
-}
 
 
 @pytest.mark.parametrize("travel", TRAVELS)
