@@ -75,6 +75,17 @@ class ModelFacts:
         windows = [layer.entry.sliding_window for layer in self.layers]
         return frozenset(window for window in windows if window is not None)
 
+    @cached_property
+    def why_no_graph(self) -> str | None:
+        """Why its tokens cannot go through a graph that is compiled once, as in "it ..."; None: they can."""
+        if any(layer.elsewhere for layer in self.layers):
+            return "it sends and receives between its layers (pipeline parallel), which torch does not trace"
+        if self.has_states:
+            return "it keeps recurrent states, which are new tensors in each forward"
+        if self.position_source == "columns":
+            return "it takes distances from the order of the keys (ALiBi), which a ring at a fixed place does not keep"
+        return None if any(layer.entry.attention for layer in self.layers) else "it keeps no keys"
+
     def same_as(self, other: ModelFacts) -> bool:
         """Whether what was proven for `other` holds for this, too."""
         same = (self.model_type, self.family, self.context) == (other.model_type, other.family, other.context)

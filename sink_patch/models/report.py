@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from sink_patch.arguments import Sizes
+from sink_patch.compat import why_not_traced
 from sink_patch.models.cost.sample import sample
 from sink_patch.models.cost.window import Cost, cost_of
 from sink_patch.models.entries import text_config, unwrapped
@@ -32,6 +33,7 @@ class Report:
 
     `horizon` is the RoPE position (tokens) at which the clock is set back. `cost` has what the window costs, in bytes a
     row: `cost.window_bytes`, `cost.token_bytes` (of a token more), `cost.state_bytes`, and the `cost.dtype`.
+    `why_not_compiled` says why it decodes without a graph even where `compile_config` asks for one; None: with one.
     """
 
     model_class: str
@@ -42,6 +44,7 @@ class Report:
     context_length: int
     horizon: int
     cost: Cost
+    why_not_compiled: str | None
     layers: tuple[LayerReport, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -54,6 +57,7 @@ class Report:
             f"  window   {self.window_length} tokens, the first {self.num_sink_tokens} of them for good",
             f"  clock    positions stay below {self.horizon} (trained on {self.context_length})",
             f"  memory   {self.cost}",
+            f"  compiled {self._compiled}",
         ]
         start = 0
         for layer, same in groupby(self.layers):
@@ -62,6 +66,11 @@ class Report:
             lines.append(f"  {span:<16} {layer.layer_type}: {layer.adapter}; {layer.holds}")
             start += count
         return "\n".join(lines)
+
+    @property
+    def _compiled(self) -> str:
+        reason = self.why_not_compiled
+        return "one graph for all tokens, with compile_config" if reason is None else f"never: {reason}"
 
 
 def inspect(
@@ -91,6 +100,7 @@ def inspect(
         context_length=facts.context.length,
         horizon=clock,
         cost=cost_of(facts, text_config(model), sample(model, facts), sizes),
+        why_not_compiled=facts.why_no_graph or why_not_traced(),
         layers=tuple(_layer(layer, window_length, num_sink_tokens) for layer in facts.layers),
     )
 

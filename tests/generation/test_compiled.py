@@ -12,6 +12,7 @@ import torch._dynamo
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
+import sink_patch
 from sink_patch import SinkCache
 from sink_patch.streaming.fixed import layout
 from tests.support import tiny as shared
@@ -90,6 +91,7 @@ def test_one_graph_serves_all_tokens_of_three_streams(model_type, attention):
         assert_same(found, run(model, ids))
         assert graphs() == (1, 0)
         assert not found.past_key_values.is_compileable  # else transformers would make masks outside the graph
+    assert sink_patch.inspect(model, W, S).why_not_compiled is None
 
 
 def test_the_logits_of_each_token_equal_the_oracle():
@@ -282,7 +284,7 @@ def test_other_caches_of_a_bound_model_are_compiled_as_before():
 
 
 REFUSED = {
-    "biases by the order of keys": lambda: tiny("falcon", alibi=True),
+    "order of the keys": lambda: tiny("falcon", alibi=True),
     "recurrent states": lambda: (skip_if_model_is_newer("qwen3_next"), zoo.build("qwen3_next"))[1],
 }
 
@@ -293,6 +295,7 @@ def test_models_that_one_graph_cannot_serve_are_not_compiled(name):
     wanted = run(model, tokens(6))
     assert_same(run(model, tokens(6), compile_config=graph_config()), wanted)
     assert graphs() == (0, 0)
+    assert name in sink_patch.inspect(model).why_not_compiled
 
 
 def test_after_a_graph_failed_the_cache_refuses_forwards():

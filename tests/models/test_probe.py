@@ -196,9 +196,13 @@ def test_a_report_is_read_by_people_and_programs():
         "  window   64 tokens, the first 4 of them for good",
         "  clock    positions stay below 192 (trained on 192)",
         "  memory   a window of 64: 25.6 kB a row in float32; each token more 256 bytes",
+        "  compiled one graph for all tokens, with compile_config",
         "  layers 0 to 1    sliding_attention: keys: half-split rotation of 16 dims; "
         "its own sliding window of 16, no sinks",
         "  layer 2          full_attention: keys: half-split rotation of 16 dims; window of 64 with 4 sinks",
     ]
     assert report.as_dict()["layers"][2]["holds"] == "window of 64 with 4 sinks"
     assert report.horizon == 192
+    assert "  compiled never: it takes distances from the order of the keys (ALiBi)" in str(
+        sink_patch.inspect(tiny("bloom", layers=1))
+    )

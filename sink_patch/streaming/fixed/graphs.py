@@ -1,4 +1,4 @@
-"""Whether the forward of a model can be one graph: not where processes talk to each other between its layers."""
+"""Whether the modules of a model can be traced as one graph: not where FSDP gathers weights between its layers."""
 
 from __future__ import annotations
 
@@ -6,17 +6,12 @@ import sys
 
 from torch import nn
 
-from sink_patch.models.facts import ModelFacts
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP gathers its weights, from which it keeps the compiler out.
 
-def can_be_one_graph(model: nn.Module, facts: ModelFacts) -> bool:
-    """Whether torch can trace the forward as a whole.
-
-    FSDP keeps the compiler out of where it gathers weights, and a pipeline's sending and receiving is traced by no
-    released torch as it stands. What tensor parallel adds are operations of a graph.
+    What tensor parallel adds are operations of a graph; layers of other processes are known from the facts.
     """
-    if any(layer.elsewhere for layer in facts.layers):
-        return False
     fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever has sharded the model has imported it
     kinds = tuple(getattr(fsdp, name) for name in ("FSDPModule", "FullyShardedDataParallel") if hasattr(fsdp, name))
-    return not any(isinstance(module, kinds) for module in model.modules())
+    return any(isinstance(module, kinds) for module in model.modules())

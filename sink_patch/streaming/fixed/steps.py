@@ -14,7 +14,7 @@ from sink_patch.models.entries import text_config
 from sink_patch.models.facts import ModelFacts
 from sink_patch.rules.plans import RowPlan
 from sink_patch.rules.rows import Row
-from sink_patch.streaming.fixed.graphs import can_be_one_graph
+from sink_patch.streaming.fixed.graphs import is_sharded
 from sink_patch.streaming.fixed.step import FixedStep
 
 _READ_BY_COORDINATE = ("eager", "sdpa")
@@ -32,7 +32,7 @@ class FixedSteps:
     def __init__(self, store: LayerStore, facts: ModelFacts, model: nn.Module):
         self._store, self._facts = store, facts
         self._config = weakref.ref(text_config(model))  # which the layers read, too; found once, as that takes time
-        self._is_one_graph = can_be_one_graph(model, facts)
+        self._is_sharded = is_sharded(model)
         self._step: FixedStep | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -42,9 +42,7 @@ class FixedSteps:
     @property
     def are_possible(self) -> bool:
         """Whether the model is one graph and takes positions, and its layers are read at fixed shapes in any order."""
-        by_position_ids = self._facts.position_source == "position_ids" and not self._facts.has_states
-        kinds = self._store.kinds
-        return by_position_ids and self._is_one_graph and len(kinds) > 0 and not any(kind.ordered for kind in kinds)
+        return self._facts.why_no_graph is None and not self._is_sharded
 
     def can_follow(self, rows: Sequence[Row]) -> bool:
         """Whether the next tokens of these rows can be read so: all their sinks are in, nothing unseen is held.
