@@ -32,8 +32,6 @@ def test_importing_sink_patch_is_light():
     "first",
     [
         "import sink_patch, transformers",
-        "import transformers, sink_patch",
-        "import torch, sink_patch",
         "import transformers.generation.utils, transformers.modeling_utils, sink_patch",
     ],
 )
@@ -45,10 +43,8 @@ def test_importing_sink_patch_switches_it_on_whatever_was_imported_before(first)
     "first",
     [
         "import torch",
-        "import transformers",
         "from transformers import GenerationMixin",
         "from transformers import GenerationConfig",
-        "import transformers.modeling_utils",
     ],
 )
 def test_with_no_import_of_ours_torch_switches_it_on(first):
@@ -119,7 +115,7 @@ COLD = "from transformers import GenerationMixin"
 
 @pytest.mark.parametrize(
     ("part", "first"),
-    [("patching.switch", "import torch"), ("patching.switch", COLD), ("compat", COLD), ("generation.wrappers", COLD)],
+    [("patching.switch", "import torch"), ("compat", COLD), ("generation.wrappers", COLD)],
 )
 def test_a_broken_part_of_ours_costs_a_warning_and_no_import(part, first, tmp_path: Path):
     (tmp_path / "sitecustomize.py").write_text(f"""
