@@ -206,7 +206,7 @@ def test_versions_run_as_they_are_named():
 
 
 def test_the_suites_are_existing_paths():
-    assert asked("--full", "5.0.0")["5.0.0"].paths == runs.ALIKE
+    assert asked("--full", "5.0.0")["5.0.0"].paths[-len(runs.ALIKE) :] == runs.ALIKE
     for path in (*asked("--quick", "--families")["5.0.0"].paths, *asked("--torch", "5.0.0")["5.0.0"].paths):
         is_path = not path.startswith(("-", "not "))
         assert not is_path or (runs.CHECKOUT / path.partition("::")[0]).exists(), path
