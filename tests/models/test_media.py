@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from sink_patch import SinkCache, UnsupportedGenerationError, UnsupportedModelError, coverage, kept_streams, stream
 from sink_patch.models.entries import decoder_of
-from sink_patch.models.families.media import MEDIA
+from sink_patch.models.families.media import MEDIA, media_tokens
 from sink_patch.streaming.media.given import check_media
 from sink_patch.streaming.streams import streams_of
 from tests.support import media
@@ -80,6 +80,7 @@ def test_one_layer_equals_a_fresh_forward_over_the_kept_tokens(model_type):
 @torch.no_grad()
 def test_several_layers_equal_a_naive_cache(model_type):
     model = built(model_type)
+    assert 90 in media_tokens(model.config)
     cache, naive, name, start = streaming(model), ReplayCache(model, W, S), cache_name(model), 0
     given, steps = media.prompt(model, ROWS), schedule(cache)
     text = tokens(sum(steps)) % 80

@@ -33,8 +33,10 @@ class Media:
         kinds = {
             "pixel_values": "images",
             "pixel_values_images": "images",
+            "image_pixel_values": "images",
             "pixel_values_videos": "videos",
             "input_features": "sounds",
+            "input_values": "sounds",
         }
         words = dict.fromkeys(word for name, word in kinds.items() if name in self.inputs)
         how = " and ".join(words) + " are columns like any others"
@@ -44,7 +46,7 @@ class Media:
 
 
 _IMAGES, _VIDEOS = "pixel_values", "pixel_values pixel_values_videos"
-_SOUNDS = "input_features"
+_SOUNDS, _WAVES = "input_features", "input_values"
 
 
 def _each(model_types: str, inputs: str, **more: Any) -> Iterable[tuple[str, Media]]:
@@ -60,11 +62,17 @@ MEDIA: dict[str, Media] = dict(
         *_each("lfm2_vl video_llama_3 exaone4_5 hyperclovax_vision_v2", _IMAGES),
         *_each("llava_next_video", _IMAGES),
         *_each("video_llava", "pixel_values pixel_values_images"),
-        *_each("qwen2_audio glmasr voxtral", _SOUNDS),
-        *_each("gemma3 shieldgemma2 paligemma", _IMAGES, both_ways=True),
+        *_each("fuyu granite_docling janus kimi_k25 lfm3_vl muse_glimmer dots3_note minicpmv4_6 minicpm_ocr", _IMAGES),
+        *_each("deepseek_vl_hybrid", "pixel_values high_res_pixel_values"),
+        *_each("phi4_multimodal", "image_pixel_values image_attention_mask"),
+        *_each("qwen2_audio glmasr voxtral gemma3n granite_speech granite_speech_plus", _SOUNDS),
+        *_each("moss_transcribe_diarize", _SOUNDS),
+        *_each("omniasr vibevoice_asr", _WAVES),
+        *_each("gemma3 shieldgemma2 paligemma gemma4 gemma4_unified molmo2", _IMAGES, both_ways=True),
         *_each("qwen2_vl qwen2_5_vl", _VIDEOS, coordinates=True),
         *_each("qwen3_vl qwen3_vl_moe glm4v glm4v_moe glm46v glmga glm_ocr paddleocr_vl", _IMAGES, coordinates=True),
-        *_each("qwen3_5 qwen3_5_moe cosmos3_omni cohere_compass", _IMAGES, coordinates=True),
+        *_each("qwen3_5 qwen3_5_moe cosmos3_omni cosmos3_edge cohere_compass minicpmv4_7", _IMAGES, coordinates=True),
+        *_each("qwen2_5_omni_thinker qwen3_omni_moe_thinker", _IMAGES, coordinates=True),
     ]
 )
 
@@ -77,5 +85,6 @@ def media_of(config: Any) -> Media | None:
 
 def media_tokens(config: Any) -> frozenset[int]:
     """The ids that stand for columns of images and sounds."""
-    found = (getattr(config, name, None) for name in _TOKENS)
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))]
+    found = (getattr(part, name, None) for part in parts for name in _TOKENS)
     return frozenset(token for token in found if isinstance(token, int))

@@ -21,7 +21,7 @@ _OF_TEXT = frozenset({"inputs_embeds", "attention_mask", "second_per_grid_ts"}) 
 _ENCODED = "mm_encoder_outputs"
 _BY_KIND = {"image": "pixel_values", "video": "pixel_values_videos", "audio": "input_features"}
 _GRIDS = ("image_grid_thw", "video_grid_thw")
-_TYPES = ("token_type_ids", "mm_token_type_ids")
+TYPES = ("token_type_ids", "mm_token_type_ids")
 _INSTEAD = "Leave them out, or use another cache."
 
 
@@ -42,9 +42,7 @@ def media_among(module: nn.Module, named: Mapping[str, Any]) -> Sequence[str]:
 def without_media(module: nn.Module, named: Mapping[str, Any]) -> Mapping[str, Any]:
     """The arguments of a call for the text behind a prompt with images: without those, and all that tells of them."""
     given = media_among(module, named)
-    return (
-        {name: value for name, value in named.items() if name not in given and name not in _TYPES} if given else named
-    )
+    return {name: value for name, value in named.items() if name not in given and name not in TYPES} if given else named
 
 
 def check_media(module: nn.Module, named: Mapping[str, Any], read: int) -> Sequence[str]:
@@ -139,6 +137,20 @@ def has_coordinates(module: nn.Module) -> bool:
     """Whether a model gives its images positions of several coordinates."""
     media = media_of(getattr(module, "config", None))
     return media is not None and media.coordinates
+
+
+def with_mask(
+    module: nn.Module, replaced: Mapping[str, torch.Tensor | None], inputs: torch.Tensor
+) -> dict[str, torch.Tensor | None]:
+    """What a model receives with images: also a mask where it needs none, as some make no positions without one.
+
+    Args:
+        replaced: what it would receive; its mask is None where all columns are seen.
+        inputs: ids of the forward, the first one of a stream, [rows, columns].
+    """
+    if not has_coordinates(module) or replaced.get("attention_mask") is not None:
+        return dict(replaced)
+    return {**replaced, "attention_mask": torch.ones_like(inputs)}
 
 
 def sees_both_ways(module: nn.Module) -> bool:

@@ -34,7 +34,9 @@ def build(model_type: str, stack: Stack | None = None, *, seed: int = 0, **overr
     if config_class.model_type != model_type:
         pytest.skip(f"{model_type} has another name in this transformers, and is refused under that")
     config = tiny_config(config_class, stack, **{**sample.decoder, **overrides})
-    _set(config, {**sample.settings, sample.token: _TOKEN})
+    _set(config, sample.settings)
+    part, _, token = sample.token.rpartition(".")
+    setattr(getattr(config, part) if part else config, token, _TOKEN)
     return seeded(model_class, config, overrides.pop("attn_implementation", "eager"), seed)
 
 
@@ -49,7 +51,9 @@ def _class_of(config_class: Any) -> Any:
 
 def _set(config: Any, settings: dict[str, Any]) -> None:
     for name, value in settings.items():
-        if isinstance(value, dict) and hasattr(getattr(config, name, None), "to_dict"):
+        if isinstance(value, dict) and name.endswith("_config"):
+            if getattr(config, name) is None:  # optional
+                setattr(config, name, tiny_config(type(config).sub_configs[name]))
             _set(getattr(config, name), value)
         else:
             setattr(config, name, value)
