@@ -17,10 +17,10 @@ from tests.support.weights import seeded
 from tests.support.zoo.configs import tiny_config
 from tests.support.zoo.families import Stack
 
-__all__ = ["SAMPLES", "build", "images", "prompt"]
+__all__ = ["SAMPLES", "TOKEN", "build", "images", "prompt"]
 
 _MAPPINGS = ("MODEL_FOR_MULTIMODAL_LM_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_CAUSAL_LM_MAPPING")
-_TOKEN = 90
+TOKEN = 90
 
 
 def build(model_type: str, stack: Stack | None = None, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
@@ -36,7 +36,7 @@ def build(model_type: str, stack: Stack | None = None, *, seed: int = 0, **overr
     config = tiny_config(config_class, stack, **{**sample.decoder, **overrides})
     _set(config, sample.settings)
     part, _, token = sample.token.rpartition(".")
-    setattr(getattr(config, part) if part else config, token, _TOKEN)
+    setattr(getattr(config, part) if part else config, token, TOKEN)
     return seeded(model_class, config, overrides.pop("attn_implementation", "eager"), seed)
 
 
@@ -72,7 +72,7 @@ def prompt(model: PreTrainedModel, rows: Sequence[Sequence[int | str]], seed: in
         ids: list[int] = []
         for part in parts:
             if part == "image":
-                ids += sample.ids(_TOKEN)
+                ids += sample.ids(TOKEN)
             else:
                 ids += torch.randint(2, 80, (part,), generator=generator).tolist()
         texts.append(ids)
@@ -80,7 +80,7 @@ def prompt(model: PreTrainedModel, rows: Sequence[Sequence[int | str]], seed: in
     ids = torch.tensor([[0] * (length - len(text)) + text for text in texts])  # [rows, columns]
     mask = torch.tensor([[0] * (length - len(text)) + [1] * len(text) for text in texts])
     accepted = inspect.signature(type(model).forward).parameters
-    kinds = {name: (ids == _TOKEN).long() for name in ("token_type_ids", "mm_token_type_ids") if name in accepted}
+    kinds = {name: (ids == TOKEN).long() for name in ("token_type_ids", "mm_token_type_ids") if name in accepted}
     return {
         "input_ids": ids,
         "attention_mask": mask,
