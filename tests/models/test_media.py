@@ -172,6 +172,23 @@ def test_what_cannot_be_right_is_refused_before_anything_is_computed(model_type,
         handle.remove()
 
 
+def test_images_are_refused_where_the_config_does_not_name_their_ids(monkeypatch):
+    model = built("llava")
+    given = media.prompt(model, ROWS)
+    monkeypatch.setattr(
+        model.config, "image_token_index" if "image_token_index" in vars(model.config) else "image_token_id", None
+    )
+    with pytest.raises(UnsupportedGenerationError, match="was given pixel_values.*no such inputs"):
+        model.generate(**given, **SMALL)
+
+
+def test_what_the_decoder_is_given_of_the_layers_of_an_encoder_is_not_cut():
+    model = built("granite_docling")
+    streaming(model)
+    with pytest.raises(UnsupportedGenerationError, match="deepstack_visual_embeds, which cannot be cut"):
+        model.generate(**media.prompt(model, ROWS), **{**SMALL, "window_length": 50}, prefill_chunk_size=7)
+
+
 @torch.no_grad()
 def test_later_turns_take_text_alone():
     model = built("llava")

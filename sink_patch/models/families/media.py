@@ -63,10 +63,11 @@ MEDIA: dict[str, Media] = dict(
         *_each("llava_next_video", _IMAGES),
         *_each("video_llava", "pixel_values pixel_values_images"),
         *_each("fuyu granite_docling janus kimi_k25 lfm3_vl muse_glimmer dots3_note minicpmv4_6 minicpm_ocr", _IMAGES),
+        *_each("chameleon emu3 granite4_vision", _IMAGES),
         *_each("deepseek_vl_hybrid", "pixel_values high_res_pixel_values"),
         *_each("phi4_multimodal", "image_pixel_values image_attention_mask"),
         *_each("qwen2_audio glmasr voxtral gemma3n granite_speech granite_speech_plus", _SOUNDS),
-        *_each("moss_transcribe_diarize", _SOUNDS),
+        *_each("moss_transcribe_diarize qwen3_asr", _SOUNDS),
         *_each("omniasr vibevoice_asr", _WAVES),
         *_each("gemma3 shieldgemma2 paligemma gemma4 gemma4_unified molmo2", _IMAGES, both_ways=True),
         *_each("qwen2_vl qwen2_5_vl", _VIDEOS, coordinates=True),
@@ -75,6 +76,28 @@ MEDIA: dict[str, Media] = dict(
         *_each("qwen2_5_omni_thinker qwen3_omni_moe_thinker", _IMAGES, coordinates=True),
     ]
 )
+
+
+def _left(reason: str, model_types: str) -> Iterable[tuple[str, str]]:
+    return [(name, reason) for name in model_types.split()]
+
+
+LEFT: dict[str, str] = dict(
+    [
+        *_left("it is an encoder-decoder model", "florence2 pix2struct pp_formulanet t5gemma2 udop"),
+        *_left("it is an encoder-decoder model", "vision-encoder-decoder"),
+        *_left("it attends to the image beside the text, in every forward", "idefics evolla"),
+        *_left("it is given sound with each token", "voxtral_realtime kyutai_speech_to_text"),
+        *_left("it puts two models together; its decoder streams by itself", "blip-2 instructblip instructblipvideo"),
+        *_left("it puts several models together; its thinker streams by itself", "qwen2_5_omni qwen3_omni_moe"),
+        *_left("its cache has layers of a kind of its own", "unlimited_ocr"),
+        *_left("it writes blocks by diffusion, not token by token", "diffusion_gemma"),
+        *_left("it makes movements, not text", "pi0"),
+        *_left("its own forward fails in this transformers", "llama4"),
+        *_left("its encoder is of timm, and not proven", "fast_vlm perception_lm"),
+    ]
+)
+"""Why some are not served with images or sounds; of all others nobody has proven it."""
 
 
 def media_of(config: Any) -> Media | None:

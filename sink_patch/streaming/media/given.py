@@ -10,7 +10,7 @@ from torch import nn
 
 from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.models.entries import decoder_of, text_config
-from sink_patch.models.families.media import media_of
+from sink_patch.models.families.media import media_of, media_tokens
 
 _OTHER_INPUTS = {
     *("pixel_values", "pixel_values_videos", "pixel_values_images", "input_features", "input_values"),
@@ -60,7 +60,9 @@ def check_media(module: nn.Module, named: Mapping[str, Any], read: int) -> Seque
         _check_places(module, named, read)
         return given
     name, media = type(module).__name__, media_of(getattr(module, "config", None))
-    unknown = [one for one in given if media is None or not media.inputs.issuperset(_meant(one, named[one]))]
+    ids = media_tokens(getattr(module, "config", None))  # without them nobody knows where images stand
+    known = media.inputs if media is not None and ids else frozenset()
+    unknown = [one for one in given if not known.issuperset(_meant(one, named[one]))]
     if unknown:
         raise UnsupportedGenerationError(
             f"{name} was given {', '.join(unknown)} with a SinkCache, which streams "

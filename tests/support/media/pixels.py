@@ -43,11 +43,11 @@ def merged(number: int) -> dict[str, Any]:
     return {**patches(192)(number), "image_merge_sizes": torch.tensor([2] * number)}
 
 
-def sounds(mask: str) -> Inputs:
-    """Sounds of 64 frames."""
+def sounds(mask: str, frames: int = 64) -> Inputs:
+    """Sounds of so many frames."""
     return lambda number: {
-        "input_features": torch.randn(number, 16, 64),
-        mask: torch.ones(number, 64, dtype=torch.long),
+        "input_features": torch.randn(number, 16, frames),
+        mask: torch.ones(number, frames, dtype=torch.long),
     }
 
 

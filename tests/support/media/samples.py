@@ -89,6 +89,12 @@ _SPEECH = {
     "projector_config": {"encoder_hidden_size": 64},
 }
 _WAVE = {"downsampling_ratios": [2, 2], "depths": [1, 1, 1], "num_filters": 4, "hidden_size": 16}
+_WORDS_OF_CHAMELEON = {"<image>": 90, **{f"IMGIMG{letter}Z": 60 + code for code, letter in enumerate("ABCDEFGH")}}
+_WORDS_OF_EMU3 = {
+    "<image>": 90,
+    "<|extra_200|>": 80,  # ends a row of an image
+    **{f"<|visual token {code:06d}|>": 60 + code for code in range(8)},
+}
 _CODES = {
     "base_channels": 32,
     "channel_multiplier": [1, 1],
@@ -99,6 +105,7 @@ _CODES = {
     "projection_dim": 64,
     "image_token_embed_dim": 64,
 }
+_CODES_OF_WORDS = {**_CODES, "channel_multiplier": [1] * 4, "hidden_size": 32, "codebook_size": 8}
 
 SAMPLES: dict[str, Sample] = {
     "llava": Sample(16, pixels(), token="image_token_index"),
@@ -199,5 +206,22 @@ SAMPLES: dict[str, Sample] = {
         lambda number: {**wave(32)(number), "sample": False},
         {"acoustic_tokenizer_encoder_config": _WAVE, "semantic_tokenizer_encoder_config": _WAVE},
         token="audio_token_id",
+    ),
+    "qwen3_asr": Sample(
+        13, sounds("input_features_mask", 100), {"audio_config": {"output_dim": 64}}, token="audio_token_id"
+    ),
+    "chameleon": Sample(16, pixels(), {"vocabulary_map": _WORDS_OF_CHAMELEON, "vq_config": _CODES_OF_WORDS}),
+    "emu3": Sample(20, sized(), {"vocabulary_map": _WORDS_OF_EMU3, "vq_config": _CODES_OF_WORDS}),
+    "granite4_vision": Sample(
+        10,
+        tiles,
+        {
+            **_PIN,
+            "deepstack_layer_map": [[-1, 0]],
+            "spatial_target_layers": [1],
+            "downsample_rate": "1/2",
+            "qformer_config": {"encoder_hidden_size": 64},
+        },
+        token="image_token_index",
     ),
 }
