@@ -173,20 +173,18 @@ def test_what_cannot_be_right_is_refused_before_anything_is_computed(model_type,
 
 
 def test_images_are_refused_where_the_config_does_not_name_their_ids(monkeypatch):
-    model = built("llava")
+    model = built("minicpmv4_6")
     given = media.prompt(model, ROWS)
-    monkeypatch.setattr(
-        model.config, "image_token_index" if "image_token_index" in vars(model.config) else "image_token_id", None
-    )
+    monkeypatch.setattr(model.config, "image_token_id", None)
     with pytest.raises(UnsupportedGenerationError, match="was given pixel_values.*no such inputs"):
-        model.generate(**given, **SMALL)
+        model.generate(**given, **ASKED, **SMALL)
 
 
 def test_what_the_decoder_is_given_of_the_layers_of_an_encoder_is_not_cut():
     model = built("granite_docling")
     streaming(model)
     with pytest.raises(UnsupportedGenerationError, match="deepstack_visual_embeds, which cannot be cut"):
-        model.generate(**media.prompt(model, ROWS), **{**SMALL, "window_length": 50}, prefill_chunk_size=7)
+        model.generate(**media.prompt(model, ROWS), **{**ASKED, **SMALL, "window_length": 50}, prefill_chunk_size=7)
 
 
 @torch.no_grad()
