@@ -22,7 +22,7 @@ from tests.support.tiny import VOCAB
 
 CONTEXT = 64  # positions that the decoder was trained on
 _SIDE, _PATCH = 32, 8
-_TEMPLATE = (
+TEMPLATE = (
     "{% for message in messages %}w1 {% for part in message.content %}"
     "{% if part.type == 'image' %}<image> {% else %}{{ part.text }} {% endif %}{% endfor %}w2 {% endfor %}"
     "{% if add_generation_prompt %}w3{% endif %}"
@@ -50,7 +50,7 @@ def processor() -> LlavaProcessor:
         tokenizer,
         patch_size=_PATCH,
         vision_feature_select_strategy="default",
-        chat_template=_TEMPLATE,
+        chat_template=TEMPLATE,
         num_additional_image_tokens=1,  # of CLIP, which the strategy leaves out
     )
 
