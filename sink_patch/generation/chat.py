@@ -19,7 +19,8 @@ def count_sink_tokens(tokenizer: Any, messages: Sequence[Message], **template: A
     """Tokens at the start of a chat that are its instructions, to be kept as `num_sink_tokens`.
 
     Args:
-        tokenizer: of the model, with a chat template (tokenization_utils_base.py, `apply_chat_template`).
+        tokenizer: of the model, with a chat template (tokenization_utils_base.py, `apply_chat_template`); or its
+            processor, which tells how many tokens images in the instructions have.
         messages: the chat, as for the chat template. Its instructions are the system (or developer) messages that it
             begins with, and what the template itself says before the first words of the user.
         template: more arguments of the chat template: `tools`, `chat_template`, variables of its own.
@@ -30,29 +31,63 @@ def count_sink_tokens(tokenizer: Any, messages: Sequence[Message], **template: A
 
     Raises:
         SinkArgumentError: there are no messages, the chat template cannot be applied to them, or it does not write the
-            instructions where sinks are, or there are images in them.
+            instructions where sinks are, or there are images in them and no processor was given.
     """
     if not messages:
         raise SinkArgumentError("No messages were given. Pass the chat, with its system message first.")
-    _check_are_text(messages)
+    leading = list(itertools.takewhile(lambda message: message.get("role") in _INSTRUCTING, messages))
+    other = _kinds_beside_text(leading)
+    if other and tokenizer_of(tokenizer) is tokenizer:
+        raise SinkArgumentError(
+            f"The tokens of instructions with a part of type {other[0]!r} were to be counted, and how many tokens that "
+            f"has, the processor alone can tell. Pass the processor instead of its tokenizer, or pass "
+            f"num_sink_tokens={SYSTEM!r} to generate."
+        )
     chat = _Chat(tokenizer, list(messages), template)
     part = chat.text[: chat.end_of_instructions()]
-    ids, ids_of_part = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (chat.text, part))
-    return common(ids, ids_of_part)  # a token across the border belongs to what follows
+    # a token across the border belongs to what follows
+    count = common(ids_of(tokenizer, chat.text), ids_of(tokenizer, part))
+    return count + _more_of_media(tokenizer, leading, template) if other else count
 
 
-def _check_are_text(messages: Sequence[Message]) -> None:
-    """Refuse images in the instructions: a template writes one word where a processor writes many tokens."""
-    for message in itertools.takewhile(lambda message: message.get("role") in _INSTRUCTING, messages):
-        content = message.get("content")
-        parts = content if isinstance(content, (list, tuple)) else ()
-        kinds = [part.get("type") for part in parts if isinstance(part, Mapping)]
-        if other := [kind for kind in kinds if kind not in (None, "text")]:
-            raise SinkArgumentError(
-                f"The tokens of instructions with a part of type {other[0]!r} were to be counted, and how many tokens "
-                f"that has, the processor alone can tell. Pass num_sink_tokens={SYSTEM!r} to generate, or count the "
-                "ids that the processor returns for them."
-            )
+def tokenizer_of(tokenizer: Any) -> Any:
+    """The tokenizer of a processor, or what was given."""
+    return getattr(tokenizer, "tokenizer", tokenizer)
+
+
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text, with none that it does not hold; of an image there is one."""
+    return list(tokenizer_of(tokenizer)(text, add_special_tokens=False)["input_ids"])
+
+
+def _kinds_beside_text(messages: Sequence[Message]) -> list[str]:
+    contents = [message.get("content") for message in messages]
+    parts = [part for content in contents if isinstance(content, (list, tuple)) for part in content]
+    kinds = [str(part.get("type", "text")) for part in parts if isinstance(part, Mapping)]
+    return [kind for kind in kinds if kind != "text"]
+
+
+def _more_of_media(processor: Any, leading: Sequence[Message], template: Mapping[str, Any]) -> int:
+    """How many ids a processor writes for the images of the instructions, more than the template writes words.
+
+    Two chats that differ behind the instructions alone are the same up to there, in the ids of either.
+    """
+    chats = [[*leading, {"role": "user", "content": _like([], words)}] for words in _ANY_WORDS]
+    asked = {**template, "tokenize": True, "return_dict": True, "add_generation_prompt": False}
+    try:
+        given = [processor.apply_chat_template(chat, **asked)["input_ids"] for chat in chats]
+    except Exception as failure:  # it loads images, and templates are programs
+        raise SinkArgumentError(
+            f"This {type(processor).__name__} cannot process the instructions: {failure} Pass messages that it takes, "
+            f"or num_sink_tokens={SYSTEM!r} to generate."
+        ) from failure
+    rows = [list(ids if isinstance(ids[0], int) else ids[0]) for ids in given]  # some return a batch of one
+    return common(*rows) - common(*(ids_of(processor, written(processor, chat, template)) for chat in chats))
+
+
+def _like(content: Any, words: str) -> Any:
+    """Words as the content of a message: in parts, where it had parts."""
+    return [{"type": "text", "text": words}] if isinstance(content, (list, tuple)) else words
 
 
 class _Chat:
@@ -92,7 +127,12 @@ class _Chat:
     def _where_words_begin(self, index: int, messages: list[Message]) -> int:
         """How far a text is the same, whatever message `index` says; all of it if that is not in it."""
         others = [
-            [*messages[:index], {**messages[index], "content": words}, *messages[index + 1 :]] for words in _ANY_WORDS
+            [
+                *messages[:index],
+                {**messages[index], "content": _like(messages[index].get("content"), words)},
+                *messages[index + 1 :],
+            ]
+            for words in _ANY_WORDS
         ]
         return common(*map(self._written, others))
 

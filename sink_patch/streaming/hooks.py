@@ -24,7 +24,7 @@ from sink_patch.rules.positions import check_of_forward
 from sink_patch.rules.rows import Row
 from sink_patch.streaming.calls.guard import check_given
 from sink_patch.streaming.inputs import accepted, named_arguments, without_columns
-from sink_patch.streaming.media.given import check_media, has_coordinates, sees_both_ways
+from sink_patch.streaming.media.given import TYPES, check_media, has_coordinates, sees_both_ways, with_mask
 from sink_patch.streaming.streams import StreamingCache, Streams, streams_of
 
 _installing = threading.Lock()
@@ -105,6 +105,8 @@ def _begin(
         inputs = named[name]
     fixed = (in_graph or _is_compiled(module)) and inputs.shape[1] == 1 and streams.can_be_fixed_now
     replaced = streams.begin(module, inputs, named.get("attention_mask"), fixed=fixed)
+    if media:
+        replaced = with_mask(module, replaced, inputs)
     replaced |= _replaced_for_images(streams, module, named, inputs, has_images=bool(media))
     return (), named | accepted(module, replaced, named)
 
@@ -119,8 +121,8 @@ def _replaced_for_images(
         coordinates.look_for(inputs, media_tokens(module.config))
         if has_coordinates(module):
             return {"position_ids": coordinates.expect(named.get("position_ids"))}
-    if streams.columns and named.get("token_type_ids") is not None and sees_both_ways(module):
-        return {"token_type_ids": None}  # by columns of the stream, of which some have left; here is text alone
+    if streams.columns and sees_both_ways(module):  # types by columns of the stream, of which some have left
+        return {name: None for name in TYPES if named.get(name) is not None}  # here is text alone
     return {}
 
 

@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from sink_patch import SinkCache, UnsupportedGenerationError, UnsupportedModelError, coverage, kept_streams, stream
 from sink_patch.models.entries import decoder_of
-from sink_patch.models.families.media import MEDIA
+from sink_patch.models.families.media import MEDIA, media_tokens
 from sink_patch.streaming.media.given import check_media
 from sink_patch.streaming.streams import streams_of
 from tests.support import media
@@ -80,6 +80,7 @@ def test_one_layer_equals_a_fresh_forward_over_the_kept_tokens(model_type):
 @torch.no_grad()
 def test_several_layers_equal_a_naive_cache(model_type):
     model = built(model_type)
+    assert 90 in media_tokens(model.config)
     cache, naive, name, start = streaming(model), ReplayCache(model, W, S), cache_name(model), 0
     given, steps = media.prompt(model, ROWS), schedule(cache)
     text = tokens(sum(steps)) % 80
@@ -169,6 +170,21 @@ def test_what_cannot_be_right_is_refused_before_anything_is_computed(model_type,
             model.generate(**media.prompt(model, ROWS), **more, **SMALL)
     finally:
         handle.remove()
+
+
+def test_images_are_refused_where_the_config_does_not_name_their_ids(monkeypatch):
+    model = built("minicpmv4_6")
+    given = media.prompt(model, ROWS)
+    monkeypatch.setattr(model.config, "image_token_id", None)
+    with pytest.raises(UnsupportedGenerationError, match="was given pixel_values.*no such inputs"):
+        model.generate(**given, **ASKED, **SMALL)
+
+
+def test_what_the_decoder_is_given_of_the_layers_of_an_encoder_is_not_cut():
+    model = built("granite_docling")
+    streaming(model)
+    with pytest.raises(UnsupportedGenerationError, match="deepstack_visual_embeds, which cannot be cut"):
+        model.generate(**media.prompt(model, ROWS), **{**ASKED, **SMALL, "window_length": 50}, prefill_chunk_size=7)
 
 
 @torch.no_grad()

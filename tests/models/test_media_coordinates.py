@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sink_patch import SinkCache, UnsupportedGenerationError
-from sink_patch.models.families.media import MEDIA
+from sink_patch.models.families.media import MEDIA, media_tokens
 from sink_patch.streaming.streams import streams_of
 from tests.models.test_media import ASKED, BIG, ROWS, SMALL, S, W, built, schedule, streaming
 from tests.support import media
@@ -55,6 +55,7 @@ def test_one_layer_equals_a_fresh_forward_at_the_positions_of_the_cache(model_ty
 @torch.no_grad()
 def test_several_layers_equal_a_naive_cache(model_type):
     model = built(model_type)
+    assert 90 in media_tokens(model.config)
     cache, name, start, given = streaming(model), cache_name(model), 0, media.prompt(model, ROWS)
     steps = schedule(cache)
     text = tokens(sum(steps)) % 80

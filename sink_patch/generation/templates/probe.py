@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sink_patch.errors import SinkArgumentError
-from sink_patch.generation.chat import common, written
+from sink_patch.generation.chat import common, ids_of, written
 
 Ids = list[int]
 BY_HAND = "Pass turn_start (and system_start) by hand, the token ids that begin a message."
@@ -58,7 +58,7 @@ class Probe:
             SinkArgumentError: the template cannot be applied, or does not write all contents, once and in order.
         """
         text = written(tokenizer, messages, template, BY_HAND)
-        ids, places, end = _ids(tokenizer, text), [], 0
+        ids, places, end = ids_of(tokenizer, text), [], 0
         for number, message in enumerate(messages):
             begin = text.find(message["content"], end)
             if begin < 0 or text.count(message["content"]) != 1:
@@ -68,7 +68,7 @@ class Probe:
                 )
             border = end + _end_of_last(tokenizer, template, messages[:number], text[end:begin])
             border = border if text[border:begin].strip() else begin  # spaces are no mark
-            before = [common(ids, _ids(tokenizer, text[:place])) for place in (border, begin)]
+            before = [common(ids, ids_of(tokenizer, text[:place])) for place in (border, begin)]
             places.append(Place(min(before), before[1]))
             end = begin + len(message["content"])
         return cls(ids, places, [message["role"] for message in messages])
@@ -77,10 +77,6 @@ class Probe:
 def occurrences(ids: Ids, runs: Sequence[Ids]) -> list[int]:
     """Where one of the runs begins."""
     return [place for place in range(len(ids)) if any(ids[place : place + len(run)] == run for run in runs)]
-
-
-def _ids(tokenizer: Any, text: str) -> Ids:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _end_of_last(tokenizer: Any, template: Mapping[str, Any], messages: Sequence[Mapping[str, str]], gap: str) -> int:

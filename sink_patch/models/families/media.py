@@ -33,8 +33,10 @@ class Media:
         kinds = {
             "pixel_values": "images",
             "pixel_values_images": "images",
+            "image_pixel_values": "images",
             "pixel_values_videos": "videos",
             "input_features": "sounds",
+            "input_values": "sounds",
         }
         words = dict.fromkeys(word for name, word in kinds.items() if name in self.inputs)
         how = " and ".join(words) + " are columns like any others"
@@ -44,7 +46,7 @@ class Media:
 
 
 _IMAGES, _VIDEOS = "pixel_values", "pixel_values pixel_values_videos"
-_SOUNDS = "input_features"
+_SOUNDS, _WAVES = "input_features", "input_values"
 
 
 def _each(model_types: str, inputs: str, **more: Any) -> Iterable[tuple[str, Media]]:
@@ -60,13 +62,42 @@ MEDIA: dict[str, Media] = dict(
         *_each("lfm2_vl video_llama_3 exaone4_5 hyperclovax_vision_v2", _IMAGES),
         *_each("llava_next_video", _IMAGES),
         *_each("video_llava", "pixel_values pixel_values_images"),
-        *_each("qwen2_audio glmasr voxtral", _SOUNDS),
-        *_each("gemma3 shieldgemma2 paligemma", _IMAGES, both_ways=True),
+        *_each("fuyu granite_docling janus kimi_k25 lfm3_vl muse_glimmer dots3_note minicpmv4_6 minicpm_ocr", _IMAGES),
+        *_each("chameleon emu3 granite4_vision", _IMAGES),
+        *_each("deepseek_vl_hybrid", "pixel_values high_res_pixel_values"),
+        *_each("phi4_multimodal", "image_pixel_values image_attention_mask"),
+        *_each("qwen2_audio glmasr voxtral gemma3n granite_speech granite_speech_plus", _SOUNDS),
+        *_each("moss_transcribe_diarize qwen3_asr", _SOUNDS),
+        *_each("omniasr vibevoice_asr", _WAVES),
+        *_each("gemma3 shieldgemma2 paligemma gemma4 gemma4_unified molmo2", _IMAGES, both_ways=True),
         *_each("qwen2_vl qwen2_5_vl", _VIDEOS, coordinates=True),
         *_each("qwen3_vl qwen3_vl_moe glm4v glm4v_moe glm46v glmga glm_ocr paddleocr_vl", _IMAGES, coordinates=True),
-        *_each("qwen3_5 qwen3_5_moe cosmos3_omni cohere_compass", _IMAGES, coordinates=True),
+        *_each("qwen3_5 qwen3_5_moe cosmos3_omni cosmos3_edge cohere_compass minicpmv4_7", _IMAGES, coordinates=True),
+        *_each("qwen2_5_omni_thinker qwen3_omni_moe_thinker", _IMAGES, coordinates=True),
     ]
 )
+
+
+def _left(reason: str, model_types: str) -> Iterable[tuple[str, str]]:
+    return [(name, reason) for name in model_types.split()]
+
+
+LEFT: dict[str, str] = dict(
+    [
+        *_left("it is an encoder-decoder model", "florence2 pix2struct pp_formulanet t5gemma2 udop"),
+        *_left("it is an encoder-decoder model", "vision-encoder-decoder"),
+        *_left("it attends to the image beside the text, in every forward", "idefics evolla"),
+        *_left("it is given sound with each token", "voxtral_realtime kyutai_speech_to_text"),
+        *_left("it puts two models together; its decoder streams by itself", "blip-2 instructblip instructblipvideo"),
+        *_left("it puts several models together; its thinker streams by itself", "qwen2_5_omni qwen3_omni_moe"),
+        *_left("its cache has layers of a kind of its own", "unlimited_ocr"),
+        *_left("it writes blocks by diffusion, not token by token", "diffusion_gemma"),
+        *_left("it makes movements, not text", "pi0"),
+        *_left("its own forward fails in this transformers", "llama4"),
+        *_left("its encoder is of timm, and not proven", "fast_vlm perception_lm"),
+    ]
+)
+"""Why some are not served with images or sounds; of all others nobody has proven it."""
 
 
 def media_of(config: Any) -> Media | None:
@@ -77,5 +108,6 @@ def media_of(config: Any) -> Media | None:
 
 def media_tokens(config: Any) -> frozenset[int]:
     """The ids that stand for columns of images and sounds."""
-    found = (getattr(config, name, None) for name in _TOKENS)
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))]
+    found = (getattr(part, name, None) for part in parts for name in _TOKENS)
     return frozenset(token for token in found if isinstance(token, int))

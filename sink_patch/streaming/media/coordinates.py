@@ -87,7 +87,7 @@ class Coordinates:
                 "A prompt with images went through a compiled forward with a SinkCache, which cannot see there at "
                 "which positions they stand. Compile single tokens alone: generate(..., compile_config=...) does."
             )
-        noted = self._noted.cpu()
+        noted = self._noted.cpu().long()  # some models make whole numbers of another type
         self.forget()
         sinks = sizes.num_sink_tokens
         placed = [

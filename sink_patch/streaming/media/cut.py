@@ -60,10 +60,22 @@ class Cut:
         return named["inputs_embeds"] if ids is None else ids, named
 
     def _split(self, ids: torch.Tensor, named: Mapping[str, Any]) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+        _check_lists(named)
         of_image = torch.isin(ids, torch.tensor(self.tokens, dtype=ids.dtype, device=ids.device))  # [rows, columns]
         joined = (of_image[:, 1:] & of_image[:, :-1]).any(dim=0).tolist()
         for first, end in pieces([False, *joined], self._size):
             yield ids[:, first:end], {name: _cut(name, value, ids, first, end) for name, value in named.items()}
+
+
+def _check_lists(named: Mapping[str, Any]) -> None:
+    """Refuse tensors in lists and the like, as of the encoder's layers (deepstack): not by columns, but by images."""
+    for name, value in named.items():
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+        if any(isinstance(part, torch.Tensor) for part in parts):
+            raise UnsupportedGenerationError(
+                f"A prompt with images was to go into a sink cache by pieces, and the model gives its decoder {name}, "
+                "which cannot be cut. Give a prompt that goes in at once, or use another cache."
+            )
 
 
 def _cut(name: str, value: Any, ids: torch.Tensor, first: int, end: int) -> Any:

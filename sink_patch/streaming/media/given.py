@@ -10,7 +10,7 @@ from torch import nn
 
 from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.models.entries import decoder_of, text_config
-from sink_patch.models.families.media import media_of
+from sink_patch.models.families.media import media_of, media_tokens
 
 _OTHER_INPUTS = {
     *("pixel_values", "pixel_values_videos", "pixel_values_images", "input_features", "input_values"),
@@ -21,7 +21,7 @@ _OF_TEXT = frozenset({"inputs_embeds", "attention_mask", "second_per_grid_ts"}) 
 _ENCODED = "mm_encoder_outputs"
 _BY_KIND = {"image": "pixel_values", "video": "pixel_values_videos", "audio": "input_features"}
 _GRIDS = ("image_grid_thw", "video_grid_thw")
-_TYPES = ("token_type_ids", "mm_token_type_ids")
+TYPES = ("token_type_ids", "mm_token_type_ids")
 _INSTEAD = "Leave them out, or use another cache."
 
 
@@ -42,9 +42,7 @@ def media_among(module: nn.Module, named: Mapping[str, Any]) -> Sequence[str]:
 def without_media(module: nn.Module, named: Mapping[str, Any]) -> Mapping[str, Any]:
     """The arguments of a call for the text behind a prompt with images: without those, and all that tells of them."""
     given = media_among(module, named)
-    return (
-        {name: value for name, value in named.items() if name not in given and name not in _TYPES} if given else named
-    )
+    return {name: value for name, value in named.items() if name not in given and name not in TYPES} if given else named
 
 
 def check_media(module: nn.Module, named: Mapping[str, Any], read: int) -> Sequence[str]:
@@ -62,7 +60,9 @@ def check_media(module: nn.Module, named: Mapping[str, Any], read: int) -> Seque
         _check_places(module, named, read)
         return given
     name, media = type(module).__name__, media_of(getattr(module, "config", None))
-    unknown = [one for one in given if media is None or not media.inputs.issuperset(_meant(one, named[one]))]
+    ids = media_tokens(getattr(module, "config", None))  # without them nobody knows where images stand
+    known = media.inputs if media is not None and ids else frozenset()
+    unknown = [one for one in given if not known.issuperset(_meant(one, named[one]))]
     if unknown:
         raise UnsupportedGenerationError(
             f"{name} was given {', '.join(unknown)} with a SinkCache, which streams "
@@ -139,6 +139,20 @@ def has_coordinates(module: nn.Module) -> bool:
     """Whether a model gives its images positions of several coordinates."""
     media = media_of(getattr(module, "config", None))
     return media is not None and media.coordinates
+
+
+def with_mask(
+    module: nn.Module, replaced: Mapping[str, torch.Tensor | None], inputs: torch.Tensor
+) -> dict[str, torch.Tensor | None]:
+    """What a model receives with images: also a mask where it needs none, as some make no positions without one.
+
+    Args:
+        replaced: what it would receive; its mask is None where all columns are seen.
+        inputs: ids of the forward, the first one of a stream, [rows, columns].
+    """
+    if not has_coordinates(module) or replaced.get("attention_mask") is not None:
+        return dict(replaced)
+    return {**replaced, "attention_mask": torch.ones_like(inputs)}
 
 
 def sees_both_ways(module: nn.Module) -> bool:

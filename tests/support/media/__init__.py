@@ -17,10 +17,10 @@ from tests.support.weights import seeded
 from tests.support.zoo.configs import tiny_config
 from tests.support.zoo.families import Stack
 
-__all__ = ["SAMPLES", "build", "images", "prompt"]
+__all__ = ["SAMPLES", "TOKEN", "build", "images", "prompt"]
 
 _MAPPINGS = ("MODEL_FOR_MULTIMODAL_LM_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_CAUSAL_LM_MAPPING")
-_TOKEN = 90
+TOKEN = 90
 
 
 def build(model_type: str, stack: Stack | None = None, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
@@ -34,7 +34,9 @@ def build(model_type: str, stack: Stack | None = None, *, seed: int = 0, **overr
     if config_class.model_type != model_type:
         pytest.skip(f"{model_type} has another name in this transformers, and is refused under that")
     config = tiny_config(config_class, stack, **{**sample.decoder, **overrides})
-    _set(config, {**sample.settings, sample.token: _TOKEN})
+    _set(config, sample.settings)
+    part, _, token = sample.token.rpartition(".")
+    setattr(getattr(config, part) if part else config, token, TOKEN)
     return seeded(model_class, config, overrides.pop("attn_implementation", "eager"), seed)
 
 
@@ -49,7 +51,9 @@ def _class_of(config_class: Any) -> Any:
 
 def _set(config: Any, settings: dict[str, Any]) -> None:
     for name, value in settings.items():
-        if isinstance(value, dict) and hasattr(getattr(config, name, None), "to_dict"):
+        if isinstance(value, dict) and name.endswith("_config"):
+            if getattr(config, name) is None:  # optional
+                setattr(config, name, tiny_config(type(config).sub_configs[name]))
             _set(getattr(config, name), value)
         else:
             setattr(config, name, value)
@@ -68,7 +72,7 @@ def prompt(model: PreTrainedModel, rows: Sequence[Sequence[int | str]], seed: in
         ids: list[int] = []
         for part in parts:
             if part == "image":
-                ids += sample.ids(_TOKEN)
+                ids += sample.ids(TOKEN)
             else:
                 ids += torch.randint(2, 80, (part,), generator=generator).tolist()
         texts.append(ids)
@@ -76,7 +80,7 @@ def prompt(model: PreTrainedModel, rows: Sequence[Sequence[int | str]], seed: in
     ids = torch.tensor([[0] * (length - len(text)) + text for text in texts])  # [rows, columns]
     mask = torch.tensor([[0] * (length - len(text)) + [1] * len(text) for text in texts])
     accepted = inspect.signature(type(model).forward).parameters
-    kinds = {name: (ids == _TOKEN).long() for name in ("token_type_ids", "mm_token_type_ids") if name in accepted}
+    kinds = {name: (ids == TOKEN).long() for name in ("token_type_ids", "mm_token_type_ids") if name in accepted}
     return {
         "input_ids": ids,
         "attention_mask": mask,

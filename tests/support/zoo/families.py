@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tests.support.versions import PreTrainedConfig, caches_need_states, families_have_caches
-from tests.support.zoo.sizes import CONTEXT, HEAD_DIM, HEADS, WINDOW
+from tests.support.zoo.sizes import CONTEXT, HEAD_DIM, HEADS, WIDTH, WINDOW
 from tests.support.zoo.towers import no_vision_tower
 
 Stack = tuple[str, ...]  # the layers of a model, first to last
@@ -200,11 +200,14 @@ FAMILIES: dict[str, Family] = dict(
         stack_settings=lambda stack: {"cross_attention_layers": where(stack, "cross_attention")},
     ),
     "moshi": Family(settings={"sliding_window": CONTEXT}),  # its cache uses the window, its mask does not
+    "molmo2_adapter": Family(settings={"vision_feature_layer": [0, 1], "text_hidden_size": WIDTH}),
+    "molmo2_vision": Family(settings={"image_size": [32, 32], "num_position_embeddings": 16}),
     "nemotron_h": Family(
         settings=_NO_LEAST_STEP,
         smallest=_smallest_if(caches_need_states(), full_attention=(LINEAR, FULL), mlp=(LINEAR, FULL, "mlp")),
     ),
     "olmo_hybrid": Family(smallest={FULL: (LINEAR, FULL)}),
+    "qwen3_asr": Family(settings={"eos_token_id": 0}),  # required
     "qwen4_exp_text": Family(
         stack=(NGRAM, LINEAR, INDEXED),
         settings={
