@@ -219,14 +219,15 @@ def test_a_prompt_with_images_that_was_interrupted_may_be_given_again():
     assert relative_error(model(**given, **{cache_name(model): cache}).logits[:, -1], wanted) < 1e-5
 
 
-def test_a_later_turn_sees_no_future_whatever_types_are_given():
+@pytest.mark.parametrize(("model_type", "name"), [("gemma3", "token_type_ids"), ("gemma4", "mm_token_type_ids")])
+def test_a_later_turn_sees_no_future_whatever_types_are_given(model_type, name):
     """Types of the whole history, as processors write them, are not by the columns of the cache."""
-    model = built("gemma3")
+    model = built(model_type)
     streaming(model)
     given, text, found = media.prompt(model, [[3, "image", 5]]), tokens(8) % 80, []
     ids = torch.cat((given["input_ids"], text), dim=1)
-    types = torch.cat((given["token_type_ids"], torch.zeros_like(text)), dim=1)
-    for more in ({"token_type_ids": types}, {}):
+    types = torch.cat((given[name], torch.zeros_like(text)), dim=1)
+    for more in ({name: types}, {}):
         cache = SinkCache(9, S, model=model)
         with torch.no_grad():
             model(**given, **{cache_name(model): cache})

@@ -88,7 +88,7 @@ _SPEECH = {
     },
     "projector_config": {"encoder_hidden_size": 64},
 }
-_WAVE = {"downsampling_ratios": [2, 2], "depths": [1, 1, 1], "num_filters": 4, "hidden_size": 16}
+_WAVE = {"downsampling_ratios": [2, 2], "depths": [1, 1, 1], "num_filters": 4, "hidden_size": 16, "vae_std": 0.0}
 _WORDS_OF_CHAMELEON = {"<image>": 90, **{f"IMGIMG{letter}Z": 60 + code for code, letter in enumerate("ABCDEFGH")}}
 _WORDS_OF_EMU3 = {
     "<image>": 90,
@@ -203,7 +203,7 @@ SAMPLES: dict[str, Sample] = {
     "omniasr": Sample(7, wave(2560), {"audio_config": {"conv_dim": [16] * 7}}, token="audio_token_id"),
     "vibevoice_asr": Sample(
         8,
-        lambda number: {**wave(32)(number), "sample": False},
+        wave(32),
         {"acoustic_tokenizer_encoder_config": _WAVE, "semantic_tokenizer_encoder_config": _WAVE},
         token="audio_token_id",
     ),
