@@ -32,7 +32,7 @@ CONTEXT = 40  # tokens; clocks are set back where a request comes there
 def stacks(model_type: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, settings) of models of two layers of a family of the oracle test, with each kind of layer that it has."""
     sliding, full = "sliding_attention", "full_attention"
-    kinds = {name: settings for name, settings in variants(model_type)}
+    kinds = dict(variants(model_type))
     if full in kinds:
         types = {"layer_types": [full, full]} if "layer_types" in kinds[full] else {}
         yield model_type, {**kinds[full], **types}
@@ -88,14 +88,14 @@ class Case:
 
 
 def cases(requests: int, windows: tuple[int, int] = (16, 64), longest: int = 3) -> st.SearchStrategy[Case]:
-    """Cases of so many requests, of prompts and texts of up to `longest` windows; one text at least is so long."""
+    """Cases of so many requests: prompts of up to `longest` windows, texts of up to one, but one text of `longest`."""
 
     @st.composite
     def drawn(draw: Any) -> Case:
         window_length = draw(st.integers(*windows))
         most = longest * window_length
-        lengths = st.lists(st.tuples(st.integers(1, most), st.integers(1, most)), min_size=requests, max_size=requests)
-        (first, _), *others = draw(lengths)
+        length = st.tuples(st.integers(1, most), st.integers(1, window_length))
+        (first, _), *others = draw(st.lists(length, min_size=requests, max_size=requests))
         return Case(
             window_length=window_length,
             num_sink_tokens=draw(st.integers(0, 6)),
