@@ -79,7 +79,7 @@ class Case:
     def managers(self, tested: Any) -> Iterator[Driven]:
         """One, with so much room in a batch and in the cache that some requests wait for others."""
         longest, ring = max(prompt for prompt, _ in self.lengths), self.window_length - self.num_sink_tokens
-        pieces = self.piece or max(ring, min(longest, CONTEXT))
+        pieces = self.piece or max(ring, min(longest, tested.config.max_position_embeddings))
         pages = -(-self.window_length // self.page_size)
         entries = {"page_size": self.page_size, "num_blocks": 2 * pages * self.room + 4}
         sizes = batching(max_batch_tokens=max(pieces, 4) + self.budget, **entries)

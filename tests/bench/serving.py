@@ -16,7 +16,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +86,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as where:
-        folder = _folder(Path(where) / "model", arguments.model, arguments.window)
+        folder = make_folder(Path(where) / "model", arguments.model, arguments.window)
         asked = Asked(folder, arguments.window, arguments.clients, arguments.turns, arguments.new)
         figures = run(asked, arguments.rounds)
     sizes = {name: getattr(arguments, name) for name in ("clients", "turns", "new", "rounds")}
@@ -94,7 +94,7 @@ def main() -> None:
     records.write(arguments.json, model=name, window_length=arguments.window, **sizes, figures=figures)
 
 
-def _folder(where: Path, source: Path | None, window: int) -> Path:
+def make_folder(where: Path, source: Path | None, window: int) -> Path:
     """A model directory that asks for the sink cache, and decodes greedily."""
     where.mkdir()
     entries: dict[str, Any] = {
@@ -182,21 +182,31 @@ def answer(client: Any, asked: Asked, messages: Messages) -> tuple[str, float]:
 
 
 def answers_that_differ(asked: Asked, talks: Sequence[Talk]) -> int:
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(asked.folder), AutoTokenizer.from_pretrained(asked.folder)
-    known: dict[str, str] = {}
+    """How many answers are not those of `generate`."""
+    answered = alone(asked)
     count = 0
     for one in talks:
         for place in range(1, len(one.messages), 2):
-            before = one.messages[:place]
-            key = json.dumps(before)
-            if key not in known:
-                inputs = tokenizer.apply_chat_template(
-                    before, add_generation_prompt=True, return_tensors="pt", return_dict=True
-                )
-                made = model.generate(**inputs, max_new_tokens=asked.new)
-                known[key] = tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            count += one.messages[place]["content"] != known[key]
+            count += one.messages[place]["content"] != answered(one.messages[:place])
     return count
+
+
+def alone(asked: Asked) -> Callable[[Messages], str]:
+    """What `generate` answers to messages."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(asked.folder), AutoTokenizer.from_pretrained(asked.folder)
+    known: dict[str, str] = {}
+
+    def answered(messages: Messages) -> str:
+        key = json.dumps(messages)
+        if key not in known:
+            inputs = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            made = model.generate(**inputs, max_new_tokens=asked.new)
+            known[key] = tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return known[key]
+
+    return answered
 
 
 if __name__ == "__main__":
