@@ -76,8 +76,17 @@ def _reasons(model: Any, facts: ModelFacts) -> Iterator[str]:
         yield facts.one_by_one.reason
     if facts.position_source != "position_ids":
         yield "it takes positions from the order of its keys"
+    if model.config._attn_implementation.endswith("eager") and _caps_logits(text_config(model)):
+        yield (
+            "its attention caps logits (attn_logit_softcapping), which transformers' eager attention leaves out there. "
+            "With attn_implementation='flash_attention_2' they are capped"
+        )
     yield from _of_groups(text_config(model), facts)
     yield from _of_shapes(model, facts)
+
+
+def _caps_logits(config: Any) -> bool:
+    return getattr(config, "attn_logit_softcapping", None) is not None
 
 
 def _of_layer(layer: LayerFacts) -> str:

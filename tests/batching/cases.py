@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sink_patch.batching.managers import service_of
 from tests.batching.serving import Asked, Driven, asked, batching, check, config, driven
-from tests.support.tiny import tiny
+from tests.support.tiny import FAMILIES, tiny, variants
 
 UNTIED = {"tie_word_embeddings": False}  # else the next token is always the same one
 MODELS: dict[str, dict[str, Any]] = {
@@ -29,10 +29,31 @@ MODELS: dict[str, dict[str, Any]] = {
 CONTEXT = 40  # tokens; clocks are set back where a request comes there
 
 
-def model(name: str, attention: str = "eager") -> Any:
-    """One of `MODELS`."""
-    context = {"max_position_embeddings": CONTEXT}
-    return tiny(name.split(",", maxsplit=1)[0], layers=2, attention=attention, **{**context, **MODELS[name]})
+def stacks(model_type: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, settings) of models of two layers of a family of the oracle test, with each kind of layer that it has."""
+    sliding, full = "sliding_attention", "full_attention"
+    kinds = dict(variants(model_type))
+    if full in kinds:
+        types = {"layer_types": [full, full]} if "layer_types" in kinds[full] else {}
+        yield model_type, {**kinds[full], **types}
+    if sliding in kinds:
+        for name, window in (("a short window of its own", 9), ("a long window of its own", 128)):
+            types = {"layer_types": [sliding, full]} if "layer_types" in kinds[sliding] else {}
+            yield f"{model_type}, {name}", {**types, "sliding_window": window}
+    if "no_rope_layers=0" in kinds:
+        yield f"{model_type}, one layer without positions", {"no_rope_layers": [1, 0]}
+
+
+def model(name: str, attention: str = "eager", **settings: Any) -> Any:
+    """A tiny one of two layers: one of `MODELS`, or with these settings."""
+    context = {} if "n_positions" in FAMILIES.get(model_type_of(name), {}) else {"max_position_embeddings": CONTEXT}
+    given = settings or MODELS[name]
+    return tiny(model_type_of(name), layers=2, attention=attention, **{**context, **given})
+
+
+def model_type_of(name: str) -> str:
+    """Of one of `MODELS`, or of a stack."""
+    return name.split(",", maxsplit=1)[0]
 
 
 @dataclass(frozen=True)
@@ -58,7 +79,7 @@ class Case:
     def managers(self, tested: Any) -> Iterator[Driven]:
         """One, with so much room in a batch and in the cache that some requests wait for others."""
         longest, ring = max(prompt for prompt, _ in self.lengths), self.window_length - self.num_sink_tokens
-        pieces = self.piece or max(ring, min(longest, CONTEXT))
+        pieces = self.piece or max(ring, min(longest, tested.config.max_position_embeddings))
         pages = -(-self.window_length // self.page_size)
         entries = {"page_size": self.page_size, "num_blocks": 2 * pages * self.room + 4}
         sizes = batching(max_batch_tokens=max(pieces, 4) + self.budget, **entries)
@@ -67,19 +88,21 @@ class Case:
 
 
 def cases(requests: int, windows: tuple[int, int] = (16, 64), longest: int = 3) -> st.SearchStrategy[Case]:
-    """Cases of so many requests, of up to `longest` windows each."""
+    """Cases of so many requests: prompts of up to `longest` windows, texts of up to one, but one text of `longest`."""
 
     @st.composite
     def drawn(draw: Any) -> Case:
         window_length = draw(st.integers(*windows))
-        lengths = st.tuples(st.integers(1, longest * window_length), st.integers(1, longest * window_length))
+        most = longest * window_length
+        length = st.tuples(st.integers(1, most), st.integers(1, window_length))
+        (first, _), *others = draw(st.lists(length, min_size=requests, max_size=requests))
         return Case(
             window_length=window_length,
             num_sink_tokens=draw(st.integers(0, 6)),
             piece=draw(st.none() | st.integers(4, 40)),
             page_size=draw(st.sampled_from([4, 5, 16])),
             budget=draw(st.sampled_from([0, 3, 400])),
-            lengths=tuple(draw(st.lists(lengths, min_size=requests, max_size=requests))),
+            lengths=((first, most), *others),
             joins=tuple(draw(st.lists(st.integers(0, 60), min_size=requests, max_size=requests))),
             room=draw(st.integers(1, requests)),
             seed=draw(st.integers(0, 99)),
@@ -110,11 +133,41 @@ def _run(manager: Driven, case: Case) -> dict[int, str]:
     return names
 
 
-def check_case(tested: Any, case: Case) -> None:
+@dataclass(frozen=True)
+class Checked:
+    """What a case has shown.
+
+    Args:
+        requests: how many there were.
+        past_windows: of them, how many were longer than three windows.
+        set_back: of them, how many had their clock set back.
+        most_beside: of them, how many were in one batch at most.
+        tokens: that were generated.
+        off: by how much log-probabilities differ from those of `generate`, at most.
+    """
+
+    requests: int
+    past_windows: int
+    set_back: int
+    most_beside: int
+    tokens: int
+    off: float
+
+
+def check_case(tested: Any, case: Case) -> Checked:
     """Each text is that of `generate`; no request has more blocks than a window needs, and all are free in the end."""
     results, manager = run(tested, case)
-    for one, result in zip(case.requests(), results, strict=True):
-        check(tested, one, result, case.config())
-    assert service_of(manager.manager) is not None
+    off = max(check(tested, one, result, case.config()) for one, result in zip(case.requests(), results, strict=True))
+    service = service_of(manager.manager)
+    assert service is not None
     assert manager.most <= -(-case.window_length // case.page_size)
     assert manager.free == 1.0
+    totals = [prompt + new for prompt, new in case.lengths]
+    return Checked(
+        requests=len(totals),
+        past_windows=sum(total > 3 * case.window_length for total in totals),
+        set_back=sum(total > service.horizon for total in totals),
+        most_beside=manager.beside,
+        tokens=sum(new for _, new in case.lengths),
+        off=off,
+    )

@@ -133,9 +133,11 @@ def generated(model: Any, one: Asked, generation_config: Any) -> tuple[list[int]
     return ids, logits.log_softmax(-1)[range(len(ids)), ids]
 
 
-def check(model: Any, one: Asked, result: Any, generation_config: Any, within: float = 1e-4) -> None:
-    """Whether a result is what `generate` gives for the request alone."""
+def check(model: Any, one: Asked, result: Any, generation_config: Any, within: float = 1e-4) -> float:
+    """Whether a result is what `generate` gives for the request alone; how far log-probabilities are off at most."""
     ids, scores = generated(model, one, generation_config)
     assert result.error is None
     assert result.generated_tokens == ids
-    assert (torch.tensor(result.logprobs) - scores).abs().max() < within
+    off = (torch.tensor(result.logprobs) - scores).abs().max().item()
+    assert off < within
+    return off

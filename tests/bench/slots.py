@@ -29,7 +29,7 @@ def main() -> None:
     entries, model = models.load(arguments)
     figures = run(model, arguments.window, arguments.slots, arguments.new)
     print(figures)
-    records.write(arguments.json, **entries, slots=arguments.slots, figures=figures)
+    records.write(arguments.json, **entries, slots=arguments.slots, new=arguments.new, figures=figures)
 
 
 def requests(window: int, new: int, vocabulary: int, count: int = 16) -> Requests:

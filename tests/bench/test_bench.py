@@ -11,6 +11,7 @@ import torch
 
 from tests.bench import (
     batching,
+    batching_memory,
     decode,
     endless,
     forever,
@@ -19,6 +20,7 @@ from tests.bench import (
     precision,
     prefill,
     profile,
+    serving,
     slots,
     stream,
     turns,
@@ -60,6 +62,22 @@ def test_batching():
     with torch.inference_mode():
         held = batching.run(model, asked)["bytes of pages"]
     assert held["with sinks"] * 4 < held["transformers, ten windows"]
+
+
+@pytest.mark.parametrize("way", batching_memory.WAYS)
+def test_batching_memory(monkeypatch, way):
+    monkeypatch.setattr(batching_memory, "STRETCH", 24)
+    (row,) = batching_memory.run(way, 24)
+    assert (row["wrong"], row["most_blocks_of_a_request"]) == (0, 4)
+
+
+def test_serving(tmp_path):
+    """Its count of answers; the servers are those of tests/serving."""
+    asked = serving.Asked(serving.make_folder(tmp_path / "model", None, 12), window=12, clients=1, turns=2, new=20)
+    question = {"role": "user", "content": serving.text(0, 0)}
+    told = [{"role": "assistant", "content": said} for said in ("w5", serving.alone(asked)([question]))]
+    talks = [serving.Talk([question, one], []) for one in told]
+    assert serving.answers_that_differ(asked, talks) == 1
 
 
 def test_profile():
