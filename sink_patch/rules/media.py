@@ -71,3 +71,25 @@ def places_of(of_image: Sequence[bool], lowest: Sequence[int], end: int) -> tupl
     if position_of(found, count) != end or (found and not found[-1][2]):
         found.append((count, end, True))
     return tuple(found)
+
+
+def images_of_rows(tokens: Sequence[int], sizes: Sequence[int]) -> list[range] | None:
+    """Which of the images of a batch, in the order of its rows, belong to each row; None: that cannot be said.
+
+    Args:
+        tokens: of each row, how many stand for images.
+        sizes: of the images, in any unit.
+    """
+    if sum(count > 0 for count in tokens) == 1:
+        return [range(len(sizes) if count else 0) for count in tokens]
+    found, first, all_tokens, all_sizes = list[range](), 0, sum(tokens), sum(sizes)
+    for count in tokens:
+        end, left = first, count * all_sizes
+        while left > 0 and end < len(sizes):
+            left -= sizes[end] * all_tokens
+            end += 1
+        if left:
+            return None
+        found.append(range(first, end))
+        first = end
+    return found if first == len(sizes) else None

@@ -30,14 +30,17 @@ class Coordinates:
         self._of_image: torch.Tensor | None = None  # [rows, columns]
         self._are_several = False  # whether positions of it have several coordinates
         self._noted: torch.Tensor | None = None  # [coordinates, rows, columns]
+        self._brought: Sequence[tuple[str, ...]] = ()  # digests of the images of it, row by row
 
-    def look_for(self, ids: torch.Tensor, tokens: Iterable[int]) -> None:
+    def look_for(self, ids: torch.Tensor, tokens: Iterable[int], brought: Sequence[tuple[str, ...]] = ()) -> None:
         """A forward with images begins.
 
         Args:
             ids: of it, [rows, columns].
             tokens: ids that stand for images.
+            brought: digests of the images that count as read when it has ended, row by row.
         """
+        self._brought = brought
         self._of_image = torch.isin(ids, torch.tensor(sorted(tokens), dtype=ids.dtype, device=ids.device))
 
     def expect(self, given: Any) -> torch.Tensor | None:
@@ -78,6 +81,8 @@ class Coordinates:
         """
         if self._of_image is None:
             return list(rows)
+        if self._brought:
+            rows = [replace(row, images=row.images + new) for row, new in zip(rows, self._brought, strict=True)]
         of_image = self._of_image.cpu()
         if not self._are_several:
             self.forget()

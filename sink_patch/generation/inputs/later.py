@@ -1,0 +1,143 @@
+"""Images and sounds of a call of `generate`: those that its cache has read are left out before any encoder runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from sink_patch.cache.sink_cache import SinkCache
+from sink_patch.errors import HistoryMismatchError, UnsupportedGenerationError
+from sink_patch.models.entries import cache_argument
+from sink_patch.models.families.media import media_tokens
+from sink_patch.rules.columns import Columns
+from sink_patch.rules.rows import Row
+from sink_patch.streaming.media.given import check_media, media_among
+from sink_patch.streaming.media.images import KINDS, UNKNOWN, Images, digests_by_row, images_among
+from sink_patch.streaming.streams import streams_of
+
+_BROUGHT = "_images_of_call"  # on the generation config of a call, until its prompt goes in
+_ALONE = "Give the new tokens alone, with their images and an attention_mask over the whole stream."
+
+
+def leave_out_read(model: nn.Module, generation_config: Any, model_kwargs: MutableMapping[str, Any]) -> None:
+    """Of all images of a history leave those to the model that its cache has not read, and note which they are.
+
+    Args:
+        generation_config, model_kwargs: of the call, to be changed.
+
+    Raises:
+        UnsupportedGenerationError: what `check_media` raises of any turn; or it cannot be said which images are new.
+        HistoryMismatchError: the first ones of a row are not those that it has read.
+    """
+    given, cache = media_among(model, model_kwargs), model_kwargs.get(cache_argument(model))
+    if not given or getattr(generation_config, "is_assistant", None):
+        return
+    streams = streams_of(cache) if isinstance(cache, SinkCache) and cache.get_seq_length() else None
+    check_media(model, model_kwargs, 0)
+    images, ids = images_among(model, model_kwargs), model_kwargs.get("input_ids")
+    if streams is None:
+        setattr(generation_config, _BROUGHT, images)
+        return
+    if ids is None:
+        raise UnsupportedGenerationError(
+            f"{', '.join(given)} was given with a SinkCache that has read {streams.columns} columns, and ids that "
+            "were not passed by name, which tell what is new. Call generate(input_ids=..., ...)."
+        )
+    columns, rows = columns_of(ids, model_kwargs, streams.columns), streams.rows or ()
+    if columns.is_history and len(rows) == len(ids):
+        new = _not_read(model, images, ids, rows, model_kwargs)
+    else:
+        new = digests_by_row(images, ids, model.config)
+    _check_stand(model, ids[:, ids.shape[1] - columns.new :], given, has_images=any(new))
+    setattr(generation_config, _BROUGHT, new)
+
+
+def columns_of(ids: torch.Tensor, model_kwargs: Mapping[str, Any], read: int) -> Columns:
+    """Which columns of a call are new, by its ids [rows, columns] and its mask."""
+    mask = model_kwargs.get("attention_mask")
+    return Columns.of_call(read, ids.shape[1], None if mask is None else mask.shape[-1])
+
+
+def brought(model: nn.Module, generation_config: Any, ids: torch.Tensor) -> list[tuple[str, ...]]:
+    """The digests of the images that a call brings to its rows.
+
+    Args:
+        ids: of it, [rows, columns].
+    """
+    found: Any = vars(generation_config).pop(_BROUGHT, None)
+    if max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1) > 1:
+        return [(UNKNOWN,)] * len(ids)
+    if found and isinstance(found[0], tuple):
+        return list(found)
+    return digests_by_row(found, ids, model.config)
+
+
+def later_images(model: nn.Module, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that hold images in a later turn, and what is told of them; nothing where encoders have run."""
+    names = frozenset[str]().union(*(kind.inputs | kind.beside for kind in KINDS))
+    given = {name: value for name, value in model_kwargs.items() if name in names and value is not None}
+    return given if media_among(model, given) else {}
+
+
+def check_is_text(model: nn.Module, ids: torch.Tensor) -> None:
+    """Refuse ids [rows, columns] that stand for images where padding parts them from the rest of a turn.
+
+    Raises:
+        UnsupportedGenerationError: as it says.
+    """
+    if _stand_for_images(model, ids):
+        raise UnsupportedGenerationError(
+            f"The newest {ids.shape[1]} columns that a SinkCache has not read stand for images, and padding stands "
+            "between them and what follows. Give them in a call or a forward of their own."
+        )
+
+
+def _not_read(
+    model: nn.Module,
+    images: Sequence[Images] | None,
+    ids: torch.Tensor,
+    rows: Sequence[Row],
+    model_kwargs: MutableMapping[str, Any],
+) -> list[tuple[str, ...]]:
+    """Leave out what the rows have read; returns the digests of the others, row by row."""
+    new: list[tuple[str, ...]] = [()] * len(rows)
+    for of_kind in [None] if images is None else images:
+        placed = None if of_kind is None else of_kind.in_rows(ids, model.config)
+        if of_kind is None or placed is None or not all(row.knows_images for row in rows):
+            raise UnsupportedGenerationError(
+                "All images of a history were given with a SinkCache that has read a part of it, and it cannot be said "
+                "which of them it has read: the rows have images of different sizes, or some were read unseen. "
+                f"{_ALONE}"
+            )
+        kept = list[int]()
+        for number, (row, mine) in enumerate(zip(rows, placed, strict=True)):
+            had = [digest for digest in row.images if digest[0] == of_kind.kind.name[0]]
+            if [of_kind.digests[image] for image in mine[: len(had)]] != had:
+                raise HistoryMismatchError.other_images(f"row {number}", len(had), len(mine))
+            kept += mine[len(had) :]
+            new[number] += tuple(of_kind.digests[image] for image in mine[len(had) :])
+        for name, value in of_kind.arguments(sorted(kept), len(rows)).items():
+            model_kwargs[name] = value
+            if value is None:  # a name is enough for some versions to run an encoder
+                del model_kwargs[name]
+    return new
+
+
+def _check_stand(model: nn.Module, new: torch.Tensor, given: Sequence[str], *, has_images: bool) -> None:
+    """Refuse new ids [rows, columns] that do not stand for the images that are new."""
+    stand = _stand_for_images(model, new)
+    if media_tokens(model.config) and stand != has_images:
+        raise UnsupportedGenerationError(
+            f"{', '.join(given)} was given with a SinkCache in a later turn, and of the {new.shape[1]} columns that "
+            f"are new {'some stand' if stand else 'none stands'} for images, while {'some' if has_images else 'none'} "
+            "of the images are new. Give the images of the whole history with all of its ids, as the processor makes "
+            "them; or the new ones alone with the new ids."
+        )
+
+
+def _stand_for_images(model: nn.Module, ids: torch.Tensor) -> bool:
+    tokens = torch.tensor(sorted(media_tokens(model.config)), dtype=ids.dtype, device=ids.device)
+    return bool(torch.isin(ids, tokens).any())
