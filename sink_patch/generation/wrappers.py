@@ -64,9 +64,9 @@ def prepare_generation_config(
     if generation_config.cache_implementation != CACHE_IMPLEMENTATION and not isinstance(cache, SinkCache):
         refusals.check_no_sizes(request, generation_config.cache_implementation)
         return generation_config, model_kwargs
+    refusals.note_positions(generation_config, model_kwargs)
     later.leave_out_read(instance, generation_config, model_kwargs)
     refusals.check_call(instance, request, generation_config, model_kwargs)
-    refusals.note_positions(generation_config, model_kwargs)
     if isinstance(cache, SinkCache):
         refusals.check_own_cache(cache, request, model_kwargs)
         check_holds_nothing(cache, unwrapped(instance))

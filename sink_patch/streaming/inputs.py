@@ -15,6 +15,7 @@ from sink_patch.compat import installed_shim
 from sink_patch.models.facts import ModelFacts
 from sink_patch.rules.columns import Columns
 from sink_patch.streaming.media.cut import Cut
+from sink_patch.streaming.media.given import media_among
 from sink_patch.streaming.steps import Step
 
 _OF_THE_STREAM = ("attention_mask", "position_ids")  # which the cache replaces
@@ -28,7 +29,8 @@ class Call:
         columns: which of its columns are new. After those of the stream come single tokens, which are never padding.
         drafting: whether drafts follow the prompt in the first forward.
         images: digests of the images that it brings, row by row.
-        media: the arguments that hold these in a later turn, which some versions hand on in a first prompt alone.
+        media: the arguments that hold these in a later turn, and tell of them: some versions hand them on in a first
+            prompt alone, and some to encoders alone.
         cut: how the first forward goes in by pieces, whose images are in place when the decoder is called; None: not
             by itself.
     """
@@ -46,7 +48,7 @@ class Call:
 
     def with_media(self, module: nn.Module, named: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a forward, the first one of the call with all of its images."""
-        if self._has_begun or not self.media:
+        if self._has_begun or not self.media or media_among(module, named):
             return named
         missing = {name: value for name, value in self.media.items() if named.get(name) is None}
         return {**named, **accepted(module, missing, named)}

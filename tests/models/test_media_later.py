@@ -21,6 +21,7 @@ from tests.support.replay import cache_name
 from tests.support.tiny import tokens
 
 ASKED = {**ASKED_FIRST, "suppress_tokens": [90]}  # an answer that says so would stand for an image
+TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
 def turn(model, rows, seed=5):
@@ -38,7 +39,7 @@ def history(model, first, answers, second, padding=None):
     ids = torch.cat((answers, second["input_ids"]), dim=1)
     whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     for name in first.keys() - whole.keys():
-        if name.endswith("token_type_ids"):
+        if name in TYPES:
             whole[name] = (ids == 90).long()
         else:
             whole[name] = torch.cat(
@@ -64,7 +65,7 @@ def assert_alike(found, wanted):
         assert relative_error(one, other) < 1e-5
 
 
-@pytest.mark.parametrize("model_type", ["llava", "idefics3", "mistral3"])
+@pytest.mark.parametrize("model_type", ["llava", "idefics3", "mistral3", "qwen2_vl", "glm4v"])
 def test_below_the_window_a_later_turn_equals_that_of_the_default_cache(model_type):
     """Given as a whole, as the new tokens alone, and with no new image; encoders see new images alone."""
     model, seen = built(model_type), []
@@ -86,10 +87,12 @@ def test_below_the_window_a_later_turn_equals_that_of_the_default_cache(model_ty
         hook.remove()
         assert seen == [1]
     unread = whole["input_ids"].shape[1] - cache.get_seq_length()
-    new = {**second, "input_ids": whole["input_ids"][:, -unread:], "attention_mask": whole["attention_mask"]}
+    new = {**second, **{key: whole[key][:, -unread:] for key in whole if key in ("input_ids", *TYPES)}}
+    new["attention_mask"] = whole["attention_mask"]
     assert_alike_behind(model.generate(**new, **ASKED, **{name: cache}), wanted, unread)
     text = torch.cat((wanted.sequences, tokens(3) % 80), dim=1)
     more = {**whole, "input_ids": text, "attention_mask": torch.ones_like(text)}
+    more |= {key: (text == 90).long() for key in TYPES if key in whole}
     wanted = model.generate(**more, **ASKED)
     for both in (one, cache):
         assert len(streams_of(both).rows[0].images) == 2
@@ -127,34 +130,49 @@ def test_one_layer_equals_a_fresh_forward_over_the_kept_tokens():
     assert (row.images_end, len(row.images), row.seen) == (72 - 1, 3, sum(steps))
 
 
-def test_a_row_with_a_new_image_and_one_without_are_as_if_alone():
+def typed(like, ids):
+    """Ids, with their types where the model has some."""
+    return {"input_ids": ids, **{name: (ids == 90).long() for name in TYPES if name in like}}
+
+
+def picked(given, images):
+    """The tensors of some images; those of qwen2_vl have 32 patches each."""
+    patches = len(given["pixel_values"]) // 32 if "image_grid_thw" in given else 0
+    some = {name: given[name] for name in ("pixel_values", "image_grid_thw") if name in given}
+    if patches:
+        some["pixel_values"] = given["pixel_values"].unflatten(0, (patches, 32))
+    some = {name: value[images] for name, value in some.items()}
+    return {**some, "pixel_values": some["pixel_values"].flatten(0, 1)} if patches else some
+
+
+def joined(one, other):
+    return {name: torch.cat((one[name], other[name])) for name in one}
+
+
+@pytest.mark.parametrize("model_type", ["llava", "qwen2_vl"])
+def test_a_row_with_a_new_image_and_one_without_are_as_if_alone(model_type):
     """Whole histories and new tokens alone, over a window that is full; padding stands between the turns."""
-    model = built("llava")
+    model = built(model_type)
     streaming(model)
     name, firsts = cache_name(model), media.prompt(model, [[3, "image", 2], ["image", 9]])
     seconds, alone = media.prompt(model, [[2, "image", 4], [3]], seed=5), []
     answers, cache = begun(model, firsts, **SMALL)
     for row in range(2):
         real, behind = firsts["attention_mask"][row].bool(), seconds["attention_mask"][row].bool()
-        first = {
-            "input_ids": firsts["input_ids"][row : row + 1, real],
-            "pixel_values": firsts["pixel_values"][row : row + 1],
-        }
+        first = typed(firsts, firsts["input_ids"][row : row + 1, real]) | picked(firsts, [row])
         answer, own = begun(model, first, **SMALL)
         assert torch.equal(answer[0, -6:], answers[row, -6:])
         with torch.no_grad():
             model(answer[:, -1:], **{name: own})  # as where padding stands behind it
-        images = seconds["pixel_values"][: 1 - row]
         text = torch.cat((answer, seconds["input_ids"][row : row + 1, behind]), dim=1)
-        more = {"input_ids": text, "pixel_values": torch.cat((first["pixel_values"], images))}
+        more = typed(firsts, text) | joined(picked(firsts, [row]), picked(seconds, [0][row:]))
         alone.append(model.generate(**more, **ASKED, **{name: own}).logits)
     ones = torch.ones_like(answers[:, firsts["input_ids"].shape[1] :])
     mask = torch.cat((firsts["attention_mask"], ones, seconds["attention_mask"]), dim=1)
     ids = torch.cat((answers, seconds["input_ids"]), dim=1)
-    pixels = torch.cat((firsts["pixel_values"][:1], seconds["pixel_values"], firsts["pixel_values"][1:]))
-    whole = {"input_ids": ids, "pixel_values": pixels}
-    new = {"input_ids": ids[:, -seconds["input_ids"].shape[1] - 1 :], "pixel_values": seconds["pixel_values"]}
-    for given in (whole, new):
+    images = joined(joined(picked(firsts, [0]), picked(seconds, [0])), picked(firsts, [1]))
+    whole, new = typed(firsts, ids) | images, ids[:, -seconds["input_ids"].shape[1] - 1 :]
+    for given in (whole, typed(firsts, new) | picked(seconds, [0])):
         one = cache.clone()
         logits = model.generate(**given, attention_mask=mask, **ASKED, **{name: one}).logits
         for step, found in enumerate(logits):
@@ -211,7 +229,7 @@ def test_what_cannot_be_right_is_refused_before_anything_is_computed():
             given = {key: value for key, value in case.items() if value is not None}
             with pytest.raises((UnsupportedGenerationError, HistoryMismatchError), match=says):
                 model.generate(**given, **ASKED, **{name: cache})
-        with pytest.raises(UnsupportedGenerationError, match="lets them see both ways takes images"):
+        with pytest.raises(UnsupportedGenerationError, match="in both directions takes images in its first prompt"):
             qwen.generate(**history(qwen, both_ways, ended, turn(qwen, [["image", 1]])), **ASKED, **{name: other})
     finally:
         handle.remove()

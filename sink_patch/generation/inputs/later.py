@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,12 +15,28 @@ from sink_patch.models.entries import cache_argument
 from sink_patch.models.families.media import media_tokens
 from sink_patch.rules.columns import Columns
 from sink_patch.rules.rows import Row
-from sink_patch.streaming.media.given import check_media, media_among
+from sink_patch.streaming.media.given import check_media, has_coordinates, media_among
 from sink_patch.streaming.media.images import KINDS, UNKNOWN, Images, digests_by_row, images_among
 from sink_patch.streaming.streams import streams_of
 
+OF_IMAGES = frozenset[str]().union(*(kind.inputs | kind.beside for kind in KINDS))
 _BROUGHT = "_images_of_call"  # on the generation config of a call, until its prompt goes in
 _ALONE = "Give the new tokens alone, with their images and an attention_mask over the whole stream."
+
+
+@dataclass(frozen=True)
+class Brought:
+    """The images of a call.
+
+    Args:
+        images: of a first prompt; None: they cannot be told apart.
+        digests: row by row.
+        media: of a later turn, the arguments that hold them.
+    """
+
+    images: Sequence[Images] | None
+    digests: Sequence[tuple[str, ...]] = ()
+    media: Mapping[str, Any] = field(default_factory=dict)
 
 
 def leave_out_read(model: nn.Module, generation_config: Any, model_kwargs: MutableMapping[str, Any]) -> None:
@@ -39,7 +56,7 @@ def leave_out_read(model: nn.Module, generation_config: Any, model_kwargs: Mutab
     check_media(model, model_kwargs, 0)
     images, ids = images_among(model, model_kwargs), model_kwargs.get("input_ids")
     if streams is None:
-        setattr(generation_config, _BROUGHT, images)
+        setattr(generation_config, _BROUGHT, Brought(images))
         return
     if ids is None:
         raise UnsupportedGenerationError(
@@ -47,12 +64,17 @@ def leave_out_read(model: nn.Module, generation_config: Any, model_kwargs: Mutab
             "were not passed by name, which tell what is new. Call generate(input_ids=..., ...)."
         )
     columns, rows = columns_of(ids, model_kwargs, streams.columns), streams.rows or ()
-    if columns.is_history and len(rows) == len(ids):
+    _check_rows(model, generation_config, columns, len(ids), len(rows))
+    if columns.is_history:
         new = _not_read(model, images, ids, rows, model_kwargs)
     else:
         new = digests_by_row(images, ids, model.config)
     _check_stand(model, ids[:, ids.shape[1] - columns.new :], given, has_images=any(new))
-    setattr(generation_config, _BROUGHT, new)
+    given_now = {name: value for name, value in model_kwargs.items() if name in OF_IMAGES and value is not None}
+    setattr(generation_config, _BROUGHT, Brought(None, new, given_now))
+    if has_coordinates(model) and any(new):  # which transformers would make of all ids and the new images
+        mask = torch.ones_like(ids) if model_kwargs.get("attention_mask") is None else model_kwargs["attention_mask"]
+        model_kwargs["position_ids"] = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
 def columns_of(ids: torch.Tensor, model_kwargs: Mapping[str, Any], read: int) -> Columns:
@@ -61,25 +83,35 @@ def columns_of(ids: torch.Tensor, model_kwargs: Mapping[str, Any], read: int) ->
     return Columns.of_call(read, ids.shape[1], None if mask is None else mask.shape[-1])
 
 
-def brought(model: nn.Module, generation_config: Any, ids: torch.Tensor) -> list[tuple[str, ...]]:
-    """The digests of the images that a call brings to its rows.
+def brought(model: nn.Module, generation_config: Any, ids: torch.Tensor) -> Brought:
+    """The images that a call brings to its rows.
 
     Args:
         ids: of it, [rows, columns].
     """
-    found: Any = vars(generation_config).pop(_BROUGHT, None)
-    if max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1) > 1:
-        return [(UNKNOWN,)] * len(ids)
-    if found and isinstance(found[0], tuple):
-        return list(found)
-    return digests_by_row(found, ids, model.config)
+    found: Brought = vars(generation_config).pop(_BROUGHT, Brought(None))
+    if _expands(generation_config):
+        return replace(found, digests=[(UNKNOWN,)] * len(ids))
+    return found if found.digests else replace(found, digests=digests_by_row(found.images, ids, model.config))
 
 
-def later_images(model: nn.Module, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that hold images in a later turn, and what is told of them; nothing where encoders have run."""
-    names = frozenset[str]().union(*(kind.inputs | kind.beside for kind in KINDS))
-    given = {name: value for name, value in model_kwargs.items() if name in names and value is not None}
-    return given if media_among(model, given) else {}
+def _expands(generation_config: Any) -> bool:
+    """Whether each row becomes several."""
+    return max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1) > 1
+
+
+def _check_rows(model: nn.Module, generation_config: Any, columns: Columns, given: int, held: int) -> None:
+    """Refuse what does not tell which images are of which row."""
+    if columns.is_history and given != held:
+        raise UnsupportedGenerationError(
+            f"All images of a history of {given} rows were given with a SinkCache that holds {held}, and it cannot be "
+            f"said which of them it has read. {_ALONE}"
+        )
+    if has_coordinates(model) and _expands(generation_config):
+        raise UnsupportedGenerationError(
+            f"Images were given in a later turn with num_beams or num_return_sequences, and {type(model).__name__} "
+            "makes positions of several coordinates for them, of which each row would need its own. Use one of each."
+        )
 
 
 def check_is_text(model: nn.Module, ids: torch.Tensor) -> None:

@@ -37,6 +37,10 @@ def replaced_for_images(
     if has_images:
         coordinates.columns = inputs.shape[1]
         coordinates.look_for(inputs, media_tokens(module.config), _brought(module, named, inputs, call))
+        if has_coordinates(module) and read:
+            told = named if call is None else {**call.media, **named}
+            coordinates.make(module, inputs, named.get("attention_mask"), told)
+            return {}
         if has_coordinates(module):
             return {"position_ids": coordinates.expect(named.get("position_ids"))}
     if read and named.get("token_type_ids") is not None and sees_both_ways(module):

@@ -73,12 +73,11 @@ def check_media(module: nn.Module, named: Mapping[str, Any], read: int) -> Seque
             f"{name} was given {', '.join(given)} with a SinkCache, and in this transformers nothing tells at which "
             f"positions it puts them. {_INSTEAD}"
         )
-    if read and media is not None and (media.coordinates or media.both_ways):
-        how = "gives them positions of several coordinates" if media.coordinates else "lets them see both ways"
+    if read and media is not None and media.both_ways:
         raise UnsupportedGenerationError(
             f"{name} was given {', '.join(given)} with a SinkCache that has read {read} columns, and a stream of a "
-            f"model that {how} takes images and sounds in its first prompt alone. Give the whole text to a new "
-            "SinkCache, or use another cache."
+            "model in which an image sees itself in both directions takes images in its first prompt alone. Give the "
+            "whole text to a new SinkCache, or use another cache."
         )
     if named.get("inputs_embeds") is not None:
         raise UnsupportedGenerationError(
