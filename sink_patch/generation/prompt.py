@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sink_patch.cache.sink_cache import SinkCache
-from sink_patch.generation.inputs.later import Brought, brought, check_is_text
+from sink_patch.generation.inputs.later import brought, check_is_text
 from sink_patch.generation.inputs.pieces import PieceInputs, split_ahead, stream_length
 from sink_patch.generation.turns import Turn
 from sink_patch.kept.calls import KeptCall
@@ -66,7 +66,7 @@ class Prompt:
         self.columns = self._turn.columns
         self._piece_size = self._size_of_pieces(generation_config)
         self._media, self._positions = media_among(model, model_kwargs), model_kwargs.get("position_ids")
-        self._brought = brought(model, generation_config, input_ids) if self._media else None
+        self._brought = brought(model, generation_config, input_ids if self._media else None)
         if self._media and (self._piece_size or 0) >= self.columns.new:
             self._piece_size = None
         if self._media and self._piece_size is not None:
@@ -110,8 +110,7 @@ class Prompt:
             self._feed_text_before()
         else:
             self._feed_ahead(drafting, kept)
-        images = self._brought or Brought(None)
-        self._streams.call = Call(self.columns, drafting, cut, images.digests, images.media)
+        self._streams.call = Call(self.columns, drafting, cut, self._brought.digests, self._brought.media)
         try:
             yield
         finally:

@@ -251,3 +251,25 @@ def test_a_later_turn_that_goes_in_by_pieces_cuts_no_image():
     assert pieces[: -len(found.logits) + 1] == [7, 6, 16, 7, 2, 16, 2]
     assert_alike(found, model.generate(**whole, **ASKED))
     assert len(streams_of(cache).rows[0].images) == 3
+
+
+@torch.no_grad()
+def test_an_image_leaves_whole_with_its_message():
+    """One layer, evict="turns"; the second image comes when the message of the first one must leave."""
+    model = media.build("llava", ("full_attention",))
+    window, name, start = 48, cache_name(model), 0
+    cache = SinkCache(window, S, model=model, evict="turns", turn_start=[88])
+    given = media.prompt(model, [[S, 1, 2, "image", 5, 1, 6, 1, 3, "image", 2, 24]])
+    ids, begins = given["input_ids"], [3, 27, 34]
+    ids[0, begins] = 88
+    whole = embedded(model, given, tokens(1)[:, :0])["inputs_embeds"]
+    for new in [24, 3, 7, 22, *[1] * 23]:
+        images = int((ids[:, start : start + new] == 90).sum()) // 16
+        pixels = {"pixel_values": given["pixel_values"][-images:] if start else given["pixel_values"][:1]}
+        found = model(ids[:, start : start + new], **(pixels if images else {}), **{name: cache}).logits[:, -1]
+        start += new
+        floor = S if start <= window else next(place for place in begins if S + start - place <= window)
+        kept = [*range(S), *range(floor, start)]
+        assert relative_error(found, fresh(model, whole[:, kept])) < 1e-5, start
+    (row,) = streams_of(cache).rows
+    assert row.dropped == 31

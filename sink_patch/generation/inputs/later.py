@@ -83,13 +83,15 @@ def columns_of(ids: torch.Tensor, model_kwargs: Mapping[str, Any], read: int) ->
     return Columns.of_call(read, ids.shape[1], None if mask is None else mask.shape[-1])
 
 
-def brought(model: nn.Module, generation_config: Any, ids: torch.Tensor) -> Brought:
+def brought(model: nn.Module, generation_config: Any, ids: torch.Tensor | None) -> Brought:
     """The images that a call brings to its rows.
 
     Args:
-        ids: of it, [rows, columns].
+        ids: of it, [rows, columns]; None: it brings none.
     """
     found: Brought = vars(generation_config).pop(_BROUGHT, Brought(None))
+    if ids is None:
+        return found
     if _expands(generation_config):
         return replace(found, digests=[(UNKNOWN,)] * len(ids))
     return found if found.digests else replace(found, digests=digests_by_row(found.images, ids, model.config))

@@ -17,6 +17,8 @@ from sink_patch.rules.media import places_of
 from sink_patch.rules.plans import RowPlan
 from sink_patch.rules.rows import Row
 
+_BY_COLUMNS = ("attention_mask", "mm_token_type_ids")
+
 
 class Coordinates:
     """What the forward in progress tells of positions: the model makes them, and the cache counts on from there.
@@ -75,7 +77,9 @@ class Coordinates:
         maker = maker_of_positions(module)
         parameters = {} if maker is None else inspect.signature(maker).parameters
         given = {name: told[name] for name in parameters if told.get(name) is not None}
-        given |= {"input_ids": ids, "attention_mask": None if mask is None else mask[:, -ids.shape[1] :]}
+        given |= {"input_ids": ids, "attention_mask": mask}
+        by_columns = [name for name, value in given.items() if name in _BY_COLUMNS and value is not None]
+        given |= {name: given[name][:, -ids.shape[1] :] for name in by_columns}  # some versions give a whole history
         missing = [name for name, one in parameters.items() if one.default is one.empty and name not in given]
         missing = [name for name in missing if parameters[name].kind is not inspect.Parameter.VAR_KEYWORD]
         if maker is None or missing:
