@@ -110,8 +110,7 @@ def _begin(
         streams.coordinates, module, named, inputs, streams.columns, call, has_images=bool(media)
     )
     replaced = streams.begin(module, inputs, named.get("attention_mask"), fixed=fixed)
-    if streams.forward.step is not None:
-        for_images |= streams.coordinates.placed(streams.forward.step.plans, streams.planner.horizon)
+    for_images |= streams.coordinates.placed(streams.forward.step, streams.planner.horizon)
     return (), named | accepted(module, replaced | for_images, named)
 
 

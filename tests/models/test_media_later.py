@@ -10,6 +10,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from sink_patch import HistoryMismatchError, SinkCache, UnsupportedGenerationError
 from sink_patch.models.entries import decoder_of
+from sink_patch.streaming.media.images import images_among
 from sink_patch.streaming.streams import streams_of
 from tests.models.test_media import ASKED as ASKED_FIRST
 from tests.models.test_media import BIG, SMALL, S, built, streaming
@@ -273,3 +274,15 @@ def test_an_image_leaves_whole_with_its_message():
         assert relative_error(found, fresh(model, whole[:, kept])) < 1e-5, start
     (row,) = streams_of(cache).rows
     assert row.dropped == 31
+
+
+def test_what_pads_an_image_beside_larger_ones_is_no_part_of_it():
+    """In a later turn all images of a history may be padded to the size of a larger one."""
+    small, large = torch.randn(1, 3, 4, 6), torch.randn(1, 3, 8, 8)
+    padded = torch.nn.functional.pad(small, (0, 2, 0, 4))
+    first = {"pixel_values": small, "image_sizes": torch.tensor([[4, 6]])}
+    whole = {"pixel_values": torch.cat((padded, large)), "image_sizes": torch.tensor([[4, 6], [8, 8]])}
+    wider = {**first, "image_sizes": torch.tensor([[4, 8]])}
+    digests = [images_among(torch.nn.Module(), given)[0].digests for given in (first, whole, wider)]
+    assert digests[1][0] == digests[0][0] != digests[2][0]
+    assert digests[1][1] not in digests[0]

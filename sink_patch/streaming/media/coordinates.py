@@ -14,8 +14,8 @@ from sink_patch.arguments import Sizes
 from sink_patch.compat.models import maker_of_positions
 from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.rules.media import places_of
-from sink_patch.rules.plans import RowPlan
 from sink_patch.rules.rows import Row
+from sink_patch.streaming.steps import Step
 
 _BY_COLUMNS = ("attention_mask", "mm_token_type_ids")
 
@@ -89,14 +89,15 @@ class Coordinates:
             )
         self._made, self._are_several = maker(**given)[0], True
 
-    def placed(self, plans: Sequence[RowPlan], horizon: int) -> dict[str, torch.Tensor]:
+    def placed(self, step: Step | None, horizon: int) -> dict[str, torch.Tensor]:
         """The positions of a forward of a later turn, if the model has made them: behind what its rows have read.
 
         Raises:
             UnsupportedGenerationError: a video goes so far that it would come to the horizon.
         """
-        if self._made is None:
+        if self._made is None or step is None:
             return {}
+        plans = step.plans
         first = torch.tensor([plan.first_position for plan in plans], device=self._made.device)
         position_ids = self._made + first[:, None]  # [3, rows, columns]
         most, counted = int(position_ids.max()), max(plan.first_position + plan.new for plan in plans)
