@@ -84,8 +84,6 @@ def images_of_rows(tokens: Sequence[int], sizes: Sequence[int]) -> list[range] |
         tokens: of each row, how many stand for images.
         sizes: of the images, in any unit.
     """
-    if sum(count > 0 for count in tokens) == 1:
-        return [range(len(sizes) if count else 0) for count in tokens]
     found, first, all_tokens, all_sizes = list[range](), 0, sum(tokens), sum(sizes)
     for count in tokens:
         end, left = first, count * all_sizes

@@ -243,15 +243,19 @@ def test_a_later_turn_that_goes_in_by_pieces_cuts_no_image():
     streaming(model)
     if not hasattr(decoder_of(model), "layers"):
         pytest.skip("its decoder is not called by itself")
-    first, second = media.prompt(model, [[2, "image", 3]]), turn(model, [[12, "image", 9, "image", 2]])
+    first, second = media.prompt(model, [[2, "image", 3], ["image"]]), turn(model, [[12, "image", 9], [21, "image"]])
     answer, cache = begun(model, first, **BIG)
-    whole = history(model, first, answer, second)
+    ids = torch.cat((answer, second["input_ids"]), dim=1)
+    images = [joined(picked(first, [row]), picked(second, [row])) for row in range(2)]
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    whole = {"input_ids": ids, "attention_mask": mask, **joined(*images)}
     hook = decoder_of(model).layers[0].register_forward_pre_hook(lambda _, args: pieces.append(args[0].shape[1]))
     found = model.generate(**whole, **ASKED, prefill_chunk_size=7, **{cache_name(model): cache})
     hook.remove()
-    assert pieces[: -len(found.logits) + 1] == [7, 6, 16, 7, 2, 16, 2]
+    assert pieces[: -len(found.logits) + 1] == [7, 6, 25]
     assert_alike(found, model.generate(**whole, **ASKED))
-    assert len(streams_of(cache).rows[0].images) == 3
+    assert [len(row.images) for row in streams_of(cache).rows] == [2, 2]
 
 
 @torch.no_grad()
