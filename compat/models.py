@@ -81,7 +81,8 @@ def maker_of_positions(model: nn.Module) -> Callable[..., Any] | None:
     It takes ids and mask, [rows, columns], what is told of images, and from 5.0 on the types of the ids; and returns
     positions [3, rows, columns], which begin at 0 in each row, and something else. Up to 4.51 it is the model's own.
     """
-    return next((part.get_rope_index for part in model.modules() if hasattr(part, "get_rope_index")), None)  # type: ignore[misc]
+    parts: Sequence[Any] = [part for part in model.modules() if hasattr(part, "get_rope_index")]
+    return parts[0].get_rope_index if parts else None
 
 
 FULL, SLIDING = "full_attention", "sliding_attention"

@@ -218,6 +218,7 @@ def test_what_cannot_be_right_is_refused_before_anything_is_computed():
         ({**whole, "pixel_values": first["pixel_values"]}, "some stand for images, while none of the images are new"),
         ({**whole, "input_ids": text, "attention_mask": None}, "none stands for images, while some"),
         ({**whole, "pixel_values": whole["pixel_values"][:0]}, "are not those"),
+        ({**whole, "sizes_of_tiles": torch.ones(2, 2, dtype=torch.long)}, "sizes_of_tiles was given with all images"),
         ({**whole, "prompt_lookup_num_tokens": 2}, "pixel_values was given with drafts"),
         ({**whole, "input_ids": None, "inputs": whole["input_ids"]}, "not passed by name"),
     ]

@@ -20,6 +20,7 @@ from sink_patch.streaming.media.images import KINDS, UNKNOWN, Images, digests_by
 from sink_patch.streaming.streams import streams_of
 
 OF_IMAGES = frozenset[str]().union(*(kind.inputs | kind.beside for kind in KINDS))
+_KNOWN = OF_IMAGES | {"attention_mask", "position_ids", "cache_position", "token_type_ids", "mm_token_type_ids"}
 _BROUGHT = "_images_of_call"  # on the generation config of a call, until its prompt goes in
 _ALONE = "Give the new tokens alone, with their images and an attention_mask over the whole stream."
 
@@ -137,6 +138,7 @@ def _not_read(
     model_kwargs: MutableMapping[str, Any],
 ) -> list[tuple[str, ...]]:
     """Leave out what the rows have read; returns the digests of the others, row by row."""
+    _check_told(ids, model_kwargs)
     new: list[tuple[str, ...]] = [()] * len(rows)
     for of_kind in [None] if images is None else images:
         placed = None if of_kind is None else of_kind.in_rows(ids, model.config)
@@ -158,6 +160,24 @@ def _not_read(
             if value is None:  # a name is enough for some versions to run an encoder
                 del model_kwargs[name]
     return new
+
+
+def _check_told(ids: torch.Tensor, model_kwargs: Mapping[str, Any]) -> None:
+    """Refuse tensors of which nobody knows what belongs to which image.
+
+    Raises:
+        UnsupportedGenerationError: as it says.
+    """
+    unknown = [
+        name
+        for name, value in model_kwargs.items()
+        if isinstance(value, torch.Tensor) and value.ndim and name not in _KNOWN and value.shape[:2] != ids.shape
+    ]
+    if unknown:
+        raise UnsupportedGenerationError(
+            f"{', '.join(unknown)} was given with all images of a history and a SinkCache that has read a part of it, "
+            f"and it is not known what of it belongs to which of them. {_ALONE}"
+        )
 
 
 def _check_stand(model: nn.Module, new: torch.Tensor, given: Sequence[str], *, has_images: bool) -> None:

@@ -25,6 +25,7 @@ class Coordinates:
 
     In the first forward of a stream no position of the cache differs from the model's own. So the model keeps what it
     was given or makes its own, and the hook before its decoder `note`s them. When the forward ends, the rows are told.
+    Those of a later turn it makes as of a text that begins there (`make`), and they are moved behind what was read.
     """
 
     def __init__(self) -> None:
