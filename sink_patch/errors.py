@@ -92,6 +92,16 @@ class HistoryMismatchError(SinkPatchError, ValueError):
             f"{_GO_ON} (New tokens they are with a mask of {stream}.)"
         )
 
+    @classmethod
+    def other_images(cls, name: str, read: int, given: int) -> HistoryMismatchError:
+        """Of the images of a history the first ones are not those that were read."""
+        return cls(
+            f"{_sentence(name)} has read {read} images (or videos, sounds) into this SinkCache, and the first ones of "
+            f"the {given} that are given are not those, number for number, in this order. Give all images of the "
+            "history as they were given before; or the new tokens alone, with their images and an attention_mask over "
+            "the whole stream; or leave past_key_values out, and all is read anew."
+        )
+
 
 _GO_ON = (
     "Pass the ids that generate returned with new ones behind them, or the new ones alone with an attention_mask over "

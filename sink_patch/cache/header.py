@@ -38,6 +38,7 @@ class RowRecord(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=T
     places: tuple[tuple[Count, Count, bool], ...] = ()
     sink_end: Count = 0
     images_end: Count = 0
+    images: tuple[Annotated[str, Meta(pattern=r"^([a-z][0-9a-f]{32})?\Z")], ...] = ()
 
     def __post_init__(self) -> None:
         firsts = [first for first, _, _ in self.places]

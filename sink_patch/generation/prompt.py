@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from sink_patch.cache.sink_cache import SinkCache
-from sink_patch.generation.inputs.pieces import PieceInputs
+from sink_patch.generation.inputs.later import brought, check_is_text
+from sink_patch.generation.inputs.pieces import PieceInputs, split_ahead, stream_length
 from sink_patch.generation.turns import Turn
 from sink_patch.kept.calls import KeptCall
 from sink_patch.models.entries import input_device
@@ -19,7 +20,7 @@ from sink_patch.rules.columns import Columns
 from sink_patch.rules.padding import check_left_padded, is_left_padded
 from sink_patch.streaming.inputs import Call
 from sink_patch.streaming.media.cut import Cut
-from sink_patch.streaming.media.given import check_cut, media_among
+from sink_patch.streaming.media.given import check_cut, media_among, without_media
 from sink_patch.streaming.streams import streams_of
 
 logger = logging.getLogger("sink_patch")
@@ -65,6 +66,7 @@ class Prompt:
         self.columns = self._turn.columns
         self._piece_size = self._size_of_pieces(generation_config)
         self._media, self._positions = media_among(model, model_kwargs), model_kwargs.get("position_ids")
+        self._brought = brought(model, generation_config, input_ids if self._media else None)
         if self._media and (self._piece_size or 0) >= self.columns.new:
             self._piece_size = None
         if self._media and self._piece_size is not None:
@@ -72,7 +74,7 @@ class Prompt:
         generation_config.prefill_chunk_size = None  # else transformers would cut the rest once more
 
     def _told(self, generation_config: Any, model_kwargs: MutableMapping[str, Any]) -> Columns:
-        told, given = _stream_length(generation_config, model_kwargs), self._inputs.shape[1]
+        told, given = stream_length(generation_config, model_kwargs), self._inputs.shape[1]
         columns = Columns.of_call(self._cache.get_seq_length(), given, told)
         if columns.stream != (told or given):
             self._mask_whole_stream(columns, model_kwargs)
@@ -105,9 +107,10 @@ class Prompt:
         cut = None
         if self._media:  # its pieces are cut where images are in their places
             cut = None if self._piece_size is None else Cut(self._piece_size)
+            self._feed_text_before()
         else:
             self._feed_ahead(drafting, kept)
-        self._streams.call = Call(self.columns, drafting=drafting, cut=cut)
+        self._streams.call = Call(self.columns, drafting, cut, self._brought.digests, self._brought.media)
         try:
             yield
         finally:
@@ -117,7 +120,7 @@ class Prompt:
         unread, new = self._parts(self._inputs[:, self._inputs.shape[1] - self.columns.new :])
         size, ahead = self._piece_size, 0 if kept is None else kept.columns_ahead
         first = [unread, *torch.split(new[:, :ahead], size or max(ahead, 1), dim=1)]
-        second = _ahead(new[:, ahead:], size, drafting=drafting)
+        second = split_ahead(new[:, ahead:], size, drafting=drafting)
         if any(piece.shape[1] for piece in (*first, *second)):
             self._piece_inputs.check()
         self._turn.take_back(self._streams)
@@ -125,6 +128,17 @@ class Prompt:
         if kept is not None and ahead:
             kept.copy_before_answer()
         self._feed_all(second)
+
+    def _feed_text_before(self) -> None:
+        """In a later turn with images: what the cache has not read of the answer, where padding stands behind it."""
+        if not self._cache.get_seq_length():
+            return
+        text, _ = self._parts(self._inputs[:, self._inputs.shape[1] - self.columns.new :])
+        self._turn.take_back(self._streams)
+        if text.shape[1]:
+            check_is_text(self._model, text)
+            inputs = self._piece_inputs.of(text, self._cache.get_seq_length())
+            self._model(**without_media(self._model, inputs))
 
     def _parts(self, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The columns that the cache has not read in two parts, each padded to the left: the first is mostly empty.
@@ -167,22 +181,6 @@ class Prompt:
         size = self._cache.window_length - self._cache.num_sink_tokens
         _tell_of_pieces(self.columns.stream, size)
         return size
-
-
-def _ahead(new: torch.Tensor, size: int | None, *, drafting: bool) -> Sequence[torch.Tensor]:
-    """The pieces of new columns [rows, columns, ...] that go in ahead of what is left to transformers."""
-    if not drafting:
-        return () if size is None else torch.split(new, size, dim=1)[:-1]
-    head = new[:, :-1]
-    return torch.split(head, size or head.shape[1], dim=1) if head.shape[1] else ()
-
-
-def _stream_length(generation_config: Any, model_kwargs: Mapping[str, Any]) -> int | None:
-    """Columns that a mask or positions tell of, or the length of a mask of ones that transformers has dropped."""
-    for name in ("attention_mask", "position_ids"):
-        if model_kwargs.get(name) is not None:
-            return int(model_kwargs[name].shape[-1])
-    return getattr(generation_config, "_mask_length", None) or None
 
 
 def _tell_of_pieces(length: int, size: int) -> None:

@@ -12,6 +12,7 @@ from sink_patch.arguments import CACHE_IMPLEMENTATION, SYSTEM, Settings, runs_of
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.errors import SinkArgumentError, UnsupportedGenerationError
 from sink_patch.generation import drafts
+from sink_patch.generation.inputs.later import columns_of
 from sink_patch.generation.inputs.system import check_has_ids
 from sink_patch.generation.request import Request
 from sink_patch.models.claims import read_claim
@@ -61,13 +62,14 @@ def check_call(model: nn.Module, request: Request, generation_config: Any, model
         drafts.check_takes_tokens_back(claim)
     check_rows(model_kwargs.get("attention_mask"))
     cache = model_kwargs.get(cache_argument(model))
-    media = check_media(model, model_kwargs, cache.get_seq_length() if isinstance(cache, SinkCache) else 0)
+    read = cache.get_seq_length() if isinstance(cache, SinkCache) else 0
+    media = check_media(model, model_kwargs, read)
     ids, piece = model_kwargs.get("input_ids"), generation_config.prefill_chunk_size
     if media and ids is not None:
         sizes = cache.sizes if isinstance(cache, SinkCache) else request.settings().sizes()
         at_once = max(claim.context.length, sizes.window_length - sizes.num_sink_tokens) if piece is None else piece
-        if ids.shape[1] > at_once:
-            check_cut(unwrapped(model), media, ids.shape[1])
+        if (new := columns_of(ids, model_kwargs, read).new) > at_once:
+            check_cut(unwrapped(model), media, new)
 
 
 def _check_options(generation_config: Any) -> None:
@@ -85,8 +87,9 @@ def _check_options(generation_config: Any) -> None:
         )
 
 
-def check_own_cache(cache: SinkCache, request: Request) -> None:
-    """The user's cache beside arguments that ask for another one, or for other sizes."""
+def check_own_cache(cache: SinkCache, request: Request, model_kwargs: Mapping[str, Any]) -> None:
+    """The user's cache beside arguments that ask for another one, or for other sizes, or that it cannot take."""
+    _check_embeds(model_kwargs, cache)
     if request.of_call not in (None, CACHE_IMPLEMENTATION):
         raise SinkArgumentError(
             f"cache_implementation={request.of_call!r} was asked for, together with a SinkCache in past_key_values. "
@@ -144,7 +147,7 @@ def check_rows(attention_mask: Any) -> None:
     check_left_padded(attention_mask[:, -2:] != 0, to_the_end=True)
 
 
-def check_embeds(model_kwargs: Mapping[str, Any], cache: SinkCache) -> None:
+def _check_embeds(model_kwargs: Mapping[str, Any], cache: SinkCache) -> None:
     """Embeddings where messages leave, and those of new tokens alone, which transformers takes for the history."""
     check_has_ids(cache.sizes.as_settings(), model_kwargs)
     embeds, mask, read = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask"), cache.get_seq_length()

@@ -24,7 +24,7 @@ from sink_patch.compat import installed_shim
 from sink_patch.compat.shim import Role
 from sink_patch.generation import compiled, drafts, refusals
 from sink_patch.generation.endless.loop import Loop
-from sink_patch.generation.inputs import system
+from sink_patch.generation.inputs import later, system
 from sink_patch.generation.inputs.prepared import keep_cache, prepare_inputs
 from sink_patch.generation.prompt import Prompt
 from sink_patch.generation.request import Request
@@ -64,11 +64,11 @@ def prepare_generation_config(
     if generation_config.cache_implementation != CACHE_IMPLEMENTATION and not isinstance(cache, SinkCache):
         refusals.check_no_sizes(request, generation_config.cache_implementation)
         return generation_config, model_kwargs
-    refusals.check_call(instance, request, generation_config, model_kwargs)
     refusals.note_positions(generation_config, model_kwargs)
+    later.leave_out_read(instance, generation_config, model_kwargs)
+    refusals.check_call(instance, request, generation_config, model_kwargs)
     if isinstance(cache, SinkCache):
-        refusals.check_own_cache(cache, request)
-        refusals.check_embeds(model_kwargs, cache)
+        refusals.check_own_cache(cache, request, model_kwargs)
         check_holds_nothing(cache, unwrapped(instance))
         # the user's cache takes the place of what the model's own config says
         generation_config.cache_implementation = None

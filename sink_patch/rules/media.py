@@ -53,21 +53,45 @@ def position_of(places: Sequence[Place], index: int) -> int:
     return index
 
 
-def places_of(of_image: Sequence[bool], lowest: Sequence[int], end: int) -> tuple[Place, ...]:
-    """The places of a prompt.
+def places_of(
+    of_image: Sequence[bool], lowest: Sequence[int], end: int, before: Sequence[Place] = (), seen: int = 0
+) -> tuple[Place, ...]:
+    """The places of a row when it has read a prompt, or a later turn.
 
     Args:
         of_image: of each token, whether it belongs to an image.
         lowest: of each token, the smallest of its coordinates.
         end: position of the token that follows.
+        before: the places before that.
+        seen: tokens before that.
     """
-    found, count = list[Place](), len(of_image)
-    for index in range(count):
-        if of_image[index]:
-            if index == 0 or not of_image[index - 1]:
-                found.append((index, lowest[index], False))
-        elif lowest[index] != position_of(found, index) or (found and not found[-1][2]):
-            found.append((index, lowest[index], True))
-    if position_of(found, count) != end or (found and not found[-1][2]):
-        found.append((count, end, True))
+    found = list(before)
+    for number, (index, position) in enumerate(enumerate(lowest, start=seen)):
+        if of_image[number]:
+            if number == 0 or not of_image[number - 1]:
+                found = [place for place in found if place[0] < index] + [(index, position, False)]
+        elif position != position_of(found, index) or (found and not found[-1][2]):
+            found.append((index, position, True))
+    if position_of(found, seen + len(lowest)) != end or (found and not found[-1][2]):
+        found.append((seen + len(lowest), end, True))
     return tuple(found)
+
+
+def images_of_rows(tokens: Sequence[int], sizes: Sequence[int]) -> list[range] | None:
+    """Which of the images of a batch, in the order of its rows, belong to each row; None: that cannot be said.
+
+    Args:
+        tokens: of each row, how many stand for images.
+        sizes: of the images, in any unit.
+    """
+    found, first, all_tokens, all_sizes = list[range](), 0, sum(tokens), sum(sizes)
+    for count in tokens:
+        end, left = first, count * all_sizes
+        while left > 0 and end < len(sizes):
+            left -= sizes[end] * all_tokens
+            end += 1
+        if left:
+            return None
+        found.append(range(first, end))
+        first = end
+    return found if first == len(sizes) else None

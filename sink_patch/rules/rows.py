@@ -36,6 +36,7 @@ class Row:
         places: where positions are not indices, as images have saved some (rules/media.py); none: they are.
         sink_end: the largest coordinate of any sink in an image, plus 1; 0: there is none.
         images_end: index of the token behind the last image, where positions are indices; 0: there is none.
+        images: digests of the images that it has read, in their order; "" for some that nobody has seen.
 
     With a window of 4 and 2 spare slots, 3 tokens leave a row complete; 7 tokens do not, and the newest 2 of them can
     be taken back, as the 2 tokens that left the window for them lie in the spare slots.
@@ -50,11 +51,17 @@ class Row:
     places: tuple[Place, ...] = ()
     sink_end: int = 0
     images_end: int = 0
+    images: tuple[str, ...] = ()
 
     @property
     def lag(self) -> int:
         """How far the position of the next token lies behind its index."""
         return self.seen - position_of(self.places, self.seen)
+
+    @property
+    def knows_images(self) -> bool:
+        """Whether it is known which images it has read; files of before do not say it."""
+        return "" not in self.images if self.images else not (self.images_end or self.places)
 
     def shift(self, steps: int, num_sink_tokens: int) -> int:
         """By how many positions the sinks walk forward to stand just before the token that is `steps` behind them."""

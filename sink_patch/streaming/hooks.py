@@ -19,12 +19,12 @@ from torch import nn
 
 from sink_patch.errors import UnboundCacheError, UnsupportedGenerationError
 from sink_patch.models.entries import CACHE_NAMES, decoder_of
-from sink_patch.models.families.media import media_tokens
 from sink_patch.rules.positions import check_of_forward
 from sink_patch.rules.rows import Row
 from sink_patch.streaming.calls.guard import check_given
 from sink_patch.streaming.inputs import accepted, named_arguments, without_columns
-from sink_patch.streaming.media.given import TYPES, check_media, has_coordinates, sees_both_ways, with_mask
+from sink_patch.streaming.media.beginning import replaced_for_images
+from sink_patch.streaming.media.given import check_media, with_mask
 from sink_patch.streaming.streams import StreamingCache, Streams, streams_of
 
 _installing = threading.Lock()
@@ -90,40 +90,43 @@ def _begin(
         streams.coordinates.note(named.get("position_ids"))
         return None  # the model has handed on what it was given
     _check_decoder(streams, module, named.get("position_ids"))
-    media, call, inputs = check_media(module, named, streams.columns), streams.call, named[name]
+    call = streams.call
+    named = named if call is None else call.with_media(module, named)
+    media, inputs = check_media(module, named, streams.columns), named[name]
     streams.coordinates.forget()
     if call is None:
         _check_positions(streams, module, named, inputs)
     elif call.cut is not None and call.cut.is_begun:
         inputs, named = call.cut.feed_ahead(module, named)
-        streams.coordinates.look_for(inputs, call.cut.tokens)
+        streams.coordinates.look_for(inputs, call.cut.tokens, call.take_images())
     else:
         count = call.read_again(inputs, named.get("attention_mask"), streams.columns)
+        named = without_columns(named, inputs, count)
         if media and call.cut is not None:
             return (), call.cut.begin(module, named)
-        named = without_columns(named, inputs, count)
         inputs = named[name]
+    return (), _begun(streams, module, named, inputs, has_images=bool(media), in_graph=in_graph)
+
+
+def _begun(
+    streams: Streams,
+    module: nn.Module,
+    named: dict[str, Any],
+    inputs: torch.Tensor,
+    *,
+    has_images: bool,
+    in_graph: bool,
+) -> dict[str, Any]:
+    """What the model receives in the forward that begins here; `inputs` are its new columns, [rows, columns, ...]."""
     fixed = (in_graph or _is_compiled(module)) and inputs.shape[1] == 1 and streams.can_be_fixed_now
+    for_images = replaced_for_images(
+        streams.coordinates, module, named, inputs, streams.columns, streams.call, has_images=has_images
+    )
     replaced = streams.begin(module, inputs, named.get("attention_mask"), fixed=fixed)
-    if media:
+    replaced |= for_images | streams.coordinates.placed(streams.forward.step, streams.planner.horizon)
+    if has_images and not streams.columns:
         replaced = with_mask(module, replaced, inputs)
-    replaced |= _replaced_for_images(streams, module, named, inputs, has_images=bool(media))
-    return (), named | accepted(module, replaced, named)
-
-
-def _replaced_for_images(
-    streams: Streams, module: nn.Module, named: dict[str, Any], inputs: torch.Tensor, *, has_images: bool
-) -> dict[str, torch.Tensor | None]:
-    """What a model that may see receives instead, in a forward with images and in those behind it."""
-    coordinates = streams.coordinates
-    if has_images:
-        coordinates.columns = inputs.shape[1]
-        coordinates.look_for(inputs, media_tokens(module.config))
-        if has_coordinates(module):
-            return {"position_ids": coordinates.expect(named.get("position_ids"))}
-    if streams.columns and sees_both_ways(module):  # types by columns of the stream, of which some have left
-        return {name: None for name in TYPES if named.get(name) is not None}  # here is text alone
-    return {}
+    return named | accepted(module, replaced, named)
 
 
 def _check_decoder(streams: Streams, module: nn.Module, position_ids: Any) -> None:

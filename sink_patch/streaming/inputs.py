@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from sink_patch.compat import installed_shim
 from sink_patch.models.facts import ModelFacts
 from sink_patch.rules.columns import Columns
 from sink_patch.streaming.media.cut import Cut
+from sink_patch.streaming.media.given import media_among
 from sink_patch.streaming.steps import Step
 
 _OF_THE_STREAM = ("attention_mask", "position_ids")  # which the cache replaces
@@ -27,6 +28,9 @@ class Call:
     Args:
         columns: which of its columns are new. After those of the stream come single tokens, which are never padding.
         drafting: whether drafts follow the prompt in the first forward.
+        images: digests of the images that it brings, row by row.
+        media: the arguments that hold these in a later turn, and tell of them: some versions hand them on in a first
+            prompt alone, and some to encoders alone.
         cut: how the first forward goes in by pieces, whose images are in place when the decoder is called; None: not
             by itself.
     """
@@ -34,11 +38,25 @@ class Call:
     columns: Columns
     drafting: bool = False
     cut: Cut | None = None
+    images: Sequence[tuple[str, ...]] = ()
+    media: Mapping[str, Any] = field(default_factory=dict)
     _has_begun: bool = False
 
     def is_past_prompt(self, read: int) -> bool:
         """Whether the prompt is in when the cache has read so many columns."""
         return read >= self.columns.stream
+
+    def with_media(self, module: nn.Module, named: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a forward, the first one of the call with all of its images."""
+        if self._has_begun or not self.media or media_among(module, named):
+            return named
+        missing = {name: value for name, value in self.media.items() if named.get(name) is None}
+        return {**named, **accepted(module, missing, named)}
+
+    def take_images(self) -> Sequence[tuple[str, ...]]:
+        """The digests of the images, once."""
+        images, self.images = self.images, ()
+        return images
 
     def read_again(self, inputs: torch.Tensor, attention_mask: Any, read: int) -> int:
         """How many columns at the start of the inputs [rows, columns, ...] of a forward the cache has read already.

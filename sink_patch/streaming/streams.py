@@ -178,7 +178,7 @@ class Streams(Rows):
             )
         rows = self.rows or [Row()] * len(step.plans)
         rows = [row.after(plan.new, self.store.slots) for row, plan in zip(rows, step.plans, strict=True)]
-        self.rows = self.coordinates.told(rows, self.sizes, self.planner.horizon)
+        self.rows = self.coordinates.told(rows, [plan.new for plan in step.plans], self.sizes, self.planner.horizon)
         self.columns += step.columns
         self.history.commit()
 

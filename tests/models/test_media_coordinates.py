@@ -26,28 +26,52 @@ def places_of(whole: dict, ids: torch.Tensor) -> Places:
     return Places(whole["position_ids"][-3:, 0], (ids[0] == 90).tolist())
 
 
-@pytest.mark.parametrize(("model_type", "sinks"), [("qwen2_vl", 3), ("qwen2_vl", 11), ("qwen3_vl", 3), ("glm4v", 7)])
+def part(given: dict, start: int, end: int) -> dict:
+    """Some columns of a prompt of one row, with the images in them.
+
+    With grids an image has 8 columns and 32 patches; without, all images are in the first part.
+    """
+    ids, shape = given["input_ids"], given["input_ids"].shape
+    images, before = (int((ids[:, slice(*some)] == 90).sum()) // 8 for some in ((start, end), (0, start)))
+    some = {name: value[:, start:end] for name, value in given.items() if value.shape == shape}
+    del some["attention_mask"]
+    if "image_grid_thw" not in given and not start:
+        return {**given, **some, "attention_mask": None}
+    for name, of_each in (("pixel_values", 32), ("image_grid_thw", 1)):
+        if images:
+            some[name] = given[name][of_each * before : of_each * (before + images)]
+    return some if images else {"input_ids": some["input_ids"]}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "ring", "sinks", "first"),
+    [
+        ("qwen2_vl", 20, 3, [27]),
+        ("qwen2_vl", 8, 11, [27]),
+        ("qwen2_vl", 8, 11, [2, 10, 15]),
+        ("qwen3_vl", 8, 3, [27]),
+        ("glm4v", 12, 7, [1, 1, 25]),
+    ],
+)
 @torch.no_grad()
-def test_one_layer_equals_a_fresh_forward_at_the_positions_of_the_cache(model_type, sinks):
-    """With 11 sinks the first image stays; a short context sets the clock back."""
+def test_one_layer_equals_a_fresh_forward_at_the_positions_of_the_cache(model_type, ring, sinks, first):
+    """With 11 sinks the first image stays; a short context sets the clock back; images come in later turns too."""
     model = media.build(model_type, ("full_attention",), max_position_embeddings=24)
     streaming(model)
-    window = W + sinks
-    given, cache = media.prompt(model, ROWS), SinkCache(window, sinks, model=model)
-    steps = [*[1] * 22, 4, 1, 11, 1]
-    text = tokens(sum(steps)) % 80
+    window = ring + sinks
+    given = media.prompt(model, [[2, "image", 3, "image", 2, 22, 4, 1, 11, 1, 1, "image", 1, 12, "image", 1, 30]])
+    cache, text, seen = SinkCache(window, sinks, model=model), tokens(1)[:, :0], 0
     whole = embedded(model, given, text)
-    places = places_of(whole, torch.cat((given["input_ids"], text), dim=1))
-    found, seen, start = model(**given, **{cache_name(model): cache}).logits[:, -1], given["input_ids"].shape[1], 0
-    assert relative_error(found, model(**given, use_cache=False).logits[:, -1]) < 1e-5
-    for new in steps:
-        found = model(text[:, start : start + new], **{cache_name(model): cache}).logits[:, -1]
+    places = places_of(whole, given["input_ids"])
+    # with a ring of 8 later images come by rule 4, else by rule 3; they leave token by token
+    for new in [*first, *[1] * 22, 4, 1, 11, 1, 1, 11, *[1] * 12, 11, *[1] * 30]:
+        found = model(**part(given, seen, seen + new), **{cache_name(model): cache}).logits[:, -1]
         kept = visible(seen, new, window, sinks)
         wanted = fresh(model, whole["inputs_embeds"][:, kept], position_ids=places.of(kept, sinks)[:, None])
-        assert relative_error(found, wanted) < 1e-5, start
-        seen, start = seen + new, start + new
+        assert relative_error(found, wanted) < 1e-5, seen
+        seen += new
     (row,) = streams_of(cache).rows
-    assert row.lag == 8
+    assert (row.lag, len(row.images), seen) == (16, 4, given["input_ids"].shape[1])
     assert row.base
 
 
@@ -56,20 +80,20 @@ def test_one_layer_equals_a_fresh_forward_at_the_positions_of_the_cache(model_ty
 def test_several_layers_equal_a_naive_cache(model_type):
     model = built(model_type)
     assert 90 in media_tokens(model.config)
-    cache, name, start, given = streaming(model), cache_name(model), 0, media.prompt(model, ROWS)
+    cache, name, start = streaming(model), cache_name(model), 0
     steps = schedule(cache)
-    text = tokens(sum(steps)) % 80
-    places = places_of(embedded(model, given, text), torch.cat((given["input_ids"], text), dim=1))
-    naive = PlacedCache(model, W, S, places)
-    first = named_inputs(model, naive.start(given["input_ids"].shape[1]))
-    wanted = model(**{**given, **first}, use_cache=True, **{name: naive}).logits[:, -1]
-    assert relative_error(model(**given, **{name: cache}).logits[:, -1], wanted) < 1e-5
-    naive.finish()
-    for new in steps:
-        piece = text[:, start : start + new]
-        wanted = model(piece, **named_inputs(model, naive.start(new)), use_cache=True, **{name: naive}).logits[:, -1]
+    text_alone = streams_of(cache).facts.one_by_one or "image_grid_thw" not in media.prompt(model, ROWS)
+    more = [] if text_alone else [13, 1, 11, 1]
+    given = media.prompt(
+        model, [[2, "image", 3, "image", 2, sum(steps), *([2, "image", 2, "image", 2] if more else [])]]
+    )
+    naive = PlacedCache(model, W, S, places_of(embedded(model, given, tokens(1)[:, :0]), given["input_ids"]))
+    for new in [given["input_ids"].shape[1] - sum(steps) - sum(more), *steps, *more]:
+        piece = part(given, start, start + new)
+        inputs = {**piece, **named_inputs(model, naive.start(new))}
+        wanted = model(**inputs, use_cache=True, **{name: naive}).logits[:, -1]
         naive.finish()
-        assert relative_error(model(piece, **{name: cache}).logits[:, -1], wanted) < 1e-5, start
+        assert relative_error(model(**piece, **{name: cache}).logits[:, -1], wanted) < 1e-5, start
         start += new
 
 

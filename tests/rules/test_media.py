@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from sink_patch.rules.media import pieces, places_of, position_of
+from sink_patch.rules.media import images_of_rows, pieces, places_of, position_of
 from sink_patch.rules.plans import plan_row
 from sink_patch.rules.rows import Row, Slots
 
@@ -68,3 +68,17 @@ def test_the_clock_goes_back_where_a_position_comes_to_the_horizon_not_a_token()
         positions.append(plan.first_position)
         row = replace(row.after(1, Slots(window)), base=plan.base)
     assert positions == [*range(9, horizon), window - 1]
+
+
+def test_a_later_turn_begins_with_an_image_where_an_image_has_ended():
+    before = places_of([False, True, True], [0, 1, 1], 2)
+    assert before == ((1, 1, False), (3, 2, True))
+    assert places_of([True, True, False], [2, 2, 3], 4, before, 3) == ((1, 1, False), (3, 2, False), (5, 3, True))
+
+
+def test_images_of_a_batch_belong_to_rows_by_their_sizes():
+    assert images_of_rows([8, 0, 16], [1, 1, 1]) == [range(1), range(1, 1), range(1, 3)]
+    assert images_of_rows([8, 16], [4, 2, 6]) == [range(1), range(1, 3)]
+    assert images_of_rows([0, 30], [1, 1, 1, 1]) == [range(0), range(4)]
+    for tokens, sizes in (([8, 9], [1, 1]), ([0, 0], [1]), ([8, 8], [1])):
+        assert images_of_rows(tokens, sizes) is None

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -114,6 +114,22 @@ class PieceInputs:
             **others,
         )
         return made
+
+
+def split_ahead(new: torch.Tensor, size: int | None, *, drafting: bool) -> Sequence[torch.Tensor]:
+    """The pieces of new columns [rows, columns, ...] that go in ahead of what is left to transformers."""
+    if not drafting:
+        return () if size is None else torch.split(new, size, dim=1)[:-1]
+    head = new[:, :-1]
+    return torch.split(head, size or head.shape[1], dim=1) if head.shape[1] else ()
+
+
+def stream_length(generation_config: Any, model_kwargs: Mapping[str, Any]) -> int | None:
+    """Columns that a mask or positions tell of, or the length of a mask of ones that transformers has dropped."""
+    for name in ("attention_mask", "position_ids"):
+        if model_kwargs.get(name) is not None:
+            return int(model_kwargs[name].shape[-1])
+    return getattr(generation_config, "_mask_length", None) or None
 
 
 def _length(value: Any) -> int:

@@ -23,11 +23,13 @@ class Media:
         inputs: arguments that hold them.
         both_ways: whether an image sees itself in both directions, by masks that the model makes of a whole prompt.
         coordinates: whether positions have several coordinates (M-RoPE), which the model makes of a whole prompt.
+        by_rows: whether images are given row by row, [rows, images, ...], zeros where there are none.
     """
 
     inputs: frozenset[str]
     both_ways: bool = False
     coordinates: bool = False
+    by_rows: bool = False
 
     def __str__(self) -> str:
         kinds = {
@@ -56,9 +58,8 @@ def _each(model_types: str, inputs: str, **more: Any) -> Iterable[tuple[str, Med
 MEDIA: dict[str, Media] = dict(
     [
         *_each("llava vipllava aya_vision got_ocr2 pp_chart2table internvl deepseek_vl ovis2 qianfan_ocr", _IMAGES),
-        *_each(
-            "idefics2 idefics3 smolvlm mistral3 lighton_ocr llava_next llava_onevision aria cohere2_vision", _IMAGES
-        ),
+        *_each("mistral3 lighton_ocr llava_next llava_onevision aria cohere2_vision", _IMAGES),
+        *_each("idefics2 idefics3 smolvlm", _IMAGES, by_rows=True),
         *_each("lfm2_vl video_llama_3 exaone4_5 hyperclovax_vision_v2", _IMAGES),
         *_each("llava_next_video", _IMAGES),
         *_each("video_llava", "pixel_values pixel_values_images"),

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from sink_patch.arguments import Sizes
+from sink_patch.compat.models import maker_of_positions
 from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.rules.media import places_of
 from sink_patch.rules.rows import Row
+from sink_patch.streaming.steps import Step
+
+_BY_COLUMNS = ("attention_mask", "mm_token_type_ids")
 
 
 class Coordinates:
@@ -19,6 +25,7 @@ class Coordinates:
 
     In the first forward of a stream no position of the cache differs from the model's own. So the model keeps what it
     was given or makes its own, and the hook before its decoder `note`s them. When the forward ends, the rows are told.
+    Those of a later turn it makes as of a text that begins there (`make`), and they are moved behind what was read.
     """
 
     def __init__(self) -> None:
@@ -30,14 +37,18 @@ class Coordinates:
         self._of_image: torch.Tensor | None = None  # [rows, columns]
         self._are_several = False  # whether positions of it have several coordinates
         self._noted: torch.Tensor | None = None  # [coordinates, rows, columns]
+        self._made: torch.Tensor | None = None  # of a later turn, [coordinates, rows, columns], from 0 on
+        self._brought: Sequence[tuple[str, ...]] = ()  # digests of the images of it, row by row
 
-    def look_for(self, ids: torch.Tensor, tokens: Iterable[int]) -> None:
+    def look_for(self, ids: torch.Tensor, tokens: Iterable[int], brought: Sequence[tuple[str, ...]] = ()) -> None:
         """A forward with images begins.
 
         Args:
             ids: of it, [rows, columns].
             tokens: ids that stand for images.
+            brought: digests of the images that count as read when it has ended, row by row.
         """
+        self._brought = brought
         self._of_image = torch.isin(ids, torch.tensor(sorted(tokens), dtype=ids.dtype, device=ids.device))
 
     def expect(self, given: Any) -> torch.Tensor | None:
@@ -51,6 +62,52 @@ class Coordinates:
         """
         self._are_several = True
         return given if isinstance(given, torch.Tensor) and given.ndim > 2 else None
+
+    def make(self, module: nn.Module, ids: torch.Tensor, mask: Any, told: Mapping[str, Any]) -> None:
+        """They are several in a later turn, of which the model can make them as of a text that begins here.
+
+        Args:
+            module: the model.
+            ids: of the forward, [rows, columns].
+            mask: None, or [rows, columns of the stream or of the forward].
+            told: arguments that tell of the images.
+
+        Raises:
+            UnsupportedGenerationError: some are missing.
+        """
+        maker = maker_of_positions(module)
+        parameters = {} if maker is None else inspect.signature(maker).parameters
+        given = {name: told[name] for name in parameters if told.get(name) is not None}
+        given |= {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}  # some need one
+        by_columns = [name for name, value in given.items() if name in _BY_COLUMNS and value is not None]
+        given |= {name: given[name][:, -ids.shape[1] :] for name in by_columns}  # some versions give a whole history
+        missing = [name for name, one in parameters.items() if one.default is one.empty and name not in given]
+        missing = [name for name in missing if parameters[name].kind is not inspect.Parameter.VAR_KEYWORD]
+        if maker is None or missing:
+            raise UnsupportedGenerationError(
+                f"Images were given in a later turn of a SinkCache, and {type(module).__name__} makes no positions for "
+                f"them without {', '.join(missing) or 'get_rope_index'}. Pass all that the processor returns."
+            )
+        self._made, self._are_several = maker(**given)[0], True
+
+    def placed(self, step: Step | None, horizon: int) -> dict[str, torch.Tensor]:
+        """The positions of a forward of a later turn, if the model has made them: behind what its rows have read.
+
+        Raises:
+            UnsupportedGenerationError: a video goes so far that it would come to the horizon.
+        """
+        if self._made is None or step is None:
+            return {}
+        plans = step.plans
+        first = torch.tensor([plan.first_position for plan in plans], device=self._made.device)
+        position_ids = self._made + first[:, None]  # [3, rows, columns]
+        most, counted = int(position_ids.max()), max(plan.first_position + plan.new for plan in plans)
+        if most >= max(counted, horizon):
+            raise UnsupportedGenerationError(
+                f"A video was given to a SinkCache that would come to position {most}, and the model's context ends at "
+                f"{horizon}. Use fewer seconds a frame, or a new SinkCache."
+            )
+        return {"position_ids": position_ids}
 
     def note(self, position_ids: Any) -> None:
         """The decoder is called with these, [coordinates, rows, columns]; a fourth one, the first, counts tokens.
@@ -69,8 +126,13 @@ class Coordinates:
             )
         self._noted = position_ids[-3:].expand(3, *self._of_image.shape)
 
-    def told(self, rows: Sequence[Row], sizes: Sizes, horizon: int) -> list[Row]:
+    def told(self, rows: Sequence[Row], new: Sequence[int], sizes: Sizes, horizon: int) -> list[Row]:
         """The rows when the forward has ended, which know where their images stand.
+
+        Args:
+            rows: with the tokens of the forward.
+            new: how many these are, row by row.
+            sizes, horizon: of the cache.
 
         Raises:
             UnsupportedGenerationError: the decoder was called in a graph, where nobody could look; or a video among
@@ -78,6 +140,8 @@ class Coordinates:
         """
         if self._of_image is None:
             return list(rows)
+        if self._brought:
+            rows = [replace(row, images=row.images + new) for row, new in zip(rows, self._brought, strict=True)]
         of_image = self._of_image.cpu()
         if not self._are_several:
             self.forget()
@@ -91,8 +155,8 @@ class Coordinates:
         self.forget()
         sinks = sizes.num_sink_tokens
         placed = [
-            _placed(row, noted[:, number, -row.seen :], of_image[number, -row.seen :], sinks)
-            for number, row in enumerate(rows)
+            _placed(row, noted[:, number, -count:] + row.base, of_image[number, -count:], sinks) if count else row
+            for number, (row, count) in enumerate(zip(rows, new, strict=True))
         ]
         end = max(row.sink_end for row in placed)
         if end + sizes.window_length - sinks > horizon:
@@ -114,12 +178,15 @@ def _placed(row: Row, coordinates: torch.Tensor, of_image: torch.Tensor, num_sin
     """A row that knows of its images.
 
     Args:
-        coordinates: of its tokens, [3, tokens].
+        coordinates: of its newest tokens, [3, tokens], as if its clock had never been set back.
         of_image: which of them belong to images, [tokens].
     """
     # as in `generate`; at the end of a video, whose coordinates may go further, nothing is written
     last = coordinates if bool(of_image[-1]) else coordinates[:, -1]
-    places = places_of(of_image.tolist(), coordinates.amin(dim=0).tolist(), int(last.max()) + 1)
-    sinks = coordinates[:, :num_sink_tokens]
-    end = int(sinks.max()) + 1 if places and bool(of_image[:num_sink_tokens].any()) else 0
+    seen = row.seen - len(of_image)
+    lowest = coordinates.amin(dim=0).tolist()
+    places = places_of(of_image.tolist(), lowest, int(last.max()) + 1, row.places, seen)
+    sinks, end = max(0, num_sink_tokens - seen), row.sink_end
+    if places and sinks and (end or bool(of_image[:sinks].any())):
+        end = max(end, int(coordinates[:, :sinks].max()) + 1)
     return replace(row, places=places, sink_end=end)

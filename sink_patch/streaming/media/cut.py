@@ -83,10 +83,11 @@ def _cut(name: str, value: Any, ids: torch.Tensor, first: int, end: int) -> Any:
     columns = ids.shape[1]
     if not isinstance(value, torch.Tensor):
         return value
-    if name == "attention_mask" and value.shape == ids.shape:
-        return value[:, :end]  # [rows, columns so far]
-    if name in ("position_ids", "cache_position") and value.shape[-1] == columns:
-        return value[..., first:end]
+    before = value.shape[-1] - columns  # columns of the stream before, in a later turn
+    if name == "attention_mask" and value.ndim == 2 and before >= 0:
+        return value[:, : before + end]  # [rows, columns so far]
+    if name in ("position_ids", "cache_position") and before >= 0:
+        return value[..., before + first : before + end]
     if value.ndim > 1 and value.shape[:2] == ids.shape:
         return value[:, first:end]
     raise UnsupportedGenerationError(

@@ -52,7 +52,7 @@ def check_media(module: nn.Module, named: Mapping[str, Any], read: int) -> Seque
         read: columns that the cache has read before.
 
     Raises:
-        UnsupportedGenerationError: the model is not known to stream with them, or they are in a later turn; or there
+        UnsupportedGenerationError: the model is not known to stream with them, or not in a later turn; or there
             are none, and positions are said to be those of images.
     """
     given = media_among(module, named)
@@ -73,10 +73,11 @@ def check_media(module: nn.Module, named: Mapping[str, Any], read: int) -> Seque
             f"{name} was given {', '.join(given)} with a SinkCache, and in this transformers nothing tells at which "
             f"positions it puts them. {_INSTEAD}"
         )
-    if read:
+    if read and media is not None and media.both_ways:
         raise UnsupportedGenerationError(
-            f"{name} was given {', '.join(given)} with a SinkCache that has read {read} columns, and a stream takes "
-            "images and sounds in its first prompt alone. Give the whole text to a new SinkCache, or use another cache."
+            f"{name} was given {', '.join(given)} with a SinkCache that has read {read} columns, and a stream of a "
+            "model in which an image sees itself in both directions takes images in its first prompt alone. Give the "
+            "whole text to a new SinkCache, or use another cache."
         )
     if named.get("inputs_embeds") is not None:
         raise UnsupportedGenerationError(
