@@ -51,8 +51,13 @@ BENCHMARKS = (
     Benchmark("profile", "profile", "profile-smollm2-w256-cpu.json"),
     Benchmark("precision", "precision", "precision-100000-cpu.json", old=True),
     Benchmark("prefill", "prefill", "prefill-cpu.json"),
-    Benchmark("slots", "slots", "slots-smollm2-w256-cpu.json"),
-    Benchmark("slots-tiny", "slots", "slots-tiny-w256-cpu.json", ("--model", "tiny-30-layers")),
+    Benchmark("slots", "slots", "slots-smollm2-w64-cpu.json", ("--window", "64", "--new", "40")),
+    Benchmark(
+        "slots-tiny",
+        "slots",
+        "slots-tiny-w64-cpu.json",
+        ("--model", "tiny-30-layers", "--window", "64", "--new", "60"),
+    ),
     Benchmark("stream", "stream", "stream-20000-cpu.json"),
     Benchmark("endless", "endless", "endless-1000000-cpu.json"),
     Benchmark(
