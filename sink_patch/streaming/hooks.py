@@ -105,17 +105,11 @@ def _begin(
         if media and call.cut is not None:
             return (), call.cut.begin(module, named)
         inputs = named[name]
-    return (), _begun(streams, module, named, inputs, has_images=bool(media), in_graph=in_graph)
+    return (), _begun(streams, module, named, inputs, bool(media), in_graph)
 
 
 def _begun(
-    streams: Streams,
-    module: nn.Module,
-    named: dict[str, Any],
-    inputs: torch.Tensor,
-    *,
-    has_images: bool,
-    in_graph: bool,
+    streams: Streams, module: nn.Module, named: dict[str, Any], inputs: torch.Tensor, has_images: bool, in_graph: bool
 ) -> dict[str, Any]:
     """What the model receives in the forward that begins here; `inputs` are its new columns, [rows, columns, ...]."""
     fixed = (in_graph or _is_compiled(module)) and inputs.shape[1] == 1 and streams.can_be_fixed_now
