@@ -51,8 +51,8 @@ def leave_out_read(model: nn.Module, generation_config: Any, model_kwargs: Mutab
         HistoryMismatchError: the first ones of a row are not those that it has read.
     """
     given, cache = media_among(model, model_kwargs), model_kwargs.get(cache_argument(model))
-    if not given or getattr(generation_config, "is_assistant", None):
-        return
+    if not given or getattr(generation_config, "is_assistant", None) or hasattr(generation_config, _BROUGHT):
+        return  # the last, where a model prepares the config itself, and `generate` does it again (Janus)
     streams = streams_of(cache) if isinstance(cache, SinkCache) and cache.get_seq_length() else None
     check_media(model, model_kwargs, 0)
     images, ids = images_among(model, model_kwargs), model_kwargs.get("input_ids")

@@ -59,11 +59,11 @@ MEDIA: dict[str, Media] = dict(
     [
         *_each("llava vipllava aya_vision got_ocr2 pp_chart2table internvl deepseek_vl ovis2 qianfan_ocr", _IMAGES),
         *_each("mistral3 lighton_ocr llava_next llava_onevision aria cohere2_vision", _IMAGES),
-        *_each("idefics2 idefics3 smolvlm", _IMAGES, by_rows=True),
+        *_each("idefics2 idefics3 smolvlm granite_docling", _IMAGES, by_rows=True),
         *_each("lfm2_vl video_llama_3 exaone4_5 hyperclovax_vision_v2", _IMAGES),
         *_each("llava_next_video", _IMAGES),
         *_each("video_llava", "pixel_values pixel_values_images"),
-        *_each("fuyu granite_docling janus kimi_k25 lfm3_vl muse_glimmer dots3_note minicpmv4_6 minicpm_ocr", _IMAGES),
+        *_each("fuyu janus kimi_k25 lfm3_vl muse_glimmer dots3_note minicpmv4_6 minicpm_ocr", _IMAGES),
         *_each("chameleon emu3 granite4_vision", _IMAGES),
         *_each("deepseek_vl_hybrid", "pixel_values high_res_pixel_values"),
         *_each("phi4_multimodal", "image_pixel_values image_attention_mask"),

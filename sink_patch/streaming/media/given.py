@@ -17,7 +17,9 @@ _OTHER_INPUTS = {
     *("audio_values", "mm_encoder_outputs"),
 }
 """Of models that declare nothing."""
-_OF_TEXT = frozenset({"inputs_embeds", "attention_mask", "second_per_grid_ts"})  # numbers that are no images
+_OF_TEXT = frozenset(
+    {"inputs_embeds", "attention_mask", "position_ids", "second_per_grid_ts"}
+)  # numbers that are no images
 _ENCODED = "mm_encoder_outputs"
 _BY_KIND = {"image": "pixel_values", "video": "pixel_values_videos", "audio": "input_features"}
 _GRIDS = ("image_grid_thw", "video_grid_thw")
