@@ -44,8 +44,9 @@ class Kind:
 KINDS = (
     Kind(
         "image",
-        frozenset({"pixel_values", "pixel_values_images"}),
-        frozenset({"image_sizes", "image_grid_thw", "image_merge_sizes", "spatial_shapes", "pixel_attention_mask"}),
+        frozenset({"pixel_values", "pixel_values_images", "image_pixel_values"}),
+        frozenset({"image_sizes", "image_grid_thw", "image_merge_sizes", "spatial_shapes"})
+        | frozenset({"pixel_attention_mask", "image_attention_mask", "high_res_pixel_values"}),
         "image_grid_thw",
     ),
     Kind(
@@ -54,7 +55,11 @@ KINDS = (
         frozenset({"video_grid_thw", "video_merge_sizes", "second_per_grid_ts"}),
         "video_grid_thw",
     ),
-    Kind("audio", frozenset({"input_features"}), frozenset({"feature_attention_mask", "input_features_mask"})),
+    Kind(
+        "audio",
+        frozenset({"input_features", "input_values"}),
+        frozenset({"feature_attention_mask", "input_features_mask"}),
+    ),
 )
 
 
