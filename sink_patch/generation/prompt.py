@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from sink_patch.cache.sink_cache import SinkCache
-from sink_patch.generation.inputs.later import brought, check_is_text
+from sink_patch.generation.inputs.brought import brought
+from sink_patch.generation.inputs.later import check_is_text
 from sink_patch.generation.inputs.pieces import PieceInputs, split_ahead, stream_length
 from sink_patch.generation.turns import Turn
 from sink_patch.kept.calls import KeptCall

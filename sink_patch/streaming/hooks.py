@@ -23,8 +23,8 @@ from sink_patch.rules.positions import check_of_forward
 from sink_patch.rules.rows import Row
 from sink_patch.streaming.calls.guard import check_given
 from sink_patch.streaming.inputs import accepted, named_arguments, without_columns
-from sink_patch.streaming.media.beginning import replaced_for_images
-from sink_patch.streaming.media.given import check_media, with_mask
+from sink_patch.streaming.media.beginning import check_in_place, replaced_for_images, with_mask
+from sink_patch.streaming.media.given import check_media
 from sink_patch.streaming.streams import StreamingCache, Streams, streams_of
 
 _installing = threading.Lock()
@@ -87,6 +87,7 @@ def _begin(
     if not streams.is_bound_to(module):
         raise UnboundCacheError.elsewhere(repr(cache), type(module).__name__)
     if streams.forward.includes(module, named[name].shape[1]):
+        check_in_place(streams.coordinates, module, named.get("inputs_embeds"))
         streams.coordinates.note(named.get("position_ids"))
         return None  # the model has handed on what it was given
     _check_decoder(streams, module, named.get("position_ids"))
@@ -98,7 +99,7 @@ def _begin(
         _check_positions(streams, module, named, inputs)
     elif call.cut is not None and call.cut.is_begun:
         inputs, named = call.cut.feed_ahead(module, named)
-        streams.coordinates.look_for(inputs, call.cut.tokens, call.take_images())
+        streams.coordinates.look_for(inputs, call.cut.tokens, *call.images_of_piece(len(inputs)))
     else:
         count = call.read_again(inputs, named.get("attention_mask"), streams.columns)
         named = without_columns(named, inputs, count)

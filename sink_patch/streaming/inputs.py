@@ -16,6 +16,7 @@ from sink_patch.models.facts import ModelFacts
 from sink_patch.rules.columns import Columns
 from sink_patch.streaming.media.cut import Cut
 from sink_patch.streaming.media.given import media_among
+from sink_patch.streaming.media.images import UNKNOWN
 from sink_patch.streaming.steps import Step
 
 _OF_THE_STREAM = ("attention_mask", "position_ids")  # which the cache replaces
@@ -57,6 +58,15 @@ class Call:
         """The digests of the images, once."""
         images, self.images = self.images, ()
         return images
+
+    def images_of_piece(self, rows: int) -> tuple[Sequence[tuple[str, ...]], int]:
+        """What a piece of a prompt that is cut brings: digests, and in place of how many that were noted before.
+
+        All are noted with the last piece; until then it is not known which of them are read.
+        """
+        if self.cut is None or not self.cut.is_fed:
+            return [(UNKNOWN,)] * rows, 0
+        return self.take_images(), self.cut.ahead
 
     def read_again(self, inputs: torch.Tensor, attention_mask: Any, read: int) -> int:
         """How many columns at the start of the inputs [rows, columns, ...] of a forward the cache has read already.

@@ -18,6 +18,7 @@ from sink_patch.generation.endless.loop import Loop
 from sink_patch.generation.endless.steps import Steps
 from sink_patch.generation.endless.text import Decoder
 from sink_patch.models.entries import cache_argument, unwrapped
+from sink_patch.streaming.media.given import media_among
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -77,6 +78,10 @@ def _begun(
         arguments: of `generate`, to be changed.
     """
     arguments["max_new_tokens"] = loop.max_new_tokens or _ENDLESS
+    if (
+        loop.is_new and cache is not None and media_among(unwrapped(model), arguments)
+    ):  # tells that they are new as well
+        arguments["attention_mask"] = ids.new_ones(1, cache.get_seq_length() + ids.shape[1])
     if cache is None:
         arguments |= {"cache_implementation": CACHE_IMPLEMENTATION, "keep_streams": 0}  # the caller has the cache
     if config is not None:  # beside which transformers does not like options

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,33 +10,21 @@ from torch import nn
 
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.errors import HistoryMismatchError, UnsupportedGenerationError
+from sink_patch.generation.inputs.brought import Brought, expands, note, noted_on
 from sink_patch.models.entries import cache_argument
 from sink_patch.models.families.media import media_tokens
 from sink_patch.rules.columns import Columns
 from sink_patch.rules.rows import Row
 from sink_patch.streaming.media.given import check_media, has_coordinates, media_among
-from sink_patch.streaming.media.images import KINDS, UNKNOWN, Images, digests_by_row, images_among
+from sink_patch.streaming.media.images import KINDS, Images, digests_by_row, images_among
 from sink_patch.streaming.streams import streams_of
 
 OF_IMAGES = frozenset[str]().union(*(kind.inputs | kind.beside for kind in KINDS))
-_KNOWN = OF_IMAGES | {"attention_mask", "position_ids", "cache_position", "token_type_ids", "mm_token_type_ids"}
-_BROUGHT = "_images_of_call"  # on the generation config of a call, until its prompt goes in
+_NUMBERS = "batch_num_images"  # of each row
+_KNOWN = (
+    OF_IMAGES | {"attention_mask", "position_ids", "cache_position", "token_type_ids", "mm_token_type_ids"} | {_NUMBERS}
+)
 _ALONE = "Give the new tokens alone, with their images and an attention_mask over the whole stream."
-
-
-@dataclass(frozen=True)
-class Brought:
-    """The images of a call.
-
-    Args:
-        images: of a first prompt; None: they cannot be told apart.
-        digests: row by row.
-        media: of a later turn, the arguments that hold them.
-    """
-
-    images: Sequence[Images] | None
-    digests: Sequence[tuple[str, ...]] = ()
-    media: Mapping[str, Any] = field(default_factory=dict)
 
 
 def leave_out_read(model: nn.Module, generation_config: Any, model_kwargs: MutableMapping[str, Any]) -> None:
@@ -51,13 +38,16 @@ def leave_out_read(model: nn.Module, generation_config: Any, model_kwargs: Mutab
         HistoryMismatchError: the first ones of a row are not those that it has read.
     """
     given, cache = media_among(model, model_kwargs), model_kwargs.get(cache_argument(model))
-    if not given or getattr(generation_config, "is_assistant", None) or hasattr(generation_config, _BROUGHT):
-        return  # the last, where a model prepares the config itself, and `generate` does it again (Janus)
+    before, of_call = noted_on(generation_config), id(model_kwargs.get("input_ids"))
+    if not given or getattr(generation_config, "is_assistant", None):
+        return
+    if before is not None and before.of_call == of_call:  # Janus prepares the config itself, and `generate` again
+        return
     streams = streams_of(cache) if isinstance(cache, SinkCache) and cache.get_seq_length() else None
     check_media(model, model_kwargs, 0)
     images, ids = images_among(model, model_kwargs), model_kwargs.get("input_ids")
     if streams is None:
-        setattr(generation_config, _BROUGHT, Brought(images))
+        note(generation_config, Brought(images, of_call=of_call))
         return
     if ids is None:
         raise UnsupportedGenerationError(
@@ -72,7 +62,7 @@ def leave_out_read(model: nn.Module, generation_config: Any, model_kwargs: Mutab
         new = digests_by_row(images, ids, model.config)
     _check_stand(model, ids[:, ids.shape[1] - columns.new :], given, has_images=any(new))
     given_now = {name: value for name, value in model_kwargs.items() if name in OF_IMAGES and value is not None}
-    setattr(generation_config, _BROUGHT, Brought(None, new, given_now))
+    note(generation_config, Brought(None, new, given_now, of_call))
     if has_coordinates(model) and any(new):  # which transformers would make of all ids and the new images
         mask = torch.ones_like(ids) if model_kwargs.get("attention_mask") is None else model_kwargs["attention_mask"]
         model_kwargs["position_ids"] = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
@@ -84,25 +74,6 @@ def columns_of(ids: torch.Tensor, model_kwargs: Mapping[str, Any], read: int) ->
     return Columns.of_call(read, ids.shape[1], None if mask is None else mask.shape[-1])
 
 
-def brought(model: nn.Module, generation_config: Any, ids: torch.Tensor | None) -> Brought:
-    """The images that a call brings to its rows.
-
-    Args:
-        ids: of it, [rows, columns]; None: it brings none.
-    """
-    found: Brought = vars(generation_config).pop(_BROUGHT, Brought(None))
-    if ids is None:
-        return found
-    if _expands(generation_config):
-        return replace(found, digests=[(UNKNOWN,)] * len(ids))
-    return found if found.digests else replace(found, digests=digests_by_row(found.images, ids, model.config))
-
-
-def _expands(generation_config: Any) -> bool:
-    """Whether each row becomes several."""
-    return max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1) > 1
-
-
 def _check_rows(model: nn.Module, generation_config: Any, columns: Columns, given: int, held: int) -> None:
     """Refuse what does not tell which images are of which row."""
     if columns.is_history and given != held:
@@ -110,7 +81,7 @@ def _check_rows(model: nn.Module, generation_config: Any, columns: Columns, give
             f"All images of a history of {given} rows were given with a SinkCache that holds {held}, and it cannot be "
             f"said which of them it has read. {_ALONE}"
         )
-    if has_coordinates(model) and _expands(generation_config):
+    if has_coordinates(model) and expands(generation_config):
         raise UnsupportedGenerationError(
             f"Images were given in a later turn with num_beams or num_return_sequences, and {type(model).__name__} "
             "makes positions of several coordinates for them, of which each row would need its own. Use one of each."
@@ -159,6 +130,10 @@ def _not_read(
             model_kwargs[name] = value
             if value is None:  # a name is enough for some versions to run an encoder
                 del model_kwargs[name]
+    if _NUMBERS in model_kwargs and any(new):
+        model_kwargs[_NUMBERS] = model_kwargs[_NUMBERS].new_tensor([len(one) for one in new])  # [rows]
+    elif _NUMBERS in model_kwargs:
+        del model_kwargs[_NUMBERS]
     return new
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from sink_patch.compat import installed_shim
 
-_TOKENS = tuple(f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index"))
+_KINDS = ("image", "video", "audio")
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,9 @@ def media_of(config: Any) -> Media | None:
     return None if model_type in installed_shim().no_media.split() else MEDIA.get(str(model_type))
 
 
-def media_tokens(config: Any) -> frozenset[int]:
-    """The ids that stand for columns of images and sounds."""
+def media_tokens(config: Any, kinds: Iterable[str] = _KINDS) -> frozenset[int]:
+    """The ids that stand for columns of images, videos and sounds, or of some of these."""
+    names = [f"{kind}_token_{end}" for kind in kinds for end in ("id", "index")]
     parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))]
-    found = (getattr(part, name, None) for part in parts for name in _TOKENS)
+    found = (getattr(part, name, None) for part in parts for name in names)
     return frozenset(token for token in found if isinstance(token, int))

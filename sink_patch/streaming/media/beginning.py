@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.models.families.media import media_tokens
 from sink_patch.streaming.inputs import Call
 from sink_patch.streaming.media.coordinates import Coordinates
@@ -36,7 +37,8 @@ def replaced_for_images(
     """
     if has_images:
         coordinates.columns = inputs.shape[1]
-        coordinates.look_for(inputs, media_tokens(module.config), _brought(module, named, inputs, call))
+        brought = _brought(module, named, inputs, call)
+        coordinates.look_for(inputs, media_tokens(module.config), brought, later=read > 0)
         if has_coordinates(module) and read:
             told = named if call is None else {**call.media, **named}
             coordinates.make(module, inputs, named.get("attention_mask"), told)
@@ -46,6 +48,43 @@ def replaced_for_images(
     if read and sees_both_ways(module):  # types by columns of the stream, of which some have left
         return {name: None for name in TYPES if named.get(name) is not None}  # here is text alone
     return {}
+
+
+def with_mask(
+    module: nn.Module, replaced: Mapping[str, torch.Tensor | None], inputs: torch.Tensor
+) -> dict[str, torch.Tensor | None]:
+    """What a model receives with images: also a mask where it needs none, as some make no positions without one.
+
+    Args:
+        replaced: what it would receive; its mask is None where all columns are seen.
+        inputs: ids of the forward, the first one of a stream, [rows, columns].
+    """
+    if not has_coordinates(module) or replaced.get("attention_mask") is not None:
+        return dict(replaced)
+    return {**replaced, "attention_mask": torch.ones_like(inputs)}
+
+
+def check_in_place(coordinates: Coordinates, decoder: nn.Module, inputs_embeds: Any) -> None:
+    """Refuse a later turn whose images the model leaves out, as one may that puts those of a first prompt in alone.
+
+    Args:
+        coordinates: of the forward.
+        decoder: of the model, which is called now.
+        inputs_embeds: what it is given, [rows, columns, dim]; None: ids, among which it puts images itself.
+
+    Raises:
+        UnsupportedGenerationError: as it says.
+    """
+    ids, of_image, coordinates.to_be_placed = coordinates.to_be_placed, coordinates.of_image, None
+    if ids is None or of_image is None or not isinstance(inputs_embeds, torch.Tensor) or not bool(of_image.any()):
+        return
+    table: Any = decoder
+    words = table.get_input_embeddings()(ids)  # [rows, columns, dim]
+    if bool((inputs_embeds == words)[of_image].all()):
+        raise UnsupportedGenerationError(
+            "Images were given in a later turn of a SinkCache, and in this transformers the model puts images into its "
+            "first prompt alone. Upgrade transformers, or give the whole text to a new SinkCache."
+        )
 
 
 def _brought(

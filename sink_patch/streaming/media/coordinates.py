@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +12,8 @@ from torch import nn
 from sink_patch.arguments import Sizes
 from sink_patch.compat.models import maker_of_positions
 from sink_patch.errors import UnsupportedGenerationError
-from sink_patch.rules.media import places_of
 from sink_patch.rules.rows import Row
+from sink_patch.streaming.media.told import Digests, noted, placed, with_images
 from sink_patch.streaming.steps import Step
 
 _BY_COLUMNS = ("attention_mask", "mm_token_type_ids")
@@ -34,22 +33,30 @@ class Coordinates:
     def forget(self) -> None:
         """Another forward begins."""
         self.columns: int | None = None  # of a forward with images
-        self._of_image: torch.Tensor | None = None  # [rows, columns]
+        self.of_image: torch.Tensor | None = None  # [rows, columns]
         self._are_several = False  # whether positions of it have several coordinates
         self._noted: torch.Tensor | None = None  # [coordinates, rows, columns]
         self._made: torch.Tensor | None = None  # of a later turn, [coordinates, rows, columns], from 0 on
-        self._brought: Sequence[tuple[str, ...]] = ()  # digests of the images of it, row by row
+        self._brought: Digests = ()  # digests of the images of it, row by row
+        self._in_place_of = 0
+        self.to_be_placed: torch.Tensor | None = (
+            None  # ids of a later turn, [rows, columns], until the decoder is called
+        )
 
-    def look_for(self, ids: torch.Tensor, tokens: Iterable[int], brought: Sequence[tuple[str, ...]] = ()) -> None:
+    def look_for(
+        self, ids: torch.Tensor, tokens: Iterable[int], brought: Digests = (), in_place_of: int = 0, later: bool = False
+    ) -> None:
         """A forward with images begins.
 
         Args:
             ids: of it, [rows, columns].
             tokens: ids that stand for images.
             brought: digests of the images that count as read when it has ended, row by row.
+            in_place_of: how many of those noted last they take the place of.
+            later: whether it is one of a later turn.
         """
-        self._brought = brought
-        self._of_image = torch.isin(ids, torch.tensor(sorted(tokens), dtype=ids.dtype, device=ids.device))
+        self._brought, self._in_place_of, self.to_be_placed = brought, in_place_of, ids if later else None
+        self.of_image = torch.isin(ids, torch.tensor(sorted(tokens), dtype=ids.dtype, device=ids.device))
 
     def expect(self, given: Any) -> torch.Tensor | None:
         """Its positions have several coordinates.
@@ -115,7 +122,7 @@ class Coordinates:
         Raises:
             UnsupportedGenerationError: there are none of several coordinates.
         """
-        if self._of_image is None or not self._are_several:
+        if self.of_image is None or not self._are_several:
             return
         if not isinstance(position_ids, torch.Tensor) or position_ids.ndim != 3 or position_ids.shape[0] not in (3, 4):
             shape = list(position_ids.shape) if isinstance(position_ids, torch.Tensor) else None
@@ -124,7 +131,7 @@ class Coordinates:
                 f"shape {shape}, not of three coordinates. Pass all that the processor returns (image_grid_thw and "
                 "mm_token_type_ids among it), or use another cache."
             )
-        self._noted = position_ids[-3:].expand(3, *self._of_image.shape)
+        self._noted = position_ids[-3:].expand(3, *self.of_image.shape)
 
     def told(self, rows: Sequence[Row], new: Sequence[int], sizes: Sizes, horizon: int) -> list[Row]:
         """The rows when the forward has ended, which know where their images stand.
@@ -138,55 +145,31 @@ class Coordinates:
             UnsupportedGenerationError: the decoder was called in a graph, where nobody could look; or a video among
                 the sinks goes so far that text behind it would come to the horizon, however the clock is set.
         """
-        if self._of_image is None:
+        if self.of_image is None:
             return list(rows)
         if self._brought:
-            rows = [replace(row, images=row.images + new) for row, new in zip(rows, self._brought, strict=True)]
-        of_image = self._of_image.cpu()
+            rows = noted(rows, self._brought, self._in_place_of)
+        of_image = self.of_image.cpu()
         if not self._are_several:
             self.forget()
-            return [_with_images(row, found) for row, found in zip(rows, of_image, strict=True)]
+            return [with_images(row, found) for row, found in zip(rows, of_image, strict=True)]
         if self._noted is None:
             raise UnsupportedGenerationError(
                 "A prompt with images went through a compiled forward with a SinkCache, which cannot see there at "
                 "which positions they stand. Compile single tokens alone: generate(..., compile_config=...) does."
             )
-        noted = self._noted.cpu().long()  # some models make whole numbers of another type
+        positions = self._noted.cpu().long()  # some models make whole numbers of another type
         self.forget()
         sinks = sizes.num_sink_tokens
-        placed = [
-            _placed(row, noted[:, number, -count:] + row.base, of_image[number, -count:], sinks) if count else row
+        found = [
+            placed(row, positions[:, number, -count:] + row.base, of_image[number, -count:], sinks) if count else row
             for number, (row, count) in enumerate(zip(rows, new, strict=True))
         ]
-        end = max(row.sink_end for row in placed)
+        end = max(row.sink_end for row in found)
         if end + sizes.window_length - sinks > horizon:
             raise UnsupportedGenerationError(
                 f"A prompt was given to a SinkCache with images or a video among its {sinks} sinks that end at "
                 f"position {end}, and behind them a window_length of {sizes.window_length} comes to {horizon}, the end "
                 "of the model's context. Use fewer sinks, a shorter window, or fewer seconds a frame."
             )
-        return placed
-
-
-def _with_images(row: Row, of_image: torch.Tensor) -> Row:
-    """A row that knows where its last image ends; `of_image` are the columns of a forward, its tokens at the end."""
-    behind = len(of_image) - int(of_image.nonzero().max()) - 1 if bool(of_image.any()) else None
-    return row if behind is None else replace(row, images_end=row.seen - behind)
-
-
-def _placed(row: Row, coordinates: torch.Tensor, of_image: torch.Tensor, num_sink_tokens: int) -> Row:
-    """A row that knows of its images.
-
-    Args:
-        coordinates: of its newest tokens, [3, tokens], as if its clock had never been set back.
-        of_image: which of them belong to images, [tokens].
-    """
-    # as in `generate`; at the end of a video, whose coordinates may go further, nothing is written
-    last = coordinates if bool(of_image[-1]) else coordinates[:, -1]
-    seen = row.seen - len(of_image)
-    lowest = coordinates.amin(dim=0).tolist()
-    places = places_of(of_image.tolist(), lowest, int(last.max()) + 1, row.places, seen)
-    sinks, end = max(0, num_sink_tokens - seen), row.sink_end
-    if places and sinks and (end or bool(of_image[:sinks].any())):
-        end = max(end, int(coordinates[:, :sinks].max()) + 1)
-    return replace(row, places=places, sink_end=end)
+        return found

@@ -22,13 +22,15 @@ class Cut:
     Args:
         size: columns of a piece; see `pieces`.
 
-    `tokens` are the ids that stand for images, once the forward has begun.
+    `tokens` are the ids that stand for images, once the forward has begun; `ahead` is how many pieces go in before the
+    last one, and `is_fed` whether they are in.
     """
 
     def __init__(self, size: int):
         self._size = size
         self._ids: torch.Tensor | None = None  # of the prompt, [rows, columns], once its forward has begun
         self.tokens: Sequence[int] = ()
+        self.ahead, self.is_fed = 0, False
         self._piece: torch.Tensor | None = None  # ids of the piece that goes in, [rows, columns]
 
     @property
@@ -52,10 +54,11 @@ class Cut:
         """
         if self._piece is None and self._ids is not None:
             *ahead, last = list(self._split(self._ids, named))
-            self._ids = None
+            self._ids, self.ahead = None, len(ahead)
             for self._piece, part in ahead:
                 decoder(**part)
             self._piece, named = last
+            self.is_fed = True
         ids, self._piece = self._piece, None
         return named["inputs_embeds"] if ids is None else ids, named
 

@@ -21,6 +21,7 @@ _OF_TEXT = frozenset(
     {"inputs_embeds", "attention_mask", "position_ids", "second_per_grid_ts"}
 )  # numbers that are no images
 _ENCODED = "mm_encoder_outputs"
+_OF_PROMPT = "image_hidden_states"  # of the images of a prompt, which some versions hand on with each token behind it
 _BY_KIND = {"image": "pixel_values", "video": "pixel_values_videos", "audio": "input_features"}
 _GRIDS = ("image_grid_thw", "video_grid_thw")
 TYPES = ("token_type_ids", "mm_token_type_ids")
@@ -57,7 +58,7 @@ def check_media(module: nn.Module, named: Mapping[str, Any], read: int) -> Seque
         UnsupportedGenerationError: the model is not known to stream with them, or not in a later turn; or there
             are none, and positions are said to be those of images.
     """
-    given = media_among(module, named)
+    given = [one for one in media_among(module, named) if not (read and one == _OF_PROMPT)]
     if not given:
         _check_places(module, named, read)
         return given
@@ -75,18 +76,33 @@ def check_media(module: nn.Module, named: Mapping[str, Any], read: int) -> Seque
             f"{name} was given {', '.join(given)} with a SinkCache, and in this transformers nothing tells at which "
             f"positions it puts them. {_INSTEAD}"
         )
-    if read and media is not None and media.both_ways:
-        raise UnsupportedGenerationError(
-            f"{name} was given {', '.join(given)} with a SinkCache that has read {read} columns, and a stream of a "
-            "model in which an image sees itself in both directions takes images in its first prompt alone. Give the "
-            "whole text to a new SinkCache, or use another cache."
-        )
+    if read:
+        _check_later(module, given, read)
     if named.get("inputs_embeds") is not None:
         raise UnsupportedGenerationError(
             f"{name} was given {', '.join(given)} together with inputs_embeds and a SinkCache, which must see the ids "
             "of the tokens that stand for them. Pass input_ids instead."
         )
     return given
+
+
+def _check_later(module: nn.Module, given: Sequence[str], read: int) -> None:
+    """Refuse images in a later turn of models that cannot be right there; `read` columns are cached.
+
+    Raises:
+        UnsupportedGenerationError: as it says.
+    """
+    asked = f"{type(module).__name__} was given {', '.join(given)} with a SinkCache that has read {read} columns, and "
+    if sees_both_ways(module):
+        raise UnsupportedGenerationError(
+            f"{asked}a stream of a model in which an image sees itself in both directions takes images in its first "
+            "prompt alone. Give the whole text to a new SinkCache, or use another cache."
+        )
+    if not _puts_images_in_place(module):
+        raise UnsupportedGenerationError(
+            f"{asked}in this transformers nothing tells whether it puts images of a later turn in their place. Upgrade "
+            "transformers, give the whole text to a new SinkCache, or use another cache."
+        )
 
 
 def _check_places(module: nn.Module, named: Mapping[str, Any], read: int) -> None:
@@ -142,20 +158,6 @@ def has_coordinates(module: nn.Module) -> bool:
     """Whether a model gives its images positions of several coordinates."""
     media = media_of(getattr(module, "config", None))
     return media is not None and media.coordinates
-
-
-def with_mask(
-    module: nn.Module, replaced: Mapping[str, torch.Tensor | None], inputs: torch.Tensor
-) -> dict[str, torch.Tensor | None]:
-    """What a model receives with images: also a mask where it needs none, as some make no positions without one.
-
-    Args:
-        replaced: what it would receive; its mask is None where all columns are seen.
-        inputs: ids of the forward, the first one of a stream, [rows, columns].
-    """
-    if not has_coordinates(module) or replaced.get("attention_mask") is not None:
-        return dict(replaced)
-    return {**replaced, "attention_mask": torch.ones_like(inputs)}
 
 
 def sees_both_ways(module: nn.Module) -> bool:

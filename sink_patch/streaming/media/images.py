@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sink_patch.models.families.media import media_of
+from sink_patch.models.families.media import media_of, media_tokens
 from sink_patch.rules.media import images_of_rows
+from sink_patch.streaming.media.given import media_among
 
 UNKNOWN = ""
 
@@ -46,7 +47,7 @@ KINDS = (
         "image",
         frozenset({"pixel_values", "pixel_values_images", "image_pixel_values"}),
         frozenset({"image_sizes", "image_grid_thw", "image_merge_sizes", "spatial_shapes"})
-        | frozenset({"pixel_attention_mask", "image_attention_mask", "high_res_pixel_values"}),
+        | frozenset({"pixel_attention_mask", "pixel_mask", "image_attention_mask", "high_res_pixel_values"}),
         "image_grid_thw",
     ),
     Kind(
@@ -58,7 +59,7 @@ KINDS = (
     Kind(
         "audio",
         frozenset({"input_features", "input_values"}),
-        frozenset({"feature_attention_mask", "input_features_mask"}),
+        frozenset({"feature_attention_mask", "input_features_mask", "padding_mask"}),
     ),
 )
 
@@ -87,8 +88,11 @@ class Images:
             return [[one for one, row in enumerate(self.of_row) if row == number] for number in range(len(ids))]
         if len(ids) == 1:
             return [list(range(len(self.digests)))]
-        standing = [getattr(config, f"{self.kind.name}_token_{end}", None) for end in ("id", "index")]
-        named = torch.tensor([one for one in standing if isinstance(one, int)], dtype=ids.dtype, device=ids.device)
+        if not self.kind.grids or self.kind.grids not in self.parts:  # then their sizes are known if they are alike
+            beside = [parts for name, parts in self.parts.items() if name in self.kind.beside]
+            if not all(torch.equal(parts[0], part) for parts in beside for part in parts):
+                return None
+        named = torch.tensor(sorted(media_tokens(config, [self.kind.name])), dtype=ids.dtype, device=ids.device)
         found = images_of_rows(torch.isin(ids, named).sum(dim=1).tolist(), self.sizes)
         return None if found is None else [list(images) for images in found]
 
@@ -110,13 +114,15 @@ class Images:
 def images_among(model: nn.Module, named: Mapping[str, Any]) -> list[Images] | None:
     """The images among arguments; None: they cannot be told apart."""
     beside = frozenset[str]().union(*(kind.beside for kind in KINDS))
-    given = {
-        name: torch.as_tensor(value) if name in beside and isinstance(value, list) else value
-        for name, value in named.items()
-    }
-    given = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+    given = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+    lists = {name: value for name, value in named.items() if name in beside and isinstance(value, list)}
+    try:
+        given |= {name: torch.as_tensor(value) for name, value in lists.items()}
+    except (TypeError, ValueError):  # lists of tensors, or of lists of different length
+        return None
     found = [_of_kind(model, kind, given) for kind in KINDS if kind.inputs & given.keys()]
-    return None if None in found or not found else [images for images in found if images is not None]
+    known = {name for images in found if images is not None for name in images.parts}
+    return None if None in found or not known.issuperset(media_among(model, named)) else [x for x in found if x]
 
 
 def _of_kind(model: nn.Module, kind: Kind, given: Mapping[str, torch.Tensor]) -> Images | None:
