@@ -78,9 +78,8 @@ def _begun(
         arguments: of `generate`, to be changed.
     """
     arguments["max_new_tokens"] = loop.max_new_tokens or _ENDLESS
-    if (
-        loop.is_new and cache is not None and media_among(unwrapped(model), arguments)
-    ):  # tells that they are new as well
+    if loop.is_new and cache is not None and media_among(unwrapped(model), arguments):
+        # by which it is seen that the images are new as well
         arguments["attention_mask"] = ids.new_ones(1, cache.get_seq_length() + ids.shape[1])
     if cache is None:
         arguments |= {"cache_implementation": CACHE_IMPLEMENTATION, "keep_streams": 0}  # the caller has the cache
