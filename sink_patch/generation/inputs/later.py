@@ -15,15 +15,13 @@ from sink_patch.models.entries import cache_argument
 from sink_patch.models.families.media import media_tokens
 from sink_patch.rules.columns import Columns
 from sink_patch.rules.rows import Row
-from sink_patch.streaming.media.given import check_media, has_coordinates, media_among
+from sink_patch.streaming.media.given import TYPES, check_media, has_coordinates, media_among
 from sink_patch.streaming.media.images import KINDS, Images, digests_by_row, images_among
 from sink_patch.streaming.streams import streams_of
 
 OF_IMAGES = frozenset[str]().union(*(kind.inputs | kind.beside for kind in KINDS))
 _NUMBERS = "batch_num_images"  # of each row
-_KNOWN = (
-    OF_IMAGES | {"attention_mask", "position_ids", "cache_position", "token_type_ids", "mm_token_type_ids"} | {_NUMBERS}
-)
+_KNOWN = OF_IMAGES.union(TYPES, {"attention_mask", "position_ids", "cache_position", _NUMBERS})
 _ALONE = "Give the new tokens alone, with their images and an attention_mask over the whole stream."
 
 
