@@ -79,7 +79,7 @@ def maker_of_positions(model: nn.Module) -> Callable[..., Any] | None:
     """The method that makes positions of several coordinates of a text with images; None: there is none.
 
     It takes ids and mask, [rows, columns], what is told of images, and from 5.0 on the types of the ids; and returns
-    positions [3, rows, columns], which begin at 0 in each row, and something else. Up to 4.51 it is the model's own.
+    positions [3, rows, columns], which begin at 0 in each row, and something else.
     """
     parts: Sequence[Any] = [part for part in model.modules() if hasattr(part, "get_rope_index")]
     return parts[0].get_rope_index if parts else None

@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import nn
 
 from sink_patch.models.entries import CACHE_NAMES
+from sink_patch.streaming.media.given import TYPES
 
 _OF_TEXT = frozenset({"attention_mask", "position_ids", "cache_position", "use_cache", "logits_to_keep", *CACHE_NAMES})
 _OF_GENERATE = frozenset(
     {"tokenizer", "assistant_tokenizer"}
 )  # some versions hand them on; `transformers serve` gives one
-_TYPES = frozenset({"token_type_ids", "mm_token_type_ids"})
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def is_text_of_one_row(
 
 def _says_nothing(name: str, value: Any) -> bool:
     """Whether this argument of the model is as if it had not been given."""
-    if name in _TYPES and isinstance(value, torch.Tensor):
+    if name in TYPES and isinstance(value, torch.Tensor):
         return not value.any()
     if isinstance(value, dict):  # of what encoders have made, by kinds of images
         return all(one is None for one in value.values())

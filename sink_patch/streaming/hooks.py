@@ -23,7 +23,7 @@ from sink_patch.rules.positions import check_of_forward
 from sink_patch.rules.rows import Row
 from sink_patch.streaming.calls.guard import check_given
 from sink_patch.streaming.inputs import accepted, named_arguments, without_columns
-from sink_patch.streaming.media.beginning import check_in_place, replaced_for_images, with_mask
+from sink_patch.streaming.media.beginning import replaced_for_images, with_mask
 from sink_patch.streaming.media.given import check_media
 from sink_patch.streaming.streams import StreamingCache, Streams, streams_of
 
@@ -87,8 +87,7 @@ def _begin(
     if not streams.is_bound_to(module):
         raise UnboundCacheError.elsewhere(repr(cache), type(module).__name__)
     if streams.forward.includes(module, named[name].shape[1]):
-        check_in_place(streams.coordinates, module, named.get("inputs_embeds"))
-        streams.coordinates.note(named.get("position_ids"))
+        streams.coordinates.note(module, named)
         return None  # the model has handed on what it was given
     _check_decoder(streams, module, named.get("position_ids"))
     call = streams.call
@@ -104,7 +103,7 @@ def _begin(
         count = call.read_again(inputs, named.get("attention_mask"), streams.columns)
         named = without_columns(named, inputs, count)
         if media and call.cut is not None:
-            return (), call.cut.begin(module, named)
+            return (), call.cut.begin(module, named, later=streams.columns > 0)
         inputs = named[name]
     return (), _begun(streams, module, named, inputs, bool(media), in_graph)
 

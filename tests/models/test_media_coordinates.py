@@ -240,7 +240,7 @@ def test_positions_that_nobody_has_seen_are_no_guess():
     model = built("qwen2_vl")
     cache, name = streaming(model), cache_name(model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streams_of(cache).coordinates, "note", lambda _: None)
+        patch.setattr(streams_of(cache).coordinates, "note", lambda *_: None)
         with pytest.raises(UnsupportedGenerationError, match="cannot see there at which positions"):
             model(**media.prompt(model, ROWS), **{name: cache})
     assert cache.get_seq_length() == 0

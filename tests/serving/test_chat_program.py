@@ -13,9 +13,9 @@ import torch
 
 from sink_patch import SinkCache
 from tests.support import directory
+from tests.support.chat_program import talk_in_a_terminal
 from tests.support.fresh import environment
 from tests.support.server import ROOT, needs_server, serving
-from tests.support.terminal import Terminal
 
 pytestmark = [pytest.mark.slow, needs_server]
 W, NEW, TURNS = 24, 20, 8
@@ -74,20 +74,6 @@ def replayed(folder: Path) -> list[str]:
 
 
 def test_a_talk_over_many_windows_in_a_terminal(folder, url, tmp_path):
-    program = [sys.executable, "-m", "transformers.cli.transformers", "chat", str(folder), url]
-    asked = ["do_sample=False", f"max_new_tokens={NEW}", "--user", "me", "--system-prompt", SYSTEM]
-    # offline, the program refuses to call even this server
-    terminal = Terminal([*program, *asked], tmp_path, environment(HF_HUB_OFFLINE="0"))
-    for turn in range(TURNS):
-        terminal.wait_for("<me>:", turn + 1)
-        terminal.type(words(turn))
-        terminal.wait_for("Continue generating?", turn + 1)  # the model has no token to end with
-        terminal.type("n")
-    terminal.wait_for("<me>:", TURNS + 1)
-    terminal.type("!save")
-    terminal.wait_for("Chat saved to")
-    terminal.wait_for("<me>:", TURNS + 2)
-    terminal.type("!exit")
-    assert terminal.end() == 0
-    saved = json.loads(next(folder.rglob("chat_*.json")).read_text())["chat_history"]
+    said = [words(turn) for turn in range(TURNS)]
+    saved = talk_in_a_terminal(folder, url, said, tmp_path, f"max_new_tokens={NEW}", "--system-prompt", SYSTEM)
     assert [message["content"] for message in saved if message["role"] == "assistant"] == replayed(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +13,8 @@ import pytest
 
 from sink_patch.compat import installed_shim
 from tests.support import directory
-from tests.support.fresh import environment
+from tests.support.chat_program import talk_in_a_terminal
 from tests.support.server import TIMEOUT, needs_server, serving
-from tests.support.terminal import Terminal
 
 pytestmark = [
     pytest.mark.slow,
@@ -79,21 +77,9 @@ def test_many_clients_and_one_that_goes_away(url):
 
 def test_a_talk_in_a_terminal(folder, url, tmp_path):
     """`transformers chat` streams, and sends the whole talk each time."""
-    program = [sys.executable, "-m", "transformers.cli.transformers", "chat", str(folder), url]
-    # offline, the program refuses to call even this server
-    asked = ["do_sample=False", f"max_new_tokens={NEW}", "--user", "me"]
-    terminal, messages = Terminal([*program, *asked], tmp_path, environment(HF_HUB_OFFLINE="0")), []
+    messages: list[dict[str, str]] = []
     for turn in range(TURNS):
         messages.append({"role": "user", "content": f"w{20 + turn} w{60 - turn}"})
-        terminal.wait_for("<me>:", turn + 1)
-        terminal.type(messages[-1]["content"])
-        terminal.wait_for("Continue generating?", turn + 1)  # the model has no token to end with
-        terminal.type("n")
         messages.append({"role": "assistant", "content": answer(messages)})
-    terminal.wait_for("<me>:", TURNS + 1)
-    terminal.type("!save")
-    terminal.wait_for("Chat saved to")
-    terminal.wait_for("<me>:", TURNS + 2)
-    terminal.type("!exit")
-    assert terminal.end() == 0
-    assert json.loads(next(folder.rglob("chat_*.json")).read_text())["chat_history"] == messages
+    said = [message["content"] for message in messages[::2]]
+    assert talk_in_a_terminal(folder, url, said, tmp_path, f"max_new_tokens={NEW}") == messages

@@ -14,6 +14,7 @@ from sink_patch.errors import SinkArgumentError
 from sink_patch.models.entries import input_device
 from sink_patch.models.families.media import media_tokens
 from sink_patch.streaming.media.given import media_among
+from sink_patch.streaming.media.placing import of_images
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -59,9 +60,9 @@ def inputs_of(model: nn.Module, tokenizer: Any, given: Any, read: int) -> tuple[
 
 def _of_images(model: nn.Module, new: torch.Tensor, written: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """What a chat template returned beside ids; nothing where no image is among the new ids [1, tokens]."""
-    tokens = torch.tensor(sorted(media_tokens(getattr(model, "config", None))), dtype=new.dtype, device=new.device)
+    tokens = media_tokens(getattr(model, "config", None))
     given = media_among(model, written)
-    if not given or (tokens.numel() and not bool(torch.isin(new, tokens).any())):
+    if not given or (tokens and not bool(of_images(new, tokens).any())):
         return {}
     dtype = getattr(model, "dtype", None)
     return {

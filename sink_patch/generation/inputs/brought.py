@@ -22,13 +22,17 @@ class Brought:
         images: of a first prompt; None: they cannot be told apart.
         digests: row by row.
         media: of a later turn, the arguments that hold them.
-        of_call: what tells one call from another; a config may be prepared twice for a call, or used for two.
+        given: the arguments of the call with images, as they were left to the model.
     """
 
     images: Sequence[Images] | None
     digests: Sequence[tuple[str, ...]] = ()
     media: Mapping[str, Any] = field(default_factory=dict)
-    of_call: int = 0
+    given: Sequence[Any] = ()
+
+    def is_of(self, given: Sequence[Any]) -> bool:
+        """Whether these are the arguments of the call: a config may be prepared twice for one, or used for two."""
+        return len(given) == len(self.given) and all(one is two for one, two in zip(given, self.given, strict=True))
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Brought:
         return self  # nothing of it changes, and images are large

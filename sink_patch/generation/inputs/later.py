@@ -16,10 +16,10 @@ from sink_patch.models.families.media import media_tokens
 from sink_patch.rules.columns import Columns
 from sink_patch.rules.rows import Row
 from sink_patch.streaming.media.given import TYPES, check_media, has_coordinates, media_among
-from sink_patch.streaming.media.images import KINDS, Images, digests_by_row, images_among
-from sink_patch.streaming.streams import streams_of
+from sink_patch.streaming.media.images import OF_IMAGES, Images, digests_by_row, images_among, of_kind
+from sink_patch.streaming.media.placing import of_images
+from sink_patch.streaming.streams import Streams, streams_of
 
-OF_IMAGES = frozenset[str]().union(*(kind.inputs | kind.beside for kind in KINDS))
 _NUMBERS = "batch_num_images"  # of each row
 _KNOWN = OF_IMAGES.union(TYPES, {"attention_mask", "position_ids", "cache_position", _NUMBERS})
 _ALONE = "Give the new tokens alone, with their images and an attention_mask over the whole stream."
@@ -36,34 +36,45 @@ def leave_out_read(model: nn.Module, generation_config: Any, model_kwargs: Mutab
         HistoryMismatchError: the first ones of a row are not those that it has read.
     """
     given, cache = media_among(model, model_kwargs), model_kwargs.get(cache_argument(model))
-    before, of_call = noted_on(generation_config), id(model_kwargs.get("input_ids"))
     if not given or getattr(generation_config, "is_assistant", None):
         return
-    if before is not None and before.of_call == of_call:  # Janus prepares the config itself, and `generate` again
-        return
-    streams = streams_of(cache) if isinstance(cache, SinkCache) and cache.get_seq_length() else None
+    before = noted_on(generation_config)
+    if before is not None and before.is_of([model_kwargs[name] for name in given]):
+        return  # Janus prepares the config itself, and `generate` does it again
     check_media(model, model_kwargs, 0)
-    images, ids = images_among(model, model_kwargs), model_kwargs.get("input_ids")
-    if streams is None:
-        note(generation_config, Brought(images, of_call=of_call))
-        return
+    images, new = images_among(model, model_kwargs), None
+    if isinstance(cache, SinkCache) and cache.get_seq_length():
+        images, new = None, _of_later_turn(model, images, streams_of(cache), generation_config, model_kwargs)
+    media = {name: value for name, value in model_kwargs.items() if name in OF_IMAGES and value is not None}
+    left = [model_kwargs[name] for name in media_among(model, model_kwargs)]
+    note(generation_config, Brought(images, new or (), {} if new is None else media, left))
+
+
+def _of_later_turn(
+    model: nn.Module,
+    images: Sequence[Images] | None,
+    streams: Streams,
+    generation_config: Any,
+    model_kwargs: MutableMapping[str, Any],
+) -> Sequence[tuple[str, ...]]:
+    """Leave what was read out of the arguments; returns the digests of what is new, row by row."""
+    given, ids, rows = media_among(model, model_kwargs), model_kwargs.get("input_ids"), streams.rows or ()
     if ids is None:
         raise UnsupportedGenerationError(
             f"{', '.join(given)} was given with a SinkCache that has read {streams.columns} columns, and ids that "
             "were not passed by name, which tell what is new. Call generate(input_ids=..., ...)."
         )
-    columns, rows = columns_of(ids, model_kwargs, streams.columns), streams.rows or ()
+    columns = columns_of(ids, model_kwargs, streams.columns)
     _check_rows(model, generation_config, columns, len(ids), len(rows))
     if columns.is_history:
         new = _not_read(model, images, ids, rows, model_kwargs)
     else:
         new = digests_by_row(images, ids, model.config)
     _check_stand(model, ids[:, ids.shape[1] - columns.new :], given, has_images=any(new))
-    given_now = {name: value for name, value in model_kwargs.items() if name in OF_IMAGES and value is not None}
-    note(generation_config, Brought(None, new, given_now, of_call))
     if has_coordinates(model) and any(new):  # which transformers would make of all ids and the new images
         mask = torch.ones_like(ids) if model_kwargs.get("attention_mask") is None else model_kwargs["attention_mask"]
         model_kwargs["position_ids"] = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+    return new
 
 
 def columns_of(ids: torch.Tensor, model_kwargs: Mapping[str, Any], read: int) -> Columns:
@@ -109,9 +120,9 @@ def _not_read(
     """Leave out what the rows have read; returns the digests of the others, row by row."""
     _check_told(ids, model_kwargs)
     new: list[tuple[str, ...]] = [()] * len(rows)
-    for of_kind in [None] if images is None else images:
-        placed = None if of_kind is None else of_kind.in_rows(ids, model.config)
-        if of_kind is None or placed is None or not all(row.knows_images for row in rows):
+    for some in [None] if images is None else images:
+        placed = None if some is None else some.in_rows(ids, model.config)
+        if some is None or placed is None or not all(row.knows_images for row in rows):
             raise UnsupportedGenerationError(
                 "All images of a history were given with a SinkCache that has read a part of it, and it cannot be said "
                 "which of them it has read: the rows have images of different sizes, or some were read unseen. "
@@ -119,12 +130,12 @@ def _not_read(
             )
         kept = list[int]()
         for number, (row, mine) in enumerate(zip(rows, placed, strict=True)):
-            had = [digest for digest in row.images if digest[0] == of_kind.kind.name[0]]
-            if [of_kind.digests[image] for image in mine[: len(had)]] != had:
+            had = of_kind(row.images, some.kind)
+            if [some.digests[image] for image in mine[: len(had)]] != had:
                 raise HistoryMismatchError.other_images(f"row {number}", len(had), len(mine))
             kept += mine[len(had) :]
-            new[number] += tuple(of_kind.digests[image] for image in mine[len(had) :])
-        for name, value in of_kind.arguments(sorted(kept), len(rows)).items():
+            new[number] += tuple(some.digests[image] for image in mine[len(had) :])
+        for name, value in some.arguments(sorted(kept), len(rows)).items():
             model_kwargs[name] = value
             if value is None:  # a name is enough for some versions to run an encoder
                 del model_kwargs[name]
@@ -166,5 +177,4 @@ def _check_stand(model: nn.Module, new: torch.Tensor, given: Sequence[str], *, h
 
 
 def _stand_for_images(model: nn.Module, ids: torch.Tensor) -> bool:
-    tokens = torch.tensor(sorted(media_tokens(model.config)), dtype=ids.dtype, device=ids.device)
-    return bool(torch.isin(ids, tokens).any())
+    return bool(of_images(ids, media_tokens(model.config)).any())

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sink_patch.compat import installed_shim
-from sink_patch.models.families.media import LEFT, media_of
+from sink_patch.models.families.media import MEDIA, media_of
 from sink_patch.models.families.registry import families
 
 
@@ -97,7 +97,8 @@ def _verdict_on_media(model_type: str) -> Verdict:
         return Verdict(model_type, True, str(media))
     if family is not None and family.refusal is not None:
         return Verdict(model_type, False, family.refusal)
-    return Verdict(model_type, False, LEFT.get(model_type, "not proven with them"))
+    left = MEDIA.get(model_type)
+    return Verdict(model_type, False, (left and left.refusal) or "not proven with them")
 
 
 def _verdict(model_type: str) -> Verdict:

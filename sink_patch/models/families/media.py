@@ -12,7 +12,49 @@ from typing import Any
 
 from sink_patch.compat import installed_shim
 
-_KINDS = ("image", "video", "audio")
+
+@dataclass(frozen=True)
+class Kind:
+    """Images, videos or sounds.
+
+    Args:
+        name: in the settings of the ids that stand for them.
+        words: for people.
+        inputs: arguments of which one holds them, one after the other; the first is the usual one.
+        beside: arguments that tell something of each.
+        grids: the one among these that tells of how many patches each of them is, where they are patches.
+    """
+
+    name: str
+    words: str
+    inputs: tuple[str, ...]
+    beside: frozenset[str]
+    grids: str = ""
+
+
+KINDS = (
+    Kind(
+        "image",
+        "images",
+        ("pixel_values", "pixel_values_images", "image_pixel_values"),
+        frozenset({"image_sizes", "image_grid_thw", "image_merge_sizes", "spatial_shapes"})
+        | frozenset({"pixel_attention_mask", "pixel_mask", "image_attention_mask", "high_res_pixel_values"}),
+        "image_grid_thw",
+    ),
+    Kind(
+        "video",
+        "videos",
+        ("pixel_values_videos",),
+        frozenset({"video_grid_thw", "video_merge_sizes", "second_per_grid_ts"}),
+        "video_grid_thw",
+    ),
+    Kind(
+        "audio",
+        "sounds",
+        ("input_features", "input_values"),
+        frozenset({"feature_attention_mask", "input_features_mask", "padding_mask"}),
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -24,23 +66,17 @@ class Media:
         both_ways: whether an image sees itself in both directions, by masks that the model makes of a whole prompt.
         coordinates: whether positions have several coordinates (M-RoPE), which the model makes of a whole prompt.
         by_rows: whether images are given row by row, [rows, images, ...], zeros where there are none.
+        refusal: why it is not served with them; None: it is.
     """
 
     inputs: frozenset[str]
     both_ways: bool = False
     coordinates: bool = False
     by_rows: bool = False
+    refusal: str | None = None
 
     def __str__(self) -> str:
-        kinds = {
-            "pixel_values": "images",
-            "pixel_values_images": "images",
-            "image_pixel_values": "images",
-            "pixel_values_videos": "videos",
-            "input_features": "sounds",
-            "input_values": "sounds",
-        }
-        words = dict.fromkeys(word for name, word in kinds.items() if name in self.inputs)
+        words = [kind.words for kind in KINDS if self.inputs.intersection(kind.inputs)]
         how = " and ".join(words) + " are columns like any others"
         if self.both_ways:
             how += ", and see themselves in both directions"
@@ -53,6 +89,10 @@ _SOUNDS, _WAVES = "input_features", "input_values"
 
 def _each(model_types: str, inputs: str, **more: Any) -> Iterable[tuple[str, Media]]:
     return [(name, Media(frozenset(inputs.split()), **more)) for name in model_types.split()]
+
+
+def _left(reason: str, model_types: str) -> Iterable[tuple[str, Media]]:
+    return _each(model_types, "", refusal=reason)
 
 
 MEDIA: dict[str, Media] = dict(
@@ -75,16 +115,6 @@ MEDIA: dict[str, Media] = dict(
         *_each("qwen3_vl qwen3_vl_moe glm4v glm4v_moe glm46v glmga glm_ocr paddleocr_vl", _IMAGES, coordinates=True),
         *_each("qwen3_5 qwen3_5_moe cosmos3_omni cosmos3_edge cohere_compass minicpmv4_7", _IMAGES, coordinates=True),
         *_each("qwen2_5_omni_thinker qwen3_omni_moe_thinker", _IMAGES, coordinates=True),
-    ]
-)
-
-
-def _left(reason: str, model_types: str) -> Iterable[tuple[str, str]]:
-    return [(name, reason) for name in model_types.split()]
-
-
-LEFT: dict[str, str] = dict(
-    [
         *_left("it is an encoder-decoder model", "florence2 pix2struct pp_formulanet t5gemma2 udop"),
         *_left("it is an encoder-decoder model", "vision-encoder-decoder"),
         *_left("it attends to the image beside the text, in every forward", "idefics evolla"),
@@ -98,18 +128,19 @@ LEFT: dict[str, str] = dict(
         *_left("its encoder is of timm, and not proven", "fast_vlm perception_lm"),
     ]
 )
-"""Why some are not served with images or sounds; of all others nobody has proven it."""
+"""Of the others that see or hear nobody has proven it."""
 
 
 def media_of(config: Any) -> Media | None:
     """How a model with this config takes images and sounds; None: not known, or not in this transformers."""
     model_type = getattr(config, "model_type", None)
-    return None if model_type in installed_shim().no_media.split() else MEDIA.get(str(model_type))
+    media = None if model_type in installed_shim().no_media.split() else MEDIA.get(str(model_type))
+    return None if media is None or media.refusal is not None else media
 
 
-def media_tokens(config: Any, kinds: Iterable[str] = _KINDS) -> frozenset[int]:
+def media_tokens(config: Any, kinds: Iterable[Kind] = KINDS) -> frozenset[int]:
     """The ids that stand for columns of images, videos and sounds, or of some of these."""
-    names = [f"{kind}_token_{end}" for kind in kinds for end in ("id", "index")]
+    names = [f"{kind.name}_token_{end}" for kind in kinds for end in ("id", "index")]
     parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))]
     found = (getattr(part, name, None) for part in parts for name in names)
     return frozenset(token for token in found if isinstance(token, int))

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.models.families.media import media_tokens
 from sink_patch.streaming.inputs import Call
 from sink_patch.streaming.media.coordinates import Coordinates
@@ -45,8 +44,9 @@ def replaced_for_images(
             return {}
         if has_coordinates(module):
             return {"position_ids": coordinates.expect(named.get("position_ids"))}
-    if read and sees_both_ways(module):  # types by columns of the stream, of which some have left
-        return {name: None for name in TYPES if named.get(name) is not None}  # here is text alone
+    types = [name for name in TYPES if named.get(name) is not None] if read else ()
+    if types and sees_both_ways(module):  # by columns of the stream, of which some have left; here is text alone
+        return dict.fromkeys(types)
     return {}
 
 
@@ -62,29 +62,6 @@ def with_mask(
     if not has_coordinates(module) or replaced.get("attention_mask") is not None:
         return dict(replaced)
     return {**replaced, "attention_mask": torch.ones_like(inputs)}
-
-
-def check_in_place(coordinates: Coordinates, decoder: nn.Module, inputs_embeds: Any) -> None:
-    """Refuse a later turn whose images the model leaves out, as one may that puts those of a first prompt in alone.
-
-    Args:
-        coordinates: of the forward.
-        decoder: of the model, which is called now.
-        inputs_embeds: what it is given, [rows, columns, dim]; None: ids, among which it puts images itself.
-
-    Raises:
-        UnsupportedGenerationError: as it says.
-    """
-    ids, of_image, coordinates.to_be_placed = coordinates.to_be_placed, coordinates.of_image, None
-    if ids is None or of_image is None or not isinstance(inputs_embeds, torch.Tensor) or not bool(of_image.any()):
-        return
-    table: Any = decoder
-    words = table.get_input_embeddings()(ids)  # [rows, columns, dim]
-    if bool((inputs_embeds == words)[of_image].all()):
-        raise UnsupportedGenerationError(
-            "Images were given in a later turn of a SinkCache, and in this transformers the model puts images into its "
-            "first prompt alone. Upgrade transformers, or give the whole text to a new SinkCache."
-        )
 
 
 def _brought(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from sink_patch.arguments import Sizes
 from sink_patch.compat.models import maker_of_positions
 from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.rules.rows import Row
+from sink_patch.streaming.media.placing import check_in_place, of_images
 from sink_patch.streaming.media.told import Digests, noted, placed, with_images
 from sink_patch.streaming.steps import Step
 
@@ -33,18 +34,21 @@ class Coordinates:
     def forget(self) -> None:
         """Another forward begins."""
         self.columns: int | None = None  # of a forward with images
-        self.of_image: torch.Tensor | None = None  # [rows, columns]
+        self._of_image: torch.Tensor | None = None  # [rows, columns]
         self._are_several = False  # whether positions of it have several coordinates
         self._noted: torch.Tensor | None = None  # [coordinates, rows, columns]
         self._made: torch.Tensor | None = None  # of a later turn, [coordinates, rows, columns], from 0 on
         self._brought: Digests = ()  # digests of the images of it, row by row
-        self._in_place_of = 0
-        self.to_be_placed: torch.Tensor | None = (
-            None  # ids of a later turn, [rows, columns], until the decoder is called
-        )
+        self._in_place_of, self._tokens = 0, frozenset[int]()
+        self._later: torch.Tensor | None = None  # ids of a later turn, [rows, columns], until the decoder is called
 
     def look_for(
-        self, ids: torch.Tensor, tokens: Iterable[int], brought: Digests = (), in_place_of: int = 0, later: bool = False
+        self,
+        ids: torch.Tensor,
+        tokens: frozenset[int],
+        brought: Digests = (),
+        in_place_of: int = 0,
+        later: bool = False,
     ) -> None:
         """A forward with images begins.
 
@@ -55,8 +59,9 @@ class Coordinates:
             in_place_of: how many of those noted last they take the place of.
             later: whether it is one of a later turn.
         """
-        self._brought, self._in_place_of, self.to_be_placed = brought, in_place_of, ids if later else None
-        self.of_image = torch.isin(ids, torch.tensor(sorted(tokens), dtype=ids.dtype, device=ids.device))
+        self._brought, self._in_place_of, self._later = brought, in_place_of, ids if later else None
+        self._tokens = tokens
+        self._of_image = of_images(ids, tokens)
 
     def expect(self, given: Any) -> torch.Tensor | None:
         """Its positions have several coordinates.
@@ -116,13 +121,18 @@ class Coordinates:
             )
         return {"position_ids": position_ids}
 
-    def note(self, position_ids: Any) -> None:
-        """The decoder is called with these, [coordinates, rows, columns]; a fourth one, the first, counts tokens.
+    def note(self, decoder: nn.Module, named: Mapping[str, Any]) -> None:
+        """The decoder is called, with position_ids [coordinates, rows, columns]; a fourth, the first, counts tokens.
 
         Raises:
-            UnsupportedGenerationError: there are none of several coordinates.
+            UnsupportedGenerationError: there are none of several coordinates, or the images of a later turn are not
+                among its embeddings.
         """
-        if self.of_image is None or not self._are_several:
+        if self._later is not None:
+            check_in_place(decoder, self._later, self._tokens, named.get("inputs_embeds"))
+            self._later = None
+        position_ids = named.get("position_ids")
+        if self._of_image is None or not self._are_several:
             return
         if not isinstance(position_ids, torch.Tensor) or position_ids.ndim != 3 or position_ids.shape[0] not in (3, 4):
             shape = list(position_ids.shape) if isinstance(position_ids, torch.Tensor) else None
@@ -131,7 +141,7 @@ class Coordinates:
                 f"shape {shape}, not of three coordinates. Pass all that the processor returns (image_grid_thw and "
                 "mm_token_type_ids among it), or use another cache."
             )
-        self._noted = position_ids[-3:].expand(3, *self.of_image.shape)
+        self._noted = position_ids[-3:].expand(3, *self._of_image.shape)
 
     def told(self, rows: Sequence[Row], new: Sequence[int], sizes: Sizes, horizon: int) -> list[Row]:
         """The rows when the forward has ended, which know where their images stand.
@@ -145,11 +155,11 @@ class Coordinates:
             UnsupportedGenerationError: the decoder was called in a graph, where nobody could look; or a video among
                 the sinks goes so far that text behind it would come to the horizon, however the clock is set.
         """
-        if self.of_image is None:
+        if self._of_image is None:
             return list(rows)
         if self._brought:
             rows = noted(rows, self._brought, self._in_place_of)
-        of_image = self.of_image.cpu()
+        of_image = self._of_image.cpu()
         if not self._are_several:
             self.forget()
             return [with_images(row, found) for row, found in zip(rows, of_image, strict=True)]

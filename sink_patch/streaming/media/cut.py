@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.models.families.media import media_tokens
 from sink_patch.rules.media import pieces
+from sink_patch.streaming.media.placing import check_in_place, of_images
 
 
 class Cut:
@@ -29,8 +30,8 @@ class Cut:
     def __init__(self, size: int):
         self._size = size
         self._ids: torch.Tensor | None = None  # of the prompt, [rows, columns], once its forward has begun
-        self.tokens: Sequence[int] = ()
-        self.ahead, self.is_fed = 0, False
+        self.tokens = frozenset[int]()
+        self.ahead, self.is_fed, self._is_later = 0, False, False
         self._piece: torch.Tensor | None = None  # ids of the piece that goes in, [rows, columns]
 
     @property
@@ -38,9 +39,9 @@ class Cut:
         """Whether what is called next is the decoder."""
         return self._ids is not None or self._piece is not None
 
-    def begin(self, module: nn.Module, named: Mapping[str, Any]) -> dict[str, Any]:
-        """The forward of the whole prompt begins: what the model receives."""
-        self._ids, self.tokens = named["input_ids"], sorted(media_tokens(module.config))
+    def begin(self, module: nn.Module, named: Mapping[str, Any], *, later: bool) -> dict[str, Any]:
+        """The forward of the whole prompt begins, maybe one of a later turn: what the model receives."""
+        self._ids, self.tokens, self._is_later = named["input_ids"], media_tokens(module.config), later
         return dict(named)
 
     def feed_ahead(self, decoder: nn.Module, named: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -50,9 +51,12 @@ class Cut:
             The ids of the columns that are to go in now, [rows, columns], and the arguments of the decoder for them.
 
         Raises:
-            UnsupportedGenerationError: the model gives its decoder something by columns that is not known.
+            UnsupportedGenerationError: the model gives its decoder something by columns that is not known, or has left
+                the images of a later turn out.
         """
         if self._piece is None and self._ids is not None:
+            if self._is_later:
+                check_in_place(decoder, self._ids, self.tokens, named.get("inputs_embeds"))
             *ahead, last = list(self._split(self._ids, named))
             self._ids, self.ahead = None, len(ahead)
             for self._piece, part in ahead:
@@ -64,7 +68,7 @@ class Cut:
 
     def _split(self, ids: torch.Tensor, named: Mapping[str, Any]) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
         _check_lists(named)
-        of_image = torch.isin(ids, torch.tensor(self.tokens, dtype=ids.dtype, device=ids.device))  # [rows, columns]
+        of_image = of_images(ids, self.tokens)  # [rows, columns]
         joined = (of_image[:, 1:] & of_image[:, :-1]).any(dim=0).tolist()
         for first, end in pieces([False, *joined], self._size):
             yield ids[:, first:end], {name: _cut(name, value, ids, first, end) for name, value in named.items()}

@@ -10,20 +10,16 @@ from torch import nn
 
 from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.models.entries import decoder_of, text_config
-from sink_patch.models.families.media import media_of, media_tokens
+from sink_patch.models.families.media import KINDS, media_of, media_tokens
 
-_OTHER_INPUTS = {
-    *("pixel_values", "pixel_values_videos", "pixel_values_images", "input_features", "input_values"),
-    *("audio_values", "mm_encoder_outputs"),
-}
-"""Of models that declare nothing."""
+_ENCODED = "mm_encoder_outputs"
+_INPUTS = frozenset(name for kind in KINDS for name in kind.inputs) | {"audio_values", _ENCODED}
+"""Also of models that declare nothing."""
 _OF_TEXT = frozenset(
     {"inputs_embeds", "attention_mask", "position_ids", "second_per_grid_ts"}
 )  # numbers that are no images
-_ENCODED = "mm_encoder_outputs"
 _OF_PROMPT = "image_hidden_states"  # of the images of a prompt, which some versions hand on with each token behind it
-_BY_KIND = {"image": "pixel_values", "video": "pixel_values_videos", "audio": "input_features"}
-_GRIDS = ("image_grid_thw", "video_grid_thw")
+_USUAL = {kind.name: kind.inputs[0] for kind in KINDS}
 TYPES = ("token_type_ids", "mm_token_type_ids")
 _INSTEAD = "Leave them out, or use another cache."
 
@@ -38,7 +34,7 @@ def media_among(module: nn.Module, named: Mapping[str, Any]) -> Sequence[str]:
     return [
         name
         for name, value in named.items()
-        if (name in _OTHER_INPUTS and _is_given(value)) or (many and name not in _OF_TEXT and _has_numbers(value))
+        if (name in _INPUTS and _is_given(value)) or (many and name not in _OF_TEXT and _has_numbers(value))
     ]
 
 
@@ -112,7 +108,7 @@ def _check_places(module: nn.Module, named: Mapping[str, Any], read: int) -> Non
     if not has_coordinates(module):
         return
     positions = named.get("position_ids")
-    told = [name for name in _GRIDS if named.get(name) is not None]
+    told = [kind.grids for kind in KINDS if named.get(kind.grids) is not None]
     if isinstance(positions, torch.Tensor) and positions.ndim > 2 and not _are_equal(positions[-3:]):
         told.append("position_ids of several coordinates")
     if told:
@@ -176,7 +172,7 @@ def _meant(name: str, value: Any) -> frozenset[str]:
     """The arguments that one stands for: what encoders have made of images stands for those."""
     if name != _ENCODED or not isinstance(value, dict):
         return frozenset({name})
-    return frozenset(_BY_KIND.get(str(kind), str(kind)) for kind, made in value.items() if _is_given(made))
+    return frozenset(_USUAL.get(str(kind), str(kind)) for kind, made in value.items() if _is_given(made))
 
 
 def _has_parts(config: Any) -> bool:

@@ -18,50 +18,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from sink_patch.models.families.media import media_of, media_tokens
+from sink_patch.models.families.media import KINDS, Kind, media_of, media_tokens
 from sink_patch.rules.media import images_of_rows
 from sink_patch.streaming.media.given import media_among
+from sink_patch.streaming.media.placing import of_images
 
 UNKNOWN = ""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Images, videos or sounds.
-
-    Args:
-        name: in the settings of the ids that stand for them.
-        inputs: arguments of which one holds them, one after the other.
-        beside: arguments that tell something of each.
-        grids: the one among these that tells of how many patches each of them is, where they are patches.
-    """
-
-    name: str
-    inputs: frozenset[str]
-    beside: frozenset[str]
-    grids: str = ""
-
-
-KINDS = (
-    Kind(
-        "image",
-        frozenset({"pixel_values", "pixel_values_images", "image_pixel_values"}),
-        frozenset({"image_sizes", "image_grid_thw", "image_merge_sizes", "spatial_shapes"})
-        | frozenset({"pixel_attention_mask", "pixel_mask", "image_attention_mask", "high_res_pixel_values"}),
-        "image_grid_thw",
-    ),
-    Kind(
-        "video",
-        frozenset({"pixel_values_videos"}),
-        frozenset({"video_grid_thw", "video_merge_sizes", "second_per_grid_ts"}),
-        "video_grid_thw",
-    ),
-    Kind(
-        "audio",
-        frozenset({"input_features", "input_values"}),
-        frozenset({"feature_attention_mask", "input_features_mask", "padding_mask"}),
-    ),
-)
+"""In place of the digests of images that were read and cannot be told apart."""
+OF_IMAGES = frozenset(name for kind in KINDS for name in (*kind.inputs, *kind.beside))
+"""All arguments that hold images, or tell something of each."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +57,8 @@ class Images:
             beside = [parts for name, parts in self.parts.items() if name in self.kind.beside]
             if not all(torch.equal(parts[0], part) for parts in beside for part in parts):
                 return None
-        named = torch.tensor(sorted(media_tokens(config, [self.kind.name])), dtype=ids.dtype, device=ids.device)
-        found = images_of_rows(torch.isin(ids, named).sum(dim=1).tolist(), self.sizes)
+        columns = of_images(ids, media_tokens(config, [self.kind])).sum(dim=1)  # [rows]
+        found = images_of_rows(columns.tolist(), self.sizes)
         return None if found is None else [list(images) for images in found]
 
     def arguments(self, kept: Sequence[int], rows: int) -> dict[str, Any]:
@@ -120,13 +85,13 @@ def images_among(model: nn.Module, named: Mapping[str, Any]) -> list[Images] | N
         given |= {name: torch.as_tensor(value) for name, value in lists.items()}
     except (TypeError, ValueError):  # lists of tensors, or of lists of different length
         return None
-    found = [_of_kind(model, kind, given) for kind in KINDS if kind.inputs & given.keys()]
+    found = [_of_kind(model, kind, given) for kind in KINDS if given.keys() & set(kind.inputs)]
     known = {name for images in found if images is not None for name in images.parts}
     return None if None in found or not known.issuperset(media_among(model, named)) else [x for x in found if x]
 
 
 def _of_kind(model: nn.Module, kind: Kind, given: Mapping[str, torch.Tensor]) -> Images | None:
-    held = {name: value for name, value in given.items() if name in kind.inputs | kind.beside}
+    held = {name: value for name, value in given.items() if name in kind.inputs or name in kind.beside}
     media = media_of(getattr(model, "config", None))
     if media is not None and media.by_rows:
         return _of_rows(kind, held)
@@ -163,8 +128,18 @@ def _digests(kind: Kind, parts: Mapping[str, Sequence[torch.Tensor]]) -> list[st
             content = _trimmed(image.detach().cpu())
             digest.update(f"{name} {content.dtype} {list(content.shape)} ".encode())
             digest.update(content.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        found.append(kind.name[0] + digest.hexdigest())
+        found.append(_mark(kind) + digest.hexdigest())
     return found
+
+
+def of_kind(digests: Sequence[str], kind: Kind) -> list[str]:
+    """Those among digests that are of images of one kind."""
+    return [digest for digest in digests if digest.startswith(_mark(kind))]
+
+
+def _mark(kind: Kind) -> str:
+    """How the digests of a kind begin."""
+    return kind.name[0]
 
 
 def _trimmed(image: torch.Tensor) -> torch.Tensor:
