@@ -150,6 +150,7 @@ class Shim:
         quirks: families that behave differently here.
         batching: the places on which sinks in continuous batching build; none where it takes no sinks.
         no_media: model types, in words, that take no images and sounds here, though they do in other versions.
+        first_media: those that put images into the first prompt of a cache alone.
     """
 
     versions: SpecifierSet
@@ -168,6 +169,7 @@ class Shim:
     quirks: tuple[Quirk, ...] = field(default=())
     batching: tuple[Place, ...] = field(default=())
     no_media: str = ""
+    first_media: str = ""
 
     def own_cache_of(self, model_type: str) -> str | None:
         """`own_cache` of the causal language model of a `model_type`, whose class is imported for that."""

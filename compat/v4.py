@@ -34,6 +34,7 @@ _GEMMA3N = Quirk(
 _FALCON_H1 = Quirk("falcon_h1", refusal=caches.OWN)  # which is not said to `generate` in 4.53 alone
 _NO_MEDIA = "glm4v_moe"  # its mask is made from three coordinates, and fails
 _NO_MEDIA_452 = "qwen2_vl qwen2_5_vl mistral3"  # decoders are not given images in their places; two rotary modules
+_FIRST_MEDIA = "idefics2 idefics3"
 _CUT_MASKS = Quirk(
     "gemma2 gemma3 gemma3_text cohere2",
     whole_prompts="On transformers 4.52 this model cuts masks of sliding windows right for whole prompts and single "
@@ -172,6 +173,7 @@ SHIMS = (
         explicit_masks=False,
         traced_by=_TRACED_BY,
         quirks=(_PHIMOE, _GEMMA3N, _FALCON_H1),
+        first_media=_FIRST_MEDIA,
     ),
     # models build their masks themselves, caches hold lists, `cache_config` becomes a class
     Shim(
@@ -190,5 +192,6 @@ SHIMS = (
         traced_by=_TRACED_BY,
         quirks=(_PHIMOE, _CUT_MASKS),
         no_media=_NO_MEDIA_452,
+        first_media=_FIRST_MEDIA,
     ),
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import nn
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.generation.inputs.brought import brought
 from sink_patch.generation.inputs.later import check_is_text
-from sink_patch.generation.inputs.pieces import PieceInputs, split_ahead, stream_length
+from sink_patch.generation.inputs.pieces import PieceInputs, split_ahead, stream_length, tell_of_pieces
 from sink_patch.generation.turns import Turn
 from sink_patch.kept.calls import KeptCall
 from sink_patch.models.entries import input_device
@@ -23,10 +22,6 @@ from sink_patch.streaming.inputs import Call
 from sink_patch.streaming.media.cut import Cut
 from sink_patch.streaming.media.given import check_cut, media_among, without_media
 from sink_patch.streaming.streams import streams_of
-
-logger = logging.getLogger("sink_patch")
-
-_has_told = False
 
 
 class Prompt:
@@ -105,17 +100,36 @@ class Prompt:
             drafting: leave the last token alone to transformers, whatever the pieces are: it is followed by drafts.
             kept: a copy of its cache is made in between, if it wants one.
         """
-        cut = None
+        ahead = 0 if kept is None or not self._media else kept.columns_ahead
         if self._media:  # its pieces are cut where images are in their places
-            cut = None if self._piece_size is None else Cut(self._piece_size)
             self._feed_text_before()
         else:
             self._feed_ahead(drafting, kept)
-        self._streams.call = Call(self.columns, drafting, cut, self._brought.digests, self._brought.media)
         try:
+            if kept is not None and ahead:
+                self._feed_images_ahead(ahead)
+                kept.copy_before_answer()
+                self._streams.call = Call(self.columns, drafting, without_images=True)
+            else:
+                self._streams.call = self._call_with_images(self.columns, drafting)
             yield
         finally:
             self._streams.call = None
+
+    def _call_with_images(self, columns: Columns, drafting: bool = False) -> Call:
+        cut = Cut(self._piece_size) if self._media and self._piece_size is not None else None
+        return Call(columns, drafting, cut, self._brought.digests, self._brought.media)
+
+    def _feed_images_ahead(self, ahead: int) -> None:
+        """So many of the new columns, all images among them: what is behind them is text."""
+        new, read = self.columns.new, self.columns.read
+        first, end = self._inputs[:, self._inputs.shape[1] - new :][:, :ahead], read + ahead
+        self._streams.call = self._call_with_images(Columns(read, ahead, end))
+        inputs = self._piece_inputs.of(first, read)
+        positions = self._positions
+        if isinstance(positions, torch.Tensor) and positions.ndim > 2:  # of several coordinates, for all columns
+            inputs["position_ids"] = positions[..., positions.shape[-1] - new :][..., :ahead]
+        self._model(**inputs)
 
     def _feed_ahead(self, drafting: bool, kept: KeptCall | None) -> None:
         unread, new = self._parts(self._inputs[:, self._inputs.shape[1] - self.columns.new :])
@@ -180,16 +194,5 @@ class Prompt:
         if asked is not None or self._streams.planner.fits_in_one_forward(self._streams.rows or (), self.columns.new):
             return asked
         size = self._cache.window_length - self._cache.num_sink_tokens
-        _tell_of_pieces(self.columns.stream, size)
+        tell_of_pieces(self.columns.stream, size)
         return size
-
-
-def _tell_of_pieces(length: int, size: int) -> None:
-    global _has_told
-    if not _has_told:
-        _has_told = True
-        logger.info(
-            "A prompt of %d tokens is longer than the model's context: it goes into the sink cache in pieces of %d.",
-            length,
-            size,
-        )

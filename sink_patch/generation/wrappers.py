@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import nn
 
 from sink_patch.arguments import CACHE_IMPLEMENTATION, CUSTOM_GENERATE, Settings
@@ -24,8 +23,9 @@ from sink_patch.compat import installed_shim
 from sink_patch.compat.shim import Role
 from sink_patch.generation import compiled, drafts, refusals
 from sink_patch.generation.endless.loop import Loop
-from sink_patch.generation.inputs import later, system
-from sink_patch.generation.inputs.prepared import keep_cache, prepare_inputs
+from sink_patch.generation.inputs import system
+from sink_patch.generation.inputs.kept import callers_cache, leave_out_and_check
+from sink_patch.generation.inputs.prepared import initial_cache_position, keep_cache, prepare_inputs
 from sink_patch.generation.prompt import Prompt
 from sink_patch.generation.request import Request
 from sink_patch.kept.calls import KeptCall, note
@@ -33,7 +33,6 @@ from sink_patch.models.claims import read_claim
 from sink_patch.models.entries import cache_argument, unwrapped
 from sink_patch.models.examine import examine
 from sink_patch.streaming.calls.guard import guarded
-from sink_patch.streaming.streams import streams_of
 
 Wrapped = Callable[..., Any]
 
@@ -60,13 +59,12 @@ def prepare_generation_config(
     generation_config, model_kwargs = wrapped(*bound.args, **bound.kwargs)
     if instance.generation_config is not own:  # some versions make it anew, from the model's config
         request = Request.read(asked_for, passed, instance.generation_config)
-    cache = model_kwargs.get(cache_argument(instance))
+    cache = callers_cache(instance, generation_config, model_kwargs)
     if generation_config.cache_implementation != CACHE_IMPLEMENTATION and not isinstance(cache, SinkCache):
         refusals.check_no_sizes(request, generation_config.cache_implementation)
         return generation_config, model_kwargs
     refusals.note_positions(generation_config, model_kwargs)
-    later.leave_out_read(instance, generation_config, model_kwargs)
-    refusals.check_call(instance, request, generation_config, model_kwargs)
+    leave_out_and_check(instance, request, generation_config, model_kwargs)
     if isinstance(cache, SinkCache):
         refusals.check_own_cache(cache, request, model_kwargs)
         check_holds_nothing(cache, unwrapped(instance))
@@ -101,7 +99,8 @@ def prepare_cache(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], 
         facts = examine(unwrapped(instance), rows)
     if is_made_here:
         settings = Settings(**generation_config.cache_config)
-        cache = SinkCache(**asdict(settings.sizes()))
+        if cache is None:  # else it is a copy of one that was kept
+            cache = SinkCache(**asdict(settings.sizes()))
         note(generation_config, settings.keep_streams)
     bind(cache, unwrapped(instance), facts)
     if is_made_here:
@@ -171,19 +170,6 @@ def compiled_call(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], 
     """Around `get_compiled_call`: what it returns begins the forward over a sink cache first."""
     compiled.drop_graph_of_another(instance)
     return functools.partial(compiled.decode, instance, wrapped(*args, **kwargs))
-
-
-def initial_cache_position(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Around `_get_initial_cache_position`, which takes new tokens alone for a history."""
-    given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-    model_kwargs = given["model_kwargs"]
-    cache = model_kwargs.get(cache_argument(instance))
-    call = streams_of(cache).call if isinstance(cache, SinkCache) else None
-    if call is None or call.columns.is_history or given["seq_length"] != call.columns.given:
-        return wrapped(*args, **kwargs)
-    stream = call.columns.stream
-    model_kwargs["cache_position"] = torch.arange(stream - call.columns.given, stream, device=given["device"])
-    return model_kwargs
 
 
 WRAPPERS: dict[Role, Callable[..., Any]] = {

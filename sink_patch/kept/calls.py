@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from sink_patch.cache.sink_cache import SinkCache
-from sink_patch.kept.entry import MARGIN, KeptStream, copy_to_go_on, history_of
-from sink_patch.kept.prompts import TextPrompt, is_text_of_one_row
-from sink_patch.kept.sameness import Digest, settings_of, weights_of
-from sink_patch.kept.store import Found, store
+from sink_patch.kept.begun import Begun, noted_on
+from sink_patch.kept.entry import MARGIN, KeptStream, history_of
+from sink_patch.kept.sameness import settings_of
+from sink_patch.kept.store import store
 from sink_patch.models.entries import unwrapped
 from sink_patch.streaming.forward import Phase
+from sink_patch.streaming.media.given import sees_both_ways
 from sink_patch.streaming.streams import streams_of
 
 _FEW = 256
@@ -34,32 +35,22 @@ class KeptCall:
 
     Args:
         model: of transformers, unwrapped.
-        weights, settings: of it, now.
-        prompt: of the call.
-        found: the kept stream with which it goes on; None: with an empty cache, `fresh`.
+        begun: the prompt, what the model is now, and what was found. With images that was before encoders ran.
+        fresh: an empty cache, with which the call goes on if nothing was found.
+        most: tokens that the stream will have read when the call ends, at most.
         keep: how many streams of the model are kept.
         is_returned: whether the caller of `generate` gets the cache, so that what is kept must be another one.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        weights: Digest,
-        settings: Digest,
-        prompt: TextPrompt,
-        found: Found | None,
-        fresh: SinkCache,
-        keep: int,
-        is_returned: bool,
-    ):
-        self._model, self._weights, self._settings, self._prompt = model, weights, settings, prompt
-        self._found, self._keep, self._is_returned = found, keep, is_returned
-        self._read = 0 if found is None else found.tokens
-        self.cache = fresh if found is None else copy_to_go_on(found.cache, found.tokens, prompt.padding)
+    def __init__(self, model: nn.Module, begun: Begun, fresh: SinkCache, most: int, keep: int, *, is_returned: bool):
+        self._model, self._begun, self._prompt, self._found = model, begun, begun.prompt, begun.found
+        self._most, self._keep, self._is_returned = most, keep, is_returned
+        self._read = 0 if self._found is None else self._found.tokens
+        self.cache = fresh if begun.cache is None else begun.cache
         self._before: SinkCache | None = None
-        if found is not None and self._needs_copy:
+        if self._found is not None and self._needs_copy:
             if self._is_whole:
-                self._before = found.cache
+                self._before = self._found.cache
             elif not self.columns_ahead:
                 self._before = self.cache.clone()
 
@@ -81,27 +72,31 @@ class KeptCall:
         keep: int = vars(generation_config).pop(_COUNT, 0)
         if getattr(generation_config, "is_assistant", None):  # its config is a copy of that of its target
             return None
-        if not keep or not is_text_of_one_row(instance, input_ids, generation_config, model_kwargs):
+        if not keep or streams_of(fresh).facts.one_by_one is not None:  # it could not go on with many tokens at once
             return None
-        if streams_of(fresh).facts.one_by_one is not None:  # it could not go on with many tokens at once
+        noted = noted_on(generation_config)
+        if noted is not None:
+            begun = noted.at_prompt(instance)
+        else:
+            begun = Begun.of_text(instance, input_ids, generation_config, model_kwargs, fresh.sizes)
+        if begun is None:
             return None
-        prompt = TextPrompt.read(input_ids, generation_config, model_kwargs.get("attention_mask"))
-        model = unwrapped(instance)
-        settings = settings_of(model)
-        weights = None if settings is None else weights_of(model)
-        if prompt is None or settings is None or weights is None:
-            return None
-        found = store.find(model, weights, settings, fresh.sizes, prompt.text)
+        most = max(generation_config.max_length, input_ids.shape[1]) - begun.prompt.padding
         is_returned = bool(generation_config.return_dict_in_generate)
-        return cls(model, weights, settings, prompt, found, fresh, keep, is_returned)
+        return cls(unwrapped(instance), begun, fresh, most, keep, is_returned=is_returned)
 
     @functools.cached_property
     def columns_ahead(self) -> int:
-        """How many of the columns that are new go in before the copy is made; 0: no copy is made."""
-        new = len(self._prompt.text) - self._read
+        """How many of the columns that are new go in before the copy is made, all images among them; 0: none is made.
+
+        A prompt whose images see themselves in both directions is one to its model, and goes in at once.
+        """
+        new, images = len(self._prompt.text) - self._read, self._prompt.images_end - self._read
         if new <= MARGIN or not self._needs_copy or (new <= _FEW and self._begins_at_end):
             return 0
-        return new - MARGIN + (0 if self._read else self._prompt.padding)
+        if images == new or (images > 0 and sees_both_ways(self._model)):
+            return 0
+        return max(new - MARGIN, images) + (0 if self._read else self._prompt.padding)
 
     def copy_before_answer(self) -> None:
         """Copy the cache, whose newest tokens may be overwritten soon."""
@@ -129,22 +124,22 @@ class KeptCall:
         rows = streams.history.rows
         if streams.forward.phase is Phase.BROKEN or not rows or rows[0].seen <= self._read:
             return
-        if settings_of(self._model) != self._settings:
+        if settings_of(self._model) != self._begun.settings:
             return
         ended = self.cache.clone() if self._is_returned else self.cache
         is_shared = self._found is not None and self._before is self._found.cache
         entry = KeptStream(
             self.cache.sizes,
-            self._settings,
+            self._begun.settings,
             len(self._prompt.text),
             ended,
             self._before,
             begins_at_end=is_shared and self._begins_at_end,
         )
-        store.put(self._model, self._weights, entry, self._keep, self._replaced() if has_ended else None)
+        store.put(self._model, self._begun.weights, entry, self._keep, self._replaced() if has_ended else None)
 
     def _replaced(self) -> KeptStream | None:
-        if self._found is None or not self._found.entry.is_continued_by(self._prompt.text, self._found.cache):
+        if self._found is None or not self._found.entry.is_continued_by(self._prompt, self._found.cache):
             return None
         return self._found.entry
 
@@ -159,11 +154,11 @@ class KeptCall:
         if self._found is None or not self._is_whole:
             return False
         entry, cache = self._found.entry, self._found.cache
-        is_other = entry.begins_at_end and not entry.is_continued_by(self._prompt.text, cache)
+        is_other = entry.begins_at_end and not entry.is_continued_by(self._prompt, cache)
         return cache is entry.ended or is_other
 
     @property
     def _needs_copy(self) -> bool:
         """Whether what is read before the answer may be overwritten in this call."""
         streams = streams_of(self.cache)
-        return streams.facts.has_states or self._prompt.most > streams.store.slots.fewest
+        return streams.facts.has_states or self._most > streams.store.slots.fewest

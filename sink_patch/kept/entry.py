@@ -11,7 +11,9 @@ from sink_patch.arguments import Sizes
 from sink_patch.cache.packing import attributes, tensors_in
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.history.rows import RowHistory
+from sink_patch.kept.prompts import TextPrompt
 from sink_patch.kept.sameness import Digest
+from sink_patch.streaming.media.images import UNKNOWN
 from sink_patch.streaming.streams import streams_of
 
 MARGIN = 16
@@ -61,21 +63,24 @@ class KeptStream:
     def is_same_as(self, other: KeptStream) -> bool:
         """Whether both have read the same text in the same way, so that one of them is enough."""
         mine, theirs = (
-            (one.sizes, one.settings, one.prompt, history_of(one.ended), one.before is None) for one in (self, other)
+            (one.sizes, one.settings, one.prompt, history_of(one.ended), images_of(one.ended), one.before is None)
+            for one in (self, other)
         )
         return mine == theirs
 
-    def is_continued_by(self, text: array[int], went_on_in: SinkCache) -> bool:
-        """Whether a text is this talk, some turns later, so that this entry is not needed any more.
+    def is_continued_by(self, prompt: TextPrompt, went_on_in: SinkCache) -> bool:
+        """Whether a prompt is this talk, some turns later, so that this entry is not needed any more.
 
         Args:
-            text: ids of a prompt that went on in one of the caches.
+            prompt: that went on in one of the caches.
             went_on_in: which one. In `before`: a longer text that holds the old prompt, or the end of the old answer
                 (thoughts are stripped from its beginning); others are branches of the talk.
         """
+        text, read = prompt.text, history_of(self.ended)
+        if not prompt.begins_with(images_of(self.ended)):
+            return False
         if went_on_in is self.ended and is_whole_beginning(self.ended, text):
             return True
-        read = history_of(self.ended)
         same = read.common(text)
         if same >= self.prompt:
             return len(text) > self.prompt
@@ -90,21 +95,35 @@ def history_of(cache: SinkCache) -> RowHistory:
     return rows[0] if rows else RowHistory()
 
 
+def images_of(cache: SinkCache) -> tuple[str, ...]:
+    """Digests of the images that it has read; one that is of no image where it is not known which they were."""
+    rows = streams_of(cache).rows
+    return () if not rows else rows[0].images if rows[0].knows_images else (UNKNOWN,)
+
+
 def is_whole_beginning(cache: SinkCache, text: array[int]) -> bool:
     """Whether a text begins with all that a cache has read, and goes on."""
     read = history_of(cache)
     return read.seen < len(text) and read.difference(text) is None
 
 
-def tokens_to_use(cache: SinkCache, text: array[int]) -> int:
-    """How many of the first tokens of a text need not be read again, if a call goes on in a copy of this cache.
+def tokens_to_use(entry: KeptStream, cache: SinkCache, prompt: TextPrompt) -> int:
+    """How many of the first tokens of a prompt need not be read again, if a call goes on in a copy of this cache.
 
-    All that the cache has read, or less of it where the newest tokens can be taken back; 0: the text has another
-    beginning, or its beginning cannot be got at any more. At least one token of the text is left to be read.
+    All that the cache has read, or less of it where the newest tokens can be taken back; 0: the prompt has another
+    beginning, or its beginning cannot be got at any more. At least one token of it is left to be read. An answer that
+    says what stands for an image has been read as words: a prompt with an image there has another beginning.
+
+    Args:
+        cache: one of the two of the entry.
     """
-    read, streams = history_of(cache), streams_of(cache)
+    read, streams, text = history_of(cache), streams_of(cache), prompt.text
+    if not prompt.begins_with(images_of(cache)):
+        return 0
     same = min(read.common(text), len(text) - 1)
     back = read.seen - same
+    if prompt.stand and not prompt.stand.isdisjoint(text[entry.prompt : same]):
+        return 0
     if back == 0:
         return same
     if same < MARGIN or back > len(read.newest) or streams.facts.has_states or not streams.rows:

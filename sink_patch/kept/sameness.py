@@ -29,6 +29,7 @@ _PLAIN = frozenset({bool, int, float, str, type(None)})
 _MOST_ITEMS = 16  # of a list or dict that counts as a setting
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _OF_ANY_MODULE = frozenset(vars(nn.Module())) - {"training"}
+_OF_THE_NEWEST_CALL = frozenset({"rope_deltas"})  # where its images stood, for the model's own positions
 
 Digest = bytes
 
@@ -70,7 +71,8 @@ def settings_of(model: nn.Module) -> Digest | None:
 
 def _plain(held: dict[str, Any]) -> list[tuple[str, Any]]:
     """Those attributes that are settings."""
-    return [(name, value) for name, value in held.items() if name not in _OF_ANY_MODULE and _is_setting(value)]
+    others = _OF_ANY_MODULE | _OF_THE_NEWEST_CALL
+    return [(name, value) for name, value in held.items() if name not in others and _is_setting(value)]
 
 
 def _is_setting(value: Any) -> bool:

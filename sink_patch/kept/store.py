@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +13,7 @@ from torch import nn
 from sink_patch.arguments import Sizes
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.kept.entry import KeptStream, bytes_of, tokens_to_use
+from sink_patch.kept.prompts import TextPrompt
 from sink_patch.kept.sameness import Digest
 
 LIMIT = 4 * 2**30
@@ -50,14 +50,16 @@ class Store:
         self._clock = itertools.count()
         self._limit = limit
 
-    def find(self, model: nn.Module, weights: Digest, settings: Digest, sizes: Sizes, text: array[int]) -> Found | None:
-        """The kept stream with which a text goes on farthest; it counts as used.
+    def find(
+        self, model: nn.Module, weights: Digest, settings: Digest, sizes: Sizes, prompt: TextPrompt
+    ) -> Found | None:
+        """The kept stream with which a prompt goes on farthest; it counts as used.
 
         Args:
             model: of transformers, unwrapped.
             weights, settings: of the model as it is now.
             sizes: of the cache that is asked for.
-            text: ids of the whole prompt.
+            prompt: the whole of it.
         """
         best: Found | None = None
         with self._lock:
@@ -66,7 +68,7 @@ class Store:
             if entry.sizes != sizes or entry.settings != settings:
                 continue
             for cache in entry.caches:
-                tokens = tokens_to_use(cache, text)
+                tokens = tokens_to_use(entry, cache, prompt)
                 if tokens > (best.tokens if best else 0):
                     best = Found(entry, cache, tokens)
         with self._lock:

@@ -15,7 +15,7 @@ from sink_patch.compat import installed_shim
 from sink_patch.models.facts import ModelFacts
 from sink_patch.rules.columns import Columns
 from sink_patch.streaming.media.cut import Cut
-from sink_patch.streaming.media.given import media_among
+from sink_patch.streaming.media.given import media_among, without_media
 from sink_patch.streaming.media.images import UNKNOWN
 from sink_patch.streaming.steps import Step
 
@@ -34,6 +34,7 @@ class Call:
             prompt alone, and some to encoders alone.
         cut: how the first forward goes in by pieces, whose images are in place when the decoder is called; None: not
             by itself.
+        without_images: whether all images of the call are in, as what stands before its last tokens has gone in.
     """
 
     columns: Columns
@@ -41,6 +42,7 @@ class Call:
     cut: Cut | None = None
     images: Sequence[tuple[str, ...]] = ()
     media: Mapping[str, Any] = field(default_factory=dict)
+    without_images: bool = False
     _has_begun: bool = False
 
     def is_past_prompt(self, read: int) -> bool:
@@ -48,7 +50,9 @@ class Call:
         return read >= self.columns.stream
 
     def with_media(self, module: nn.Module, named: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a forward, the first one of the call with all of its images."""
+        """The arguments of a forward, the first one of the call with all of its images that are not in."""
+        if self.without_images and not self._has_begun:
+            return dict(without_media(module, named))
         if self._has_begun or not self.media or media_among(module, named):
             return named
         missing = {name: value for name, value in self.media.items() if named.get(name) is None}

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 import sink_patch
 from sink_patch import SinkArgumentError, SinkCache
-from sink_patch.generation import prompt as prompt_module
+from sink_patch.generation.inputs import pieces
 from tests.support.oracle import relative_error, visible_tokens
 from tests.support.tiny import tiny, tokens
 
@@ -230,7 +230,7 @@ def test_embeddings_may_be_the_prompt(model):
 
 
 def test_a_prompt_longer_than_the_context_is_fed_in_pieces_and_logged_once(model, caplog, monkeypatch):
-    monkeypatch.setattr(prompt_module, "_has_told", False)
+    monkeypatch.setattr(pieces, "_has_told", False)
     prompt = tokens(200)  # the context has 64 positions
     sink = {"cache_implementation": "sink", "window_length": W, "num_sink_tokens": S, "new": 1, "output_logits": True}
     with caplog.at_level(logging.INFO, logger="sink_patch"):

@@ -82,12 +82,11 @@ def test_arguments_of_a_models_own_go_the_plain_way():
 
 
 def test_padding_within_a_prompt_is_not_kept():
-    config = GenerationConfig(max_length=20)
     mask = torch.tensor([[0, 0, 1, 1, 1]])
-    read = TextPrompt.read(torch.tensor([[0, 0, 5, 6, 7]]), config, mask)
-    assert (list(read.text), read.padding, read.most) == ([5, 6, 7], 2, 18)
+    read = TextPrompt.read(torch.tensor([[0, 0, 5, 6, 7]]), mask)
+    assert (list(read.text), read.padding) == ([5, 6, 7], 2)
     for other in ([[1, 0, 1, 1, 1]], [[0, 0, 0, 0, 0]], [[1, 1, 1]]):
-        assert TextPrompt.read(torch.tensor([[0, 0, 5, 6, 7]]), config, torch.tensor(other)) is None
+        assert TextPrompt.read(torch.tensor([[0, 0, 5, 6, 7]]), torch.tensor(other)) is None
 
 
 def test_what_is_returned_is_the_callers_own():

@@ -16,12 +16,11 @@ from sink_patch.models.families.media import media_tokens
 from sink_patch.rules.columns import Columns
 from sink_patch.rules.rows import Row
 from sink_patch.streaming.media.given import TYPES, check_media, has_coordinates, media_among
-from sink_patch.streaming.media.images import OF_IMAGES, Images, digests_by_row, images_among, of_kind
+from sink_patch.streaming.media.images import NUMBERS, OF_IMAGES, Images, digests_by_row, images_among, of_kind
 from sink_patch.streaming.media.placing import of_images
 from sink_patch.streaming.streams import Streams, streams_of
 
-_NUMBERS = "batch_num_images"  # of each row
-_KNOWN = OF_IMAGES.union(TYPES, {"attention_mask", "position_ids", "cache_position", _NUMBERS})
+_KNOWN = OF_IMAGES.union(TYPES, {"attention_mask", "position_ids", "cache_position", NUMBERS})
 _ALONE = "Give the new tokens alone, with their images and an attention_mask over the whole stream."
 
 
@@ -139,10 +138,10 @@ def _not_read(
             model_kwargs[name] = value
             if value is None:  # a name is enough for some versions to run an encoder
                 del model_kwargs[name]
-    if _NUMBERS in model_kwargs and any(new):
-        model_kwargs[_NUMBERS] = model_kwargs[_NUMBERS].new_tensor([len(one) for one in new])  # [rows]
-    elif _NUMBERS in model_kwargs:
-        del model_kwargs[_NUMBERS]
+    if NUMBERS in model_kwargs and any(new):
+        model_kwargs[NUMBERS] = model_kwargs[NUMBERS].new_tensor([len(one) for one in new])  # [rows]
+    elif NUMBERS in model_kwargs:
+        del model_kwargs[NUMBERS]
     return new
 
 

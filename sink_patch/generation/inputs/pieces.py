@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,9 @@ from sink_patch.compat import models as transformers_models
 from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.models.entries import CACHE_NAMES
 
+logger = logging.getLogger("sink_patch")
+
+_has_told = False
 _MADE_HERE = frozenset({"attention_mask", "position_ids", "inputs_embeds", "cache_position", *CACHE_NAMES})
 
 _AT_ONCE = (
@@ -141,3 +145,15 @@ def _goes_by_columns(value: Any, rows: int, lengths: tuple[int, ...]) -> bool:
     """Whether this is a tensor [rows, columns, ...]."""
     is_tensor = isinstance(value, torch.Tensor) and value.ndim > 1
     return is_tensor and value.shape[0] == rows and value.shape[1] in lengths
+
+
+def tell_of_pieces(length: int, size: int) -> None:
+    """Say once that a prompt goes in by pieces of its own accord."""
+    global _has_told
+    if not _has_told:
+        _has_told = True
+        logger.info(
+            "A prompt of %d tokens is longer than the model's context: it goes into the sink cache in pieces of %d.",
+            length,
+            size,
+        )

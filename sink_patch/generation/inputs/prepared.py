@@ -1,4 +1,4 @@
-"""What the wrappers around `prepare_inputs_for_generation` do, which makes the inputs of each forward of a call."""
+"""What the wrappers around the methods do that make the inputs of each forward of a call, or tell where they stand."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.models.entries import cache_argument
 from sink_patch.streaming.calls import guard
+from sink_patch.streaming.streams import streams_of
 
 
 def prepare_inputs(
@@ -35,3 +37,18 @@ def keep_cache(wrapped: Callable[..., Any], instance: nn.Module, args: tuple[Any
         return wrapped(*args, **kwargs)
     others: dict[str, Any] = given.pop("kwargs", {})
     return GenerationMixin.prepare_inputs_for_generation(instance, **given, **others)
+
+
+def initial_cache_position(
+    wrapped: Callable[..., Any], instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Around `_get_initial_cache_position`, which takes new tokens alone for a history."""
+    given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    model_kwargs = given["model_kwargs"]
+    cache = model_kwargs.get(cache_argument(instance))
+    call = streams_of(cache).call if isinstance(cache, SinkCache) else None
+    if call is None or call.columns.is_history or given["seq_length"] != call.columns.given:
+        return wrapped(*args, **kwargs)
+    stream = call.columns.stream
+    model_kwargs["cache_position"] = torch.arange(stream - call.columns.given, stream, device=given["device"])
+    return model_kwargs

@@ -68,9 +68,7 @@ def with_system(
         or not (settings := Settings(**config.cache_config)).keeps_system
     ):
         return cache
-    bos = config.bos_token_id
-    firsts = bos if isinstance(bos, Sequence) else [bos]
-    number = _number_of_sinks(_rows(given["input_ids"], model_kwargs.get("attention_mask")), settings, firsts)
+    number = _number_of_sinks(given["input_ids"], model_kwargs, settings, config)
     if number == cache.num_sink_tokens:
         return cache
     if number >= settings.window_length:
@@ -86,6 +84,20 @@ def with_system(
     return made
 
 
+def sizes_of_call(
+    settings: Settings, ids: torch.Tensor, model_kwargs: Mapping[str, Any], generation_config: Any
+) -> Sizes | None:
+    """Of the cache that a call asks for with ids [rows, columns]; None: it leaves no room, which `with_system` refuses.
+
+    Raises:
+        SinkArgumentError: the system messages of the rows are not of one length.
+    """
+    if not settings.keeps_system:
+        return settings.sizes()
+    number = _number_of_sinks(ids, model_kwargs, settings, generation_config)
+    return None if number >= settings.window_length else settings.sizes(number)
+
+
 def _rows(ids: torch.Tensor, mask: Any) -> list[list[int]]:
     """The tokens of each row of ids [rows, columns], without padding."""
     if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape:
@@ -96,7 +108,12 @@ def _rows(ids: torch.Tensor, mask: Any) -> list[list[int]]:
     ]
 
 
-def _number_of_sinks(rows: Sequence[Sequence[int]], settings: Settings, firsts: Sequence[int | None]) -> int:
+def _number_of_sinks(
+    ids: torch.Tensor, model_kwargs: Mapping[str, Any], settings: Settings, generation_config: Any
+) -> int:
+    bos = generation_config.bos_token_id
+    firsts = bos if isinstance(bos, Sequence) else [bos]
+    rows = _rows(ids, model_kwargs.get("attention_mask"))
     lengths = [_length_of_system(row, settings, firsts) for row in rows]
     numbers = [Sizes.num_sink_tokens if length is None else length for length in lengths]
     if len(set(numbers)) > 1:

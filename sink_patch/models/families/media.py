@@ -144,3 +144,11 @@ def media_tokens(config: Any, kinds: Iterable[Kind] = KINDS) -> frozenset[int]:
     parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))]
     found = (getattr(part, name, None) for part in parts for name in names)
     return frozenset(token for token in found if isinstance(token, int))
+
+
+_OF_WHOLE_PROMPTS = frozenset({"paligemma", "molmo2"})
+
+
+def prompt_is_one(config: Any) -> bool:
+    """Whether images, or all of a prompt, see what stands behind them in it: read with less behind, they are others."""
+    return getattr(config, "model_type", None) in _OF_WHOLE_PROMPTS

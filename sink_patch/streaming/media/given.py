@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sink_patch.compat import installed_shim
 from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.models.entries import decoder_of, text_config
 from sink_patch.models.families.media import KINDS, media_of, media_tokens
@@ -94,7 +95,8 @@ def _check_later(module: nn.Module, given: Sequence[str], read: int) -> None:
             f"{asked}a stream of a model in which an image sees itself in both directions takes images in its first "
             "prompt alone. Give the whole text to a new SinkCache, or use another cache."
         )
-    if not _puts_images_in_place(module):
+    model_type = getattr(module.config, "model_type", None)
+    if not _puts_images_in_place(module) or model_type in installed_shim().first_media.split():
         raise UnsupportedGenerationError(
             f"{asked}in this transformers nothing tells whether it puts images of a later turn in their place. Upgrade "
             "transformers, give the whole text to a new SinkCache, or use another cache."

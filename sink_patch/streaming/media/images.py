@@ -27,6 +27,8 @@ UNKNOWN = ""
 """In place of the digests of images that were read and cannot be told apart."""
 OF_IMAGES = frozenset(name for kind in KINDS for name in (*kind.inputs, *kind.beside))
 """All arguments that hold images, or tell something of each."""
+NUMBERS = "batch_num_images"
+"""The argument that tells how many images each row has, [rows]."""
 
 
 @dataclass(frozen=True)
