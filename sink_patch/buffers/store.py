@@ -99,7 +99,7 @@ class LayerStore:
         self.note_kinds()
 
     def move_to_front(self, before: Sequence[Row], after: Sequence[Row]) -> None:
-        """Bring tokens to the slots that they have once whole messages have left the rows."""
+        """Bring tokens to the slots that they have once whole messages or images have left the rows."""
         for layer in self.sink_layers:
             layer.move_to_front(*([layer.kind.count(row) for row in rows] for rows in (before, after)))
 

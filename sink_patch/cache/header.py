@@ -38,15 +38,14 @@ class RowRecord(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=T
     places: tuple[tuple[Count, Count, bool], ...] = ()
     sink_end: Count = 0
     images_end: Count = 0
+    spans: tuple[tuple[Count, Count], ...] = ()
     images: tuple[Annotated[str, Meta(pattern=r"^([a-z][0-9a-f]{32})?\Z")], ...] = ()
 
     def __post_init__(self) -> None:
-        firsts = [first for first, _, _ in self.places]
-        if firsts != sorted(set(firsts)) or any(first > self.seen for first in firsts):
-            raise ValueError(f"places={self.places} of seen={self.seen} tokens")
-        if max(self.base, self.recallable, self.dropped, self.searched, self.images_end) > self.seen:
-            left = f"dropped={self.dropped}, searched={self.searched} and images_end={self.images_end}"
-            raise ValueError(f"base={self.base} and recallable={self.recallable}, {left}, of seen={self.seen} tokens")
+        firsts, borders = [place[0] for place in self.places], [border for span in self.spans for border in span]
+        most = max(self.base, self.recallable, self.dropped, self.searched, self.images_end, *firsts, *borders)
+        if firsts != sorted(set(firsts)) or borders != sorted(borders) or most > self.seen:
+            raise ValueError(f"base={self.base} beside seen={self.seen} in {self}")
 
 
 class KindRecord(Struct, frozen=True, forbid_unknown_fields=True):
@@ -159,7 +158,8 @@ class Header(Preamble, frozen=True, omit_defaults=True):
             raise ValueError(f"window_length={self.window_length} beside num_sink_tokens={self.num_sink_tokens}")
         most = max((row.seen for row in self.rows or ()), default=0)
         left = [row for row in self.rows or () if row.dropped]
-        if any(row.dropped + self.num_sink_tokens > row.seen for row in left) or (left and self.evict == TOKENS):
+        odd = [row for row in left if self.evict == TOKENS and not (row.images_end or row.places)]
+        if odd or any(row.dropped + self.num_sink_tokens > row.seen for row in left):
             raise ValueError(f"evict={self.evict!r} and num_sink_tokens={self.num_sink_tokens} beside {left[0]}")
         if self.evict != TOKENS and self.rows is not None and self.history is None:
             raise ValueError(f"evict={self.evict!r} without the ids that were read")

@@ -1,4 +1,4 @@
-"""Whole messages leave a full window (`evict="turns"`), found by the ids that the rows have read."""
+"""What leaves a full window as a whole: messages (`evict="turns"`), found by their ids, and images, which rows know."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from sink_patch.history.beginnings import first_beginning
 from sink_patch.history.record import History
 from sink_patch.history.rows import RowHistory
 from sink_patch.rules.kinds import LayerKind
+from sink_patch.rules.media import behind_image
 from sink_patch.rules.rows import Row
 from sink_patch.rules.turns import beginnings, needs_room, seen_by_sliding_windows
 
 
 class Leaving:
-    """Makes room for a forward by letting the oldest messages of a row leave, as few as will do.
+    """Makes room for a forward by letting the oldest messages of a row leave, as few as will do, or an image.
 
-    Ids wait on the device, and to look at them is to wait for it. So that is done where room is needed only: once for
-    what leaves; in each forward where one message is longer than the window, and single tokens leave.
+    An image leaves when its first token would, unless it leaves with its message. Ids wait on the device, and to look
+    at them is to wait for it. So that is done where messages make room only: once for what leaves; in each forward
+    where one message is longer than the window, and single tokens leave.
 
     Args:
         sizes: of the cache.
@@ -54,7 +56,7 @@ class Leaving:
         *,
         recalled: int,
     ) -> Sequence[Row]:
-        """The rows once messages have left them for a forward; the same object where all stay.
+        """The rows once messages, or images, have left them for a forward; the same object where all stay.
 
         One mask serves all rows. So in a batch with sliding windows as many tokens stay as those see.
 
@@ -65,22 +67,37 @@ class Leaving:
             kinds: of the layers.
             recalled: how many of the newest tokens must be held when it is over, as they may be taken back.
         """
-        if self._sizes.evict != TURNS or not any(map(self._needs_room, rows, new)):
+        by_turns = self._sizes.evict == TURNS
+        if not (by_turns or any(row.spans for row in rows)) or not any(map(self._needs_room, rows, new)):
             return rows
-        texts, ids, changed = self._history.rows or (), inputs.tolist(), list(rows)
-        for number, (row, count, text) in enumerate(zip(rows, new, texts, strict=True)):
-            if self._needs_room(row, count):
-                seen = seen_by_sliding_windows(row, kinds) if len(rows) > 1 else 0
-                stay = max(recalled, seen + count - self._sizes.num_sink_tokens)
-                changed[number] = self._without_messages(row, text, ids[number][-count:], stay)
+        ids, changed = inputs.tolist() if by_turns else [], list(rows)
+        for number, (row, count) in enumerate(zip(rows, new, strict=True)):
+            if not self._needs_room(row, count):
+                continue
+            stay = seen_by_sliding_windows(row, kinds) + count - self._sizes.num_sink_tokens if len(rows) > 1 else 0
+            if by_turns:
+                text = (self._history.rows or ())[number]
+                row = self._without_messages(row, text, ids[number][-count:], max(recalled, stay))  # noqa: PLW2901
+            changed[number] = self._without_image(row, count, stay) if row.dropped == rows[number].dropped else row
         return changed if changed != list(rows) else rows
 
     def _needs_room(self, row: Row, new: int) -> bool:
         return needs_room(row, new, self._sizes.window_length)
 
+    def _where(self, row: Row, new: int, stay: int) -> range:
+        return beginnings(row, new, self._sizes.window_length, self._sizes.num_sink_tokens, stay)
+
+    def _without_image(self, row: Row, new: int, stay: int) -> Row:
+        """Without the rest of the image of which the first token leaves. No image is taken back, so none need stay."""
+        sinks, where = self._sizes.num_sink_tokens, self._where(row, new, stay)
+        start = behind_image(row.spans, where, sinks, self._sizes.window_length - sinks)
+        spans = tuple(span for span in row.spans if span[1] > (start or where.start))
+        row = row if len(spans) == len(row.spans) else replace(row, spans=spans)
+        return row if start is None else row.beginning_at(start, sinks)
+
     def _without_messages(self, row: Row, text: RowHistory, new: list[int], stay: int) -> Row:
         known = text.marks[-1].tokens  # where `newest` begins
-        where = beginnings(row, len(new), self._sizes.window_length, self._sizes.num_sink_tokens, stay)
+        where = self._where(row, len(new), stay)
         behind = self._longest - 1  # tokens that may be missing to a run that has begun
         where = range(max(where.start, known, row.searched - behind), where.stop)
         if not where:
@@ -90,7 +107,7 @@ class Leaving:
         if place is None:
             self._tell_if_none(text, new)
             return replace(row, searched=min(where.stop + behind, row.seen))
-        return row.from_message(where.start + place, self._sizes.num_sink_tokens)
+        return row.beginning_at(where.start + place, self._sizes.num_sink_tokens)
 
     def _tell_if_none(self, text: RowHistory, new: list[int]) -> None:
         """Warn once where turn_start is in nothing that is known of a row: it may be of another template."""

@@ -128,7 +128,8 @@ def tokens_to_use(entry: KeptStream, cache: SinkCache, prompt: TextPrompt) -> in
         return same
     if same < MARGIN or back > len(read.newest) or streams.facts.has_states or not streams.rows:
         return 0
-    return same if streams.rows[0].can_lose(back, cache.num_sink_tokens) else 0
+    row = streams.rows[0]  # messages and images that have left it for what is taken back would be missing
+    return same if not row.dropped and row.can_lose(back, cache.num_sink_tokens) else 0
 
 
 def copy_to_go_on(cache: SinkCache, tokens: int, padding: int) -> SinkCache:

@@ -37,8 +37,8 @@ class LayerKind:
     def count(self, row: Row | RowPlan) -> int:
         """Tokens that a row has seen, as these layers count them, where the first S are the sinks.
 
-        What has left in whole messages does not count, but in a sliding window shorter than the cache's, which keeps
-        its own.
+        What has left in whole messages or images does not count, but in a sliding window shorter than the cache's,
+        which keeps its own.
         """
         return row.seen if self.local else row.seen - row.dropped
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 Place = tuple[int, int, bool]  # (first index, its position, whether each token that follows has a position of its own)
+Span = tuple[int, int]  # (first index, index behind the last one) of an image
 
 
 def pieces(joined: Sequence[bool], size: int) -> list[tuple[int, int]]:
@@ -43,6 +44,32 @@ def pieces(joined: Sequence[bool], size: int) -> list[tuple[int, int]]:
         found.append((first, end))
         first = end
     return found
+
+
+def spans_of(of_image: Sequence[bool], seen: int) -> tuple[Span, ...]:
+    """The images among tokens of a row, of which `seen` came before; those that touch each other are one."""
+    borders = [False, *of_image, False]
+    changes = [seen + place for place in range(len(borders) - 1) if borders[place] != borders[place + 1]]
+    return tuple(zip(changes[::2], changes[1::2], strict=True))
+
+
+def behind_image(spans: Sequence[Span], where: range, num_sink_tokens: int, longest: int) -> int | None:
+    """Where a window begins that would begin within an image, whose first tokens have left: behind it.
+
+    An image that begins among the sinks is none, nor one longer than the ring. With 2 sinks, a ring of 6 and an image
+    of 4 tokens from 5 on, a window that would begin at 6, 7 or 8 begins at 9; one that begins at 5 holds the image.
+
+    Args:
+        where: the first index that fits into the window, and those at which it may begin.
+        longest: tokens of the ring.
+
+    Returns:
+        None: it begins where it would.
+    """
+    for first, end in spans:
+        if num_sink_tokens <= first < where.start < end <= first + longest and end in where:
+            return end
+    return None
 
 
 def position_of(places: Sequence[Place], index: int) -> int:

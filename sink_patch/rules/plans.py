@@ -18,7 +18,7 @@ class RowPlan:
 
     `past` cached tokens are visible in a layer with sinks; sink s is shown at absolute position s + `shift`; the ring's
     keys are first turned back by `turn` positions, which makes the clock's base `base`. `dropped` tokens have left in
-    whole messages (`Row`); `lag` is how far positions lie behind indices.
+    whole messages or images (`Row`); `lag` is how far positions lie behind indices.
     """
 
     seen: int
@@ -53,7 +53,7 @@ def plan_row(row: Row, new: int, window_length: int, num_sink_tokens: int, horiz
     3. A full window and few new tokens: room is made first, so that W tokens are visible in all.
     4. More new tokens than the ring holds: the sinks and the new tokens.
 
-    Where whole messages have left, tokens count from there on: "n" is without those.
+    Where whole messages or images have left, tokens count from there on: "n" is without those.
     Where the newest RoPE position would reach `horizon`, the clock is set back so that the cache starts at 0 again.
     """
     past, shift = _visible(row.seen - row.dropped, new, window_length, num_sink_tokens)

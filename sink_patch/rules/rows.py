@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from sink_patch.rules.media import Place, position_of
+from sink_patch.rules.media import Place, Span, position_of
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,16 @@ class Row:
         seen: tokens of the stream so far, padding not counted.
         base: how far the RoPE clock has been set back: a token's position is its absolute index minus `base`.
         recallable: how many of the newest tokens can be taken back although tokens have left the window for them.
-        complete: whether nothing was overwritten since the last message left, so that any number of tokens behind the
-            sinks can be taken back.
-        dropped: tokens behind the sinks that have left in whole messages. What came behind them has moved to the front
-            of the ring, so that there the row is as one that has read so many tokens fewer.
+        complete: whether nothing was overwritten since the last message or image left, so that any number of tokens
+            behind the sinks can be taken back.
+        dropped: tokens behind the sinks that have left in whole messages or images. What came behind them has moved to
+            the front of the ring, so that there the row is as one that has read so many tokens fewer.
         searched: how many of the first tokens were looked through for a message that may become the first one behind
             the sinks, without finding one. 0 once tokens were taken back, as the next forward may be a shorter one.
         places: where positions are not indices, as images have saved some (rules/media.py); none: they are.
         sink_end: the largest coordinate of any sink in an image, plus 1; 0: there is none.
         images_end: index of the token behind the last image, where positions are indices; 0: there is none.
+        spans: its images that may still be in the window, oldest first.
         images: digests of the images that it has read, in their order; "" for some that nobody has seen.
 
     With a window of 4 and 2 spare slots, 3 tokens leave a row complete; 7 tokens do not, and the newest 2 of them can
@@ -51,6 +52,7 @@ class Row:
     places: tuple[Place, ...] = ()
     sink_end: int = 0
     images_end: int = 0
+    spans: tuple[Span, ...] = ()
     images: tuple[str, ...] = ()
 
     @property
@@ -82,7 +84,7 @@ class Row:
         return replace(self, recallable=recallable, complete=self.stays_complete(new, slots), searched=0)
 
     def can_lose(self, count: int, num_sink_tokens: int) -> bool:
-        """Whether the newest `count` tokens can be taken back. Messages that have left do not come back."""
+        """Whether the newest `count` tokens can be taken back. What has left as a whole does not come back."""
         held = self.seen - self.dropped - num_sink_tokens if self.dropped else self.seen
         # images do not come back, in parts or as the ids that stand for them
         held = min(held, self.seen - max(self.images_end, self.places[-1][0] if self.places else 0))
@@ -95,11 +97,11 @@ class Row:
         recallable = max(0, self.recallable - count)
         return replace(self, seen=seen, base=base, recallable=recallable, searched=0)
 
-    def from_message(self, start: int, num_sink_tokens: int) -> Row:
-        """The row when all between the sinks and the message that begins at `start` have left."""
+    def beginning_at(self, start: int, num_sink_tokens: int) -> Row:
+        """The row when all between the sinks and the token at `start` have left, in whole messages or images."""
         return replace(self, complete=True, dropped=start - num_sink_tokens)
 
     def stays_complete(self, new: int, slots: Slots) -> bool:
-        """Whether `new` more tokens leave it complete; no message leaves a sliding window of its own."""
+        """Whether `new` more tokens leave it complete; none leaves a sliding window of its own as a whole."""
         held = self.seen if slots.local else self.seen - self.dropped
         return self.complete and held + new <= slots.fewest

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import torch
 
-from sink_patch.arguments import TURNS, Sizes
+from sink_patch.arguments import Sizes
 from sink_patch.errors import CacheStateError, SinkArgumentError, UnboundCacheError
 from sink_patch.rules.turns import seen_by_sliding_windows
 from sink_patch.streaming.streams import StreamingCache, Streams
@@ -136,12 +136,12 @@ def _check_tensors(ours: Streams, theirs: Streams) -> None:
 def _check_messages(ours: Streams, theirs: Streams) -> None:
     """One mask serves all rows, so where there are sliding windows each row must hold what those see (leaving.py)."""
     rows = [*(ours.rows or ()), *(theirs.rows or ())]
-    if ours.sizes.evict != TURNS or not theirs.rows or len(rows) == 1:
+    if not any(row.dropped for row in rows) or not theirs.rows or len(rows) == 1:
         return
     missing = [seen_by_sliding_windows(row, ours.store.kinds) - (row.seen - row.dropped) for row in rows]
     if max(missing) > 0:
         raise CacheStateError(
-            f"These caches cannot be joined yet: messages have left row {missing.index(max(missing))} of them (counted "
-            f"through both), and it holds {max(missing)} tokens fewer than the sliding windows of this model see. Feed "
-            "that row so many tokens first."
+            f"These caches cannot be joined yet: messages or images have left row {missing.index(max(missing))} of "
+            f"them (counted through both), and it holds {max(missing)} tokens fewer than the sliding windows of this "
+            "model see. Feed that row so many tokens first."
         )

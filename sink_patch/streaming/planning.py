@@ -74,8 +74,9 @@ class Planner:
         plans = [made[key] for key in zip(held, new, strict=True)]
         self._check_positions(plan.first_position + plan.new for plan in plans)
         if fed and columns > 1:
-            # of sliding windows no message leaves
-            self._check_one_by_one(max(plan.seen if plan.dropped else plan.past for plan in plans), columns)
+            # of sliding windows no message leaves, and no image
+            seen = [min(plan.seen, window_length) if plan.dropped else plan.past for plan in plans]
+            self._check_one_by_one(max(seen), columns)
         return plans
 
     def fits_in_one_forward(self, held: Sequence[Row], columns: int) -> bool:

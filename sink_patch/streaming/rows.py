@@ -181,7 +181,7 @@ class Rows:
 
     def _let_leave(self, rows: Sequence[Row]) -> None:
         """Bring what has not left to the front of the rings; the rows are then `rows`."""
-        with self.forward.broken_unless_finished("Messages could not be taken out of this cache to the end."):
+        with self.forward.broken_unless_finished("Messages or images could not be taken out of this cache to the end."):
             self.store.move_to_front(self.rows or (), rows)
         self.rows = list(rows)
 

@@ -13,7 +13,7 @@ from sink_patch.streaming.streams import streams_of
 from tests.models.test_media import ASKED, BIG, ROWS, SMALL, S, W, built, schedule, streaming
 from tests.support import media
 from tests.support.media.naive import PlacedCache, Places
-from tests.support.media.oracle import embedded, fresh, visible
+from tests.support.media.oracle import Sight, embedded, fresh
 from tests.support.oracle import relative_error
 from tests.support.replay import cache_name, named_inputs
 from tests.support.tiny import tokens
@@ -63,10 +63,11 @@ def test_one_layer_equals_a_fresh_forward_at_the_positions_of_the_cache(model_ty
     cache, text, seen = SinkCache(window, sinks, model=model), tokens(1)[:, :0], 0
     whole = embedded(model, given, text)
     places = places_of(whole, given["input_ids"])
-    # with a ring of 8 later images come by rule 4, else by rule 3; they leave token by token
+    sight = Sight(places.of_image, window, sinks)
+    # with a ring of 8 later images come by rule 4, else by rule 3; they leave whole
     for new in [*first, *[1] * 22, 4, 1, 11, 1, 1, 11, *[1] * 12, 11, *[1] * 30]:
         found = model(**part(given, seen, seen + new), **{cache_name(model): cache}).logits[:, -1]
-        kept = visible(seen, new, window, sinks)
+        kept = sight.visible(seen, new)
         wanted = fresh(model, whole["inputs_embeds"][:, kept], position_ids=places.of(kept, sinks)[:, None])
         assert relative_error(found, wanted) < 1e-5, seen
         seen += new

@@ -17,7 +17,7 @@ from tests.models.test_media import ASKED as ASKED_FIRST
 from tests.models.test_media import BIG, SMALL, S, built, skip_without_later_images, streaming, takes_images_later
 from tests.support import media
 from tests.support.known_gaps import is_newest
-from tests.support.media.oracle import embedded, fresh, visible
+from tests.support.media.oracle import Sight, embedded, fresh
 from tests.support.oracle import relative_error
 from tests.support.replay import cache_name
 from tests.support.tiny import tokens
@@ -121,13 +121,13 @@ def assert_alike_behind(found, wanted, columns):
 
 @torch.no_grad()
 def test_one_layer_equals_a_fresh_forward_over_the_kept_tokens():
-    """Images come by rules 1, 3 and 4, and leave token by token."""
+    """Images come by rules 1, 3 and 4, and leave whole."""
     model = media.build("llava", ("full_attention",), max_position_embeddings=64)
     window, rest = 30, tokens(60) % 80
     cache, name, start = SinkCache(window, S, model=model), cache_name(model), 0
     first = media.prompt(model, [[2, "image", 3, 4, "image", 2, 12, "image", 1]])
     ids = torch.cat((first["input_ids"], rest), dim=1)
-    whole = embedded(model, first, rest)["inputs_embeds"]
+    whole, sight = embedded(model, first, rest)["inputs_embeds"], Sight((ids == 90)[0].tolist(), window, S)
     steps = [21, 1, 1, 20, *[1] * 12, 17, *[1] * 40]
     for new in steps:
         piece = ids[:, start : start + new]
@@ -135,7 +135,7 @@ def test_one_layer_equals_a_fresh_forward_over_the_kept_tokens():
         place = int((ids[:, :start] == 90).sum()) // 16
         given = {"pixel_values": first["pixel_values"][place : place + images]} if images else {}
         found = model(piece, **given, **{name: cache}).logits[:, -1]
-        kept = visible(start, new, window, S)
+        kept = sight.visible(start, new)
         assert relative_error(found, fresh(model, whole[:, kept])) < 1e-5, (start, new)
         start += new
     (row,) = streams_of(cache).rows

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from sink_patch.rules.media import images_of_rows, pieces, places_of, position_of
+from sink_patch.rules.media import behind_image, images_of_rows, pieces, places_of, position_of, spans_of
 from sink_patch.rules.plans import plan_row
 from sink_patch.rules.rows import Row, Slots
 
@@ -82,3 +82,18 @@ def test_images_of_a_batch_belong_to_rows_by_their_sizes():
     assert images_of_rows([0, 30], [1, 1, 1, 1]) == [range(0), range(4)]
     for tokens, sizes in (([8, 9], [1, 1]), ([0, 0], [1]), ([8, 8], [1])):
         assert images_of_rows(tokens, sizes) is None
+
+
+def test_images_are_runs_of_their_tokens():
+    assert spans_of([_, X, X, _, X], 10) == ((11, 13), (14, 15))
+    assert spans_of([X, X], 0) == ((0, 2),)
+    assert spans_of([_, _], 5) == ()
+
+
+@pytest.mark.parametrize(
+    ("begins", "until", "wanted"),
+    [(5, 20, None), (6, 20, 9), (8, 20, 9), (9, 20, None), (6, 8, None), (13, 20, None), (2, 20, None)],
+)
+def test_a_window_that_would_begin_within_an_image_begins_behind_it(begins, until, wanted):
+    """2 sinks, a ring of 6; images that begin among the sinks or are longer than the ring are none."""
+    assert behind_image([(1, 3), (5, 9), (12, 19)], range(begins, until + 1), 2, 6) == wanted

@@ -20,12 +20,16 @@ from tests.support.caches import BareCache
 
 
 class ReplayCache(BareCache):
-    """One row, no padding."""
+    """One row, no padding.
 
-    def __init__(self, model: nn.Module, window_length: int, num_sink_tokens: int):
+    Args:
+        sight: what a forward sees where images leave whole (tests/support/media/oracle.py); None: there are none.
+    """
+
+    def __init__(self, model: nn.Module, window_length: int, num_sink_tokens: int, sight: Any = None):
         super().__init__(layers=list(own_layers(text_config(model))))
         facts = examine(model)
-        self.facts, self.window, self.sinks = facts.layers, window_length, num_sink_tokens
+        self.facts, self.window, self.sinks, self.sight = facts.layers, window_length, num_sink_tokens, sight
         self.counts_columns, self.explicit_mask = facts.position_source == "columns", facts.explicit_mask
         self.kept: dict[int, list[tuple[torch.Tensor, torch.Tensor, int]]] = {}  # layer -> (key, value, position made)
         self.index_keys: dict[int, list[torch.Tensor]] = {}
@@ -50,6 +54,8 @@ class ReplayCache(BareCache):
     def full_past(self) -> list[int]:
         """Absolute indices that a layer with sinks sees, by the four rules."""
         seen, new = self.seen, self.new
+        if self.sight is not None:
+            return [index for index in self.sight.visible(seen, new) if index < seen]
         if seen + new <= self.window:
             return list(range(seen))
         sinks = min(seen, self.sinks)

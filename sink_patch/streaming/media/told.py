@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from sink_patch.rules.media import places_of
+from sink_patch.rules.media import Span, places_of, spans_of
 from sink_patch.rules.rows import Row
 
 Digests = Sequence[tuple[str, ...]]
@@ -23,7 +23,13 @@ def noted(rows: Sequence[Row], brought: Digests, in_place_of: int) -> list[Row]:
 def with_images(row: Row, of_image: torch.Tensor) -> Row:
     """A row that knows where its last image ends; `of_image` are the columns of a forward, its tokens at the end."""
     behind = len(of_image) - int(of_image.nonzero().max()) - 1 if bool(of_image.any()) else None
-    return row if behind is None else replace(row, images_end=row.seen - behind)
+    if behind is None:
+        return row
+    return replace(row, images_end=row.seen - behind, spans=_with_spans(row, of_image))
+
+
+def _with_spans(row: Row, of_image: torch.Tensor) -> tuple[Span, ...]:
+    return row.spans + spans_of(of_image.tolist(), row.seen - len(of_image))
 
 
 def placed(row: Row, coordinates: torch.Tensor, of_image: torch.Tensor, num_sink_tokens: int) -> Row:
@@ -41,4 +47,4 @@ def placed(row: Row, coordinates: torch.Tensor, of_image: torch.Tensor, num_sink
     sinks, end = max(0, num_sink_tokens - seen), row.sink_end
     if places and sinks and (end or bool(of_image[:sinks].any())):
         end = max(end, int(coordinates[:, :sinks].max()) + 1)
-    return replace(row, places=places, sink_end=end)
+    return replace(row, places=places, sink_end=end, spans=_with_spans(row, of_image))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tests.support.media.oracle import Sight
 from tests.support.replay import ReplayCache
 
 
@@ -20,7 +21,7 @@ class Places:
     """
 
     def __init__(self, coordinates: torch.Tensor, of_image: Sequence[bool]):
-        self.coordinates = coordinates
+        self.coordinates, self.of_image = coordinates, of_image
         self.begins = [  # of each token, where it stands, or where its image begins
             next(place for place in range(index, -1, -1) if place == 0 or not (of_image[place] and of_image[place - 1]))
             for index in range(len(of_image))
@@ -40,7 +41,8 @@ class PlacedCache(ReplayCache):
     """One row, no padding, no sliding windows; it turns the sinks in float64, and nothing else."""
 
     def __init__(self, model: nn.Module, window_length: int, num_sink_tokens: int, places: Places):
-        super().__init__(model, window_length, num_sink_tokens)
+        sight = Sight(places.of_image, window_length, num_sink_tokens)
+        super().__init__(model, window_length, num_sink_tokens, sight)
         self.places = places
 
     def start(self, new: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -65,11 +66,40 @@ def longer(value: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
     return torch.cat((value, rest.to(value)), dim=1)
 
 
+class Sight:
+    """Which places of a text each forward sees, as the four rules say, where an image in the ring leaves whole.
+
+    `floor` is where that begins which no image has taken with it, behind the sinks.
+
+    Args:
+        of_image: which tokens of the whole text belong to images.
+        local: tokens that a sliding window of its own sees of the past, which must stay where it shares a mask.
+    """
+
+    def __init__(self, of_image: Sequence[bool], window_length: int, num_sink_tokens: int, local: int = 0):
+        self.of_image, self.window, self.sinks = list(of_image), window_length, num_sink_tokens
+        self.local = local
+        self.floor = 0
+
+    def visible(self, seen: int, new: int) -> list[int]:
+        """Of a forward of `new` tokens after `seen` ones."""
+        total, ring, sinks = seen + new, self.window - self.sinks, min(self.sinks, seen + new)
+        if seen == 0:
+            return list(range(total))
+        if new > ring and total > self.window:
+            return [*range(min(seen, sinks)), *range(seen, total)]
+        first = max(self.floor, sinks, total - ring)
+        if first < seen and self.of_image[first] and self.of_image[first - 1] and first > max(self.floor, sinks):
+            begin = end = first
+            while begin and self.of_image[begin - 1]:
+                begin -= 1
+            while end < seen and self.of_image[end]:
+                end += 1
+            if begin >= sinks and end - begin <= ring and sinks + seen - end >= min(seen, self.local):
+                first = self.floor = end
+        return [*range(sinks), *range(first, total)]
+
+
 def visible(seen: int, new: int, window_length: int, num_sink_tokens: int) -> list[int]:
-    """The places in a stream that a forward of `new` tokens sees after `seen` ones, by the four rules."""
-    total = seen + new
-    if total <= window_length or seen == 0:
-        return list(range(total))
-    if new <= window_length - num_sink_tokens:
-        return [*range(num_sink_tokens), *range(total - (window_length - num_sink_tokens), total)]
-    return [*range(min(seen, num_sink_tokens)), *range(seen, total)]
+    """The places in a text without images that a forward of `new` tokens sees after `seen` ones, by the four rules."""
+    return Sight([False] * (seen + new), window_length, num_sink_tokens).visible(seen, new)
