@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch._dynamo
 from torch._dynamo.utils import counters
-from transformers import CompileConfig
 
 import sink_patch
 from sink_patch import SinkCache
@@ -18,6 +17,7 @@ from sink_patch.streaming.fixed import layout
 from tests.support import tiny as shared
 from tests.support import zoo
 from tests.support.chats import Window
+from tests.support.graphs import graph_config, graphs
 from tests.support.known_gaps import is_newest, skip_if_model_is_newer
 from tests.support.oracle import relative_error, visible_tokens
 from tests.support.replay import cache_name
@@ -57,20 +57,9 @@ def tiny(*asked, **settings):
     return copy.deepcopy(shared.tiny(*asked, **settings))
 
 
-def graph_config(backend="eager"):
-    config = CompileConfig(backend=backend, mode=None, fullgraph=True, dynamic=False)
-    config._compile_all_devices = True  # else on GPUs only
-    return config
-
-
 def run(model, ids, **settings):
     asked = {"do_sample": False, "max_new_tokens": 5 * W, "return_dict_in_generate": True, "output_logits": True}
     return model.generate(ids, **{**asked, **SINK, **settings})
-
-
-def graphs():
-    """The number of graphs, and of graph breaks."""
-    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
 def assert_same(found, wanted):
