@@ -24,7 +24,7 @@ from sink_patch.errors import SinkPatchWarning
 from sink_patch.models.probe.calls import is_compiled
 from sink_patch.streaming.streams import streams_of
 
-WORTH = 1024  # tokens; of calls that are long by themselves, and of all calls of one size together
+WORTH = 2048  # tokens; of calls that are long by themselves, and of all calls of one size together
 SOON = 64  # tokens of a long call before it goes over, as many end early
 
 _Decoded = dict[tuple[int, int, int], float]  # tokens, by rows, window_length and num_sink_tokens
