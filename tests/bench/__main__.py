@@ -1,4 +1,4 @@
-"""All benchmarks one after the other, and their figures: `python -m tests.bench [gpu] [--old PYTHON] [--only NAME ...]`.
+"""All benchmarks one after the other, and their figures: `python -m tests.bench [gpu] [--old PYTHON] [--only NAME]`.
 
 `--old` is a python with transformers 4.52.4 and this torch, such as .matrix/4.52.4/bin/python of `tests.matrix`; the
 old SinkCache is measured there. Each file says what it measures and prints; records go to results/.
