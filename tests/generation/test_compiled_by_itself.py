@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import inspect
+import math
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ import sink_patch
 from sink_patch.errors import SinkPatchWarning
 from sink_patch.generation.compiled import by_itself, graph
 from sink_patch.generation.wrappers import may_compile
-from tests.support import directory
+from tests.support import directory, zoo
 from tests.support import tiny as shared
 from tests.support.graphs import graph_config, graphs
 from tests.support.known_gaps import is_newest
@@ -195,6 +196,36 @@ def test_a_model_that_torch_cannot_compile_stays_plain_with_a_warning(monkeypatc
     assert compiled_tokens() == 1
     assert_same(run(model), wanted)
     assert compiled_tokens() == 0
+
+
+def test_recurrent_states_are_put_back_where_a_graph_could_not_be_made(monkeypatch):
+    """All parts of a forward but its last have run, and that cannot be compiled."""
+    made, parts = [], math.inf
+
+    def backend(module, _):
+        made.append(module)
+        if len(made) == parts:
+            raise OSError("no C compiler was found")
+        return module.forward
+
+    model = zoo.build("lfm2")
+    wanted = run(model, disable_compile=True)
+    layer = model.model.layers[-1]
+    forward = layer.forward
+    layer.forward = lambda *args, **kwargs: (torch._dynamo.graph_break(), forward(*args, **kwargs))[1]
+    config = graph_config(backend)
+    config.fullgraph = False
+    monkeypatch.setattr(PreTrainedModel, "_default_compile_config", lambda _: config)
+    again = torch._dynamo.config.patch(error_on_recompile=False)
+    first = [lambda ids, _: torch.full((1,), ids.shape[1] >= 6 + SOON + 2)]
+    with again:
+        run(model, stopping_criteria=first)
+    parts = len(made)
+    made.clear()
+    torch._dynamo.reset()
+    by_itself._decoded.clear()
+    with again, pytest.warns(SinkPatchWarning, match="decodes without a graph.*no C compiler was found"):
+        assert_same(run(model), wanted)
 
 
 def test_an_error_that_is_not_of_the_compiler_is_raised(monkeypatch):

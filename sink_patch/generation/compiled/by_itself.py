@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from math import inf
 from typing import Any
@@ -18,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from sink_patch.cache.packing import attributes, tensors_in
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.compat import why_not_traced
 from sink_patch.errors import SinkPatchWarning
@@ -42,7 +44,8 @@ class GoesOver:
     """
 
     def __init__(self, decoded: _Decoded, cache: SinkCache, *, is_long: bool):
-        self._decoded, self._window = decoded, (cache.window_length, cache.num_sink_tokens)
+        self._decoded, self._cache = decoded, weakref.ref(cache)
+        self._window = (cache.window_length, cache.num_sink_tokens)
         self._is_long, self._plain = is_long, 0
 
     def is_due(self, rows: int) -> bool:
@@ -58,13 +61,23 @@ class GoesOver:
     def through(self, model: nn.Module, compiled: Callable[..., Any], rows: int, inputs: Mapping[str, Any]) -> Any:
         """The forward; without a graph, now and later, if torch cannot make one.
 
-        A forward that was broken off may run again over the same step, as it stores the same at the same places.
+        A forward that was broken off may run again over the same step: it stores the same keys at the same places, and
+        recurrent states are put back.
+
+        Raises:
+            TorchDynamoException: a graph was there, and torch could not make another for states that have changed.
         """
         sizes = (rows, *self._window)
+        is_made = self._decoded[sizes] == inf
+        before = [] if is_made else [(state, state.clone()) for state in self._states()]
         try:
             output = compiled(**inputs)
         except torch._dynamo.exc.TorchDynamoException as error:
+            if is_made and self._states():
+                raise
             self._decoded[sizes] = -inf
+            for state, was in before:
+                state.copy_(was)
             reason = " ".join(str(error).split("\n")[:2])
             warnings.warn(
                 f"{type(model).__name__} decodes without a graph, about as fast as with a DynamicCache, as torch could "
@@ -76,6 +89,12 @@ class GoesOver:
             return model(**inputs)
         self._decoded[sizes] = inf
         return output
+
+    def _states(self) -> list[torch.Tensor]:
+        """The recurrent states of the cache."""
+        cache = self._cache()
+        layers = () if cache is None else cache.layers
+        return [state for layer in layers for state in tensors_in(attributes(layer))]
 
 
 def goes_over(model: nn.Module, cache: SinkCache, generation_config: Any) -> GoesOver | None:
