@@ -95,7 +95,8 @@ def test_recurrent_states_go_through_the_graph(model_type):
             ids = tokens(prompt, seed=prompt)
             assert_same(run(model, ids, compile_config=graph_config()), run(model, ids))
     made, breaks = graphs()
-    assert (made == 1 if is_newest() else 0 < made < 4) and not breaks
+    assert 0 < made < (2 if is_newest() else 4)
+    assert not breaks
     assert sink_patch.inspect(model, W, S).why_not_compiled is None
 
 
