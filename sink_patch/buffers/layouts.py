@@ -66,11 +66,12 @@ class UniformLayout(Layout):
         self.in_place = kind.is_in_order(plan) or kind.is_the_buffer(columns)
         self._writes = kind.write_runs(plan, columns)
         self._reads = () if self.in_place else kind.past_runs(plan)
+        if columns == 1 and self.in_place and self.length == kind.slots <= kind.count(plan):  # buffers have all slots
+            self.brings_sinks, self.reach = False, kind.slots
+            self.slot = slot_on(device, self._writes[0][0])
+            return
         self.brings_sinks = any(slot < kind.num_sink_tokens for slot, _, _ in self._writes)
         self.reach = max((slot + length for slot, _, length in self._writes), default=0)
-        was_full = kind.count(plan) >= kind.slots  # so that buffers have all slots
-        if columns == 1 and was_full and self.length == kind.slots and self.in_place:
-            self.slot = slot_on(device, self._writes[0][0])
 
     def write(self, buffer: torch.Tensor, states: torch.Tensor) -> None:
         for slot, column, length in self._writes:

@@ -46,7 +46,7 @@ class Step:
         """RoPE positions: [1, columns] where all rows have seen equally much, else [rows, columns], 0 for padding."""
         if all(isinstance(layout, UniformLayout) for layout in self.layouts):
             first_position = self.plans[0].first_position
-            if self.columns == 1:
+            if self.columns == 1:  # one operation in place of two
                 return torch.full((1, 1), first_position, device=self.device)
             return torch.arange(first_position, first_position + self.columns, device=self.device)[None, :]
         columns = torch.arange(self.columns, device=self.device)
@@ -74,7 +74,8 @@ class Step:
 
     def mask_coordinates(self) -> torch.Tensor:
         """Mask coordinates of the new tokens, [columns]: what models that take `cache_position` are given."""
-        return torch.arange(self.columns, device=self.device) + self.past_columns()
+        past = self.past_columns()
+        return torch.arange(past, past + self.columns, device=self.device)
 
     def mask_sizes(self, kind_index: int) -> tuple[int, int]:
         """(visible columns, mask coordinate of the first of them) for layers of a kind: the last ones of all."""
@@ -87,6 +88,6 @@ def make_layouts(
 ) -> list[Layout]:
     """The layouts of one forward of `columns` columns, in the order of `kinds`."""
     first = plans[0]
-    if first.new == columns and all(plan == first for plan in plans):
+    if first.new == columns and all(plan is first or plan == first for plan in plans):
         return [UniformLayout(kind, first, columns, device) for kind in kinds]
     return [RaggedLayout(kind, plans, columns) for kind in kinds]
