@@ -1,6 +1,7 @@
 """On a GPU: right logits, also through CUDA graphs, and no step that waits for the device.
 
-The same is tested on a CPU in test_oracle, test_ragged, test_compiled, test_compiled_by_itself, test_beams, test_drafts and test_files.
+The same is tested on a CPU in test_oracle, test_ragged, test_compiled (and by_itself), test_beams, test_drafts and
+test_files.
 """
 
 from __future__ import annotations
