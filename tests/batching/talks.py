@@ -12,9 +12,6 @@ from tests.batching.serving import Asked, Driven, check, config
 from tests.kept.talk import counted
 from tests.support.tiny import tokens
 
-Next = Callable[[list[int], list[int], int], list[int]]
-"""The next prompt, from a prompt, its answer and the number of the turn."""
-
 
 def keeping(window_length: int, num_sink_tokens: int, keep: int = 8, **entries: Any) -> Any:
     """A generation config that asks for sinks and kept streams."""
@@ -28,13 +25,11 @@ class Talk:
     """One user: what was asked and answered so far.
 
     Args:
-        first: ids of the first prompt.
         news: tokens of each message that follows, and of each answer.
         seed: of the ids.
         strips: of how many first tokens of an answer the next prompt knows nothing.
     """
 
-    first: list[int]
     news: Sequence[tuple[int, int]]
     seed: int
     strips: int = 0
@@ -45,7 +40,7 @@ class Talk:
     def prompt(self) -> Asked | None:
         """The next one; None: it is over."""
         number = len(self.turns)
-        if number > len(self.news) - 1:
+        if number == len(self.news):
             return None
         length, new = self.news[number]
         message = tokens(length, seed=1000 * self.seed + number)[0].tolist()
@@ -68,12 +63,12 @@ class Talk:
         self.history = [*kept, *result.generated_tokens[self.strips :]]
 
 
-def talks(count: int, turns: int, seed: int = 0, longest: int = 20, answer: int = 12, **others: Any) -> list[Talk]:
-    """Users whose messages and answers have random lengths; the second messages are longer than others."""
+def talks(count: int, turns: int, seed: int = 0, least: int = 2, strips: int = 0) -> list[Talk]:
+    """Users whose messages and answers have random lengths; the second message of each is a long one."""
     rng, made = random.Random(seed), []
     for user in range(count):
-        news = [(rng.randint(1, longest) + (30 if turn == 1 else 0), rng.randint(2, answer)) for turn in range(turns)]
-        made.append(Talk([], news, 100 * seed + user, **others))
+        news = [(rng.randint(1, 20) + (30 if turn == 1 else 0), rng.randint(least, 14)) for turn in range(turns)]
+        made.append(Talk(news, 100 * seed + user, strips))
     return made
 
 
@@ -89,19 +84,32 @@ def hold(manager: Driven, users: Sequence[Talk], each: Callable[[int], None] = l
     assert all(user.prompt() is None for user in users)
 
 
-def check_talks(model: Any, users: Sequence[Talk], asked_for: Any) -> None:
-    """Each text, and how many tokens were read for it, is that of `generate` with kept streams, turn by turn."""
+def check_talks(model: Any, users: Sequence[Talk], asked_for: Any) -> int:
+    """Each text, and how many tokens were read for it, is that of `generate` with kept streams, turn by turn.
+
+    Returns:
+        How many turns were read anew, as there what was kept is forgotten before them.
+    """
+    lost = 0
     with counted(model) as forwards:  # a hook is a setting of the model: there is one for all calls
         for user in users:
             sink_patch.kept_streams.clear(model)
-            for one, result, read in user.turns:
+            for number, (one, result, read) in enumerate(user.turns):
+                if number and read == len(one.prompt):
+                    sink_patch.kept_streams.clear(model)
+                    lost += 1
                 forwards.clear()
                 check(model, one, result, asked_for)
                 assert read == sum(forwards) - (one.new - 1)
     sink_patch.kept_streams.clear(model)
+    return lost
 
 
 def blocks_of(manager: Driven) -> int:
     """Blocks that are held, by requests and by what is kept."""
-    allocators = manager.processor.cache.cache_allocators.values()
+    return blocks_of_cache(manager.processor.cache)
+
+
+def blocks_of_cache(cache: Any) -> int:
+    allocators = cache.cache_allocators.values()
     return sum(len(held) for one in allocators for held in one.block_table.values())
