@@ -140,6 +140,7 @@ BATCHING = (
     Place(f"{_CB}.input_outputs", "ContinuousBatchingIOs", "get_model_kwargs"),
     Place(f"{_CB}.scheduler", "Scheduler", "finish_request", ("request_id",)),
     Place(f"{_CB}.scheduler", "Scheduler", "reset"),
+    Place(f"{_CB}.scheduler", "Scheduler", "_try_to_meet_safety_margin"),
     Place(f"{_CB}.cache_allocators", "CachePool", "try_to_free_sectors"),
     Place(f"{_CB}.requests", "RequestState", "create_equivalent_initial_request"),
     Place(f"{_CB}.requests", "RequestState", "current_len"),
@@ -157,7 +158,7 @@ BATCHING_ATTRIBUTES = {
     "manager": "continuous_batching_config _use_prefix_sharing _original_attn_impl",
     "config": "safety_margin allow_block_sharing max_blocks_per_request decode_compile_config",
     "processor": "cache scheduler use_async_batching model_runner.pad_inputs inputs_and_outputs.compute_stream "
-    "scheduler.active_requests scheduler.waiting_requests scheduler.safety_margin",
+    "scheduler.active_requests scheduler.waiting_requests scheduler.safety_margin scheduler.max_requests_per_batch",
     "cache": "cache_allocators pool max_batch_tokens num_sectors num_blocks read_cache_limit use_prefix_sharing "
     "allow_block_sharing max_decode_fast_path_length",
     "inputs": "position_ids requests_in_batch",

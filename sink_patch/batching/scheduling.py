@@ -30,8 +30,10 @@ class SinkScheduling:
         self._processor = weakref.ref(processor)  # which is freed with its pages
         # there a request that is read to the end of its prompt is scheduled again before it is forked
         self._forks = not processor.use_async_batching
+        self._is_in_margin = True
         wrapped = ("add_waiting_request", "set_request_cancellation", "_process_candidates", "_schedule_request")
-        transformers_models.stand_before(self, self._scheduler, *wrapped, "finish_request", "reset")
+        others = ("_try_to_meet_safety_margin", "finish_request", "reset")
+        transformers_models.stand_before(self, self._scheduler, *wrapped, *others)
         transformers_models.stand_before(self, processor, "fail_all_requests")
 
     def add_waiting_request(self, wrapped: Any, state: Any) -> None:
@@ -98,35 +100,36 @@ class SinkScheduling:
         self._model.begin_batch()
         if not all(map(self._is_decoding, candidates)):
             self._room.meet_margin(self._scheduler.safety_margin)
-        chosen = self._in_turn(candidates, token_budget)
-        scheduled = wrapped([state for state, _ in chosen], token_budget, *others)
-        for state, found in chosen:
-            if state.status.name == "PENDING":  # for a safety margin, or as a batch has many requests
-                if found is not None or not state.position_offset:
-                    stream_of(state).reading = None
-                self._room.take_back(state, found)
-        return scheduled
+        self._is_in_margin = type(self._scheduler)._try_to_meet_safety_margin(self._scheduler)
+        return wrapped(self._in_turn(candidates, token_budget), token_budget, *others)
+
+    def _try_to_meet_safety_margin(self, _wrapped: Any) -> bool:
+        """Whether so much was free before requests were let in."""
+        return self._is_in_margin
 
     def _schedule_request(self, wrapped: Any, state: Any, ahead: list[int], token_budget: int, *others: Any) -> None:
         taken = self._taken(state, self._reading(state), len(ahead), token_budget)
         wrapped(state, ahead, taken, *others)
 
-    def _in_turn(self, candidates: Sequence[Any], budget: int) -> list[tuple[Any, Found | None]]:
-        """Those that are let in, in the order in which they are taken, `budget` tokens in all; and where they begin."""
+    def _in_turn(self, candidates: Sequence[Any], budget: int) -> list[Any]:
+        """Those that are let in, in the order in which they are taken; `budget` tokens in all."""
         storable = [state for state in candidates if self._room.has_room_for(state)]
         first = next((state for state in storable if stream_of(state).waits), None)
         order = storable if first is None else [first, *(one for one in storable if one is not first)]
-        chosen = []
+        chosen: list[Any] = []
         for state in order:
-            taken, found = self._let_in(state, budget)
+            is_held_up = not self._is_in_margin and chosen and not self._is_decoding(state)
+            if is_held_up or len(chosen) == self._scheduler.max_requests_per_batch:
+                break  # as transformers does
+            taken = self._let_in(state, budget)
             stream_of(state).waits = first is None and not taken and budget > 0
             if taken:
-                chosen.append((state, found))
+                chosen.append(state)
                 budget -= taken
         return chosen
 
-    def _let_in(self, state: Any, budget: int) -> tuple[int, Found | None]:
-        """How many tokens of a request go into the next batch, and the kept slot in which it begins."""
+    def _let_in(self, state: Any, budget: int) -> int:
+        """How many tokens of a request go into the next batch; it has all its blocks then."""
         stream = stream_of(state)
         found = self._kept.find(state) if stream.reading is None and budget else None
         while True:
@@ -134,13 +137,13 @@ class SinkScheduling:
             ahead = len(state.tokens_to_process if self._is_decoding(state) else state.remaining_prefill_tokens)
             taken = self._taken(state, reading, ahead, budget, found)
             if not taken:
-                return 0, None
+                return 0
             if self._room.let_in(state, found):
                 stream.reading, stream.sought = reading, None
                 self._kept.copy_before_answer(state)
-                return taken, found
+                return taken
             if found is None:
-                return 0, None
+                return 0
             self._kept.forget(found)
             found = None
 

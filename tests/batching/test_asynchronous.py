@@ -70,11 +70,11 @@ def test_kept_slots(name):
     """There a request has read its last token when it ends, which is read again with the next turn, as in generate."""
     tested, history, turns, seen = model(name), [], [], []
     wanted, sizes = keeping(16, 3), batching(use_async_batching=True)
-    handle = tested.register_forward_pre_hook(
-        lambda _module, _args, given: seen.append(given["input_ids"].shape[1]), with_kwargs=True
-    )
-    try:
-        with tested.continuous_batching_context_manager(wanted, continuous_batching_config=sizes) as manager:
+    with tested.continuous_batching_context_manager(wanted, continuous_batching_config=sizes) as manager:
+        handle = tested.register_forward_pre_hook(
+            lambda _module, _args, given: seen.append(given["input_ids"].shape[1]), with_kwargs=True
+        )
+        try:
             for turn, length in enumerate((9, 30, 7, 12)):
                 one = Asked([*history, *tokens(length, seed=turn)[0].tolist()], 10)
                 manager.add_request(one.prompt, max_new_tokens=one.new)
@@ -83,9 +83,9 @@ def test_kept_slots(name):
                 turns.append((one, result))
                 history = [*one.prompt, *result.generated_tokens]
             cache = manager.batch_processor.cache
-        assert blocks_of_cache(cache) == 0
-    finally:
-        handle.remove()
+        finally:
+            handle.remove()
+    assert blocks_of_cache(cache) == 0
     assert [columns for columns in seen if columns > 1] == [9, 31, 8, 13]
     for one, result in turns:
         check(tested, one, result, wanted)

@@ -185,6 +185,7 @@ OPTIONS = {
     "max_blocks_per_request": {"max_blocks_per_request": 4},
     "prefill_first": {"scheduler_type": "prefill_first"},
     "a safety margin": {"safety_margin": 0.4, "num_blocks": 9},
+    "few requests in a batch": {"max_requests_per_batch": 2},
 }
 
 

@@ -71,9 +71,6 @@ class Entry:
     def without(self, slot: Slot) -> None:
         self.ended, self.before = (None if one is slot else one for one in (self.ended, self.before))
 
-    def put(self, slot: Slot, *, in_ended: bool) -> None:
-        self.ended, self.before = (slot, self.before) if in_ended else (self.ended, slot)
-
     def is_same_as(self, other: Entry) -> bool:
         """Whether both have read the same text, so that one of them is enough."""
         return (self.model, self.prompt, self.read) == (other.model, other.prompt, other.read)

@@ -88,13 +88,6 @@ class KeptSlots:
         self._drop(found.entry)
         self._blocks.hand_over(found.slot.key, state.request_id)
 
-    def put_back(self, state: Any, found: Found) -> None:
-        """The request does not begin yet."""
-        self._blocks.hand_over(state.request_id, found.slot.key)
-        found.entry.put(found.slot, in_ended=found.in_ended)
-        self._entries[found.entry] = None
-        self._version += 1
-
     def forget(self, found: Found) -> None:
         """Its room is needed for the request that was to begin in it."""
         self._drop(found.entry)

@@ -88,17 +88,6 @@ class SinkRoom:
         state.remaining_prefill_tokens = state.initial_tokens[found.tokens :]
         return True
 
-    def take_back(self, state: Any, found: Found | None) -> None:
-        """A request that was let in does not begin yet."""
-        if found is not None:
-            stream = stream_of(state)
-            stream.base, stream.shown, stream.pristine = 0, 0, []
-            state.position_offset, state.remaining_prefill_tokens = 0, state.initial_tokens[:]
-            if not self._blocks.has(found.slot.key):
-                self._kept.put_back(state, found)
-                return
-        self._theirs.free_blocks(state.request_id)
-
     def meet_margin(self, margin: float) -> None:
         """Give up kept slots until so much of the cache is free: no request waits for that because of them."""
         while self._theirs.compute_free_capacity() < margin and self._kept.give_up():
