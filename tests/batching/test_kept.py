@@ -213,13 +213,15 @@ def test_a_session_that_begins(llama):
 CHANGES = {
     "weights": lambda tested: tested.model.layers[0].mlp.up_proj.weight.data.mul_(1.5),
     "settings": lambda tested: tested.model.layers[0].mlp.register_forward_hook(lambda *_: None),
+    "forgotten": sink_patch.kept_streams.clear,
+    "all forgotten": lambda _tested: sink_patch.kept_streams.clear(),
 }
 
 
 @pytest.mark.parametrize("what", CHANGES)
 @pytest.mark.parametrize("when", ["between", "meanwhile"])
 def test_another_model(what, when):
-    """Nothing that was read by another one is used, nor what was read by both."""
+    """Nothing that was read by another one is used, nor what was read by both; and what is to be forgotten is."""
     tested, (request,) = copy.deepcopy(model("llama")), asked([(20, 9)])
     with driven(tested, KEEP, batching()) as manager:
         name = manager.add(request)

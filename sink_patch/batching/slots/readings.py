@@ -13,6 +13,7 @@ from sink_patch.batching.slots.entries import Found
 from sink_patch.batching.slots.streams import Model, Reading, limit_of, prompt_of, stream_of
 from sink_patch.generation.inputs.cuts import Text
 from sink_patch.kept.sameness import settings_of, weights_of
+from sink_patch.kept.store import store
 from sink_patch.kept.texts import tokens_ahead
 
 
@@ -35,7 +36,10 @@ class ModelNow:
         if self._seen is None:
             settings, model = self.settings(), self._model()
             weights = None if settings is None or model is None else weights_of(model)
-            self._seen = (None if weights is None or settings is None else (weights, settings),)
+            if weights is None or settings is None or model is None:
+                self._seen = (None,)
+            else:
+                self._seen = ((weights + repr(store.times_cleared(model)).encode(), settings),)
         return self._seen[0]
 
     def settings(self) -> bytes | None:

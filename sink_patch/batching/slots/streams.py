@@ -13,7 +13,7 @@ from sink_patch.kept.sameness import Digest
 _NAME = "_sink_stream"
 
 Model = tuple[Digest, Digest]
-"""The weights and the settings of a model, as they were at some time."""
+"""The weights of a model, with how often `kept_streams.clear` was called, and its settings; at some time."""
 
 
 @dataclass(frozen=True)
