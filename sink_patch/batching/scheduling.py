@@ -130,8 +130,10 @@ class SinkScheduling:
 
     def _let_in(self, state: Any, budget: int) -> int:
         """How many tokens of a request go into the next batch; it has all its blocks then."""
+        if not budget:
+            return 0
         stream = stream_of(state)
-        found = self._kept.find(state) if stream.reading is None and budget else None
+        found = self._kept.find(state) if stream.reading is None else None
         while True:
             reading = stream.reading or self._readings.of(state, found)
             ahead = len(state.tokens_to_process if self._is_decoding(state) else state.remaining_prefill_tokens)
@@ -142,9 +144,9 @@ class SinkScheduling:
                 stream.reading, stream.sought = reading, None
                 self._kept.copy_before_answer(state)
                 return taken
-            if found is None:
-                return 0
-            self._kept.forget(found)
+            if found is None or self._scheduler.active_requests:
+                return 0  # others will end
+            self._kept.forget(found)  # there is room, in parts that its blocks keep apart
             found = None
 
     def _is_decoding(self, state: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import sink_patch
+from sink_patch.batching.slots.room import SinkRoom
 from tests.batching.cases import model
 from tests.batching.serving import Asked, Driven, asked, batching, check, config, driven, needs_batching
 from tests.batching.talks import blocks_of, check_talks, hold, keeping, talks
@@ -148,6 +149,34 @@ def test_more_room_than_the_slot_has(llama):
     assert read == 21
     check(llama, requests[0], short, KEEP)
     check(llama, turn, result, KEEP)
+
+
+def test_more_room_than_there_is(llama):
+    """It waits for a request that runs, and has lost nothing."""
+    requests = asked([(3, 3), (12, 30)])
+    with driven(llama, KEEP, batching(num_blocks=3)) as manager:
+        ((short, _),) = ask(manager, requests[0])
+        name = manager.add(requests[1])
+        manager.step()
+        turn = longer(requests[0], short, 20, 1)
+        ((result, read),) = ask(manager, turn)
+    assert read == 21
+    check(llama, requests[0], short, KEEP)
+    check(llama, turn, result, KEEP)
+    sink_patch.kept_streams.clear()
+    check(llama, requests[1], manager.done[name], KEEP)
+
+
+def test_blocks_that_keep_room_apart(llama, monkeypatch):
+    """Where a kept slot cannot grow although nothing else is there, it is given up as well."""
+    (request,), let_in = asked([(20, 5)]), SinkRoom.let_in
+    with driven(llama, KEEP, batching()) as manager:
+        ((result, _),) = ask(manager, request)
+        monkeypatch.setattr(SinkRoom, "let_in", lambda room, state, found: not found and let_in(room, state, found))
+        turn = longer(request, result, 5, 1)
+        ((again, read),) = ask(manager, turn)
+    assert read == len(turn.prompt)
+    check(llama, turn, again, KEEP)
 
 
 def test_the_least_recently_used_goes_first(llama):
