@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -71,12 +71,12 @@ class Streams(Rows):
         self.entrances = tuple(weakref.ref(module) for module in entrances)
         self.call: Call | None = None
         self.coordinates = Coordinates()
-        self.offered_to_compiler = False  # while `generate` asks whether it may compile (generation/compiled.py)
+        self.offered_to_compiler, self.goes_over = False, cast("Any", None)  # of the call (generation/compiled/)
         self._fixed = FixedSteps(store, planner.facts, entrances[0])
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy takes no part in the call."""
-        return {**vars(self), "call": None}
+        return {**vars(self), "call": None, "goes_over": None}
 
     def is_bound_to(self, module: nn.Module) -> bool:
         """Whether this is the model of the cache, or its decoder."""

@@ -13,6 +13,7 @@ from tests.bench import (
     batching,
     batching_memory,
     batching_talks,
+    by_default,
     decode,
     endless,
     forever,
@@ -55,6 +56,10 @@ def test_update(monkeypatch):
 def test_decode(monkeypatch):
     monkeypatch.setattr(decode, "POINTS", (30,))
     assert "ours after 30" in decode.run(decode.Bench(small(), 16, compiled=False), 30, 2, 1)["tokens_a_second"]
+
+
+def test_by_default():
+    assert by_default.run(small(), 24, 20, 1, 100.0)["sink against static, later"] > 0
 
 
 def test_batching():

@@ -166,7 +166,13 @@ KNOWN_GAPS: tuple[KnownGap, ...] = (
         _STATES_APART,
         "generation/test_drafts.py::*with_states*",
         "generation/test_drafts.py::*cannot_take_tokens_back*",
-        "generation/test_compiled.py::*states]",
+        "generation/test_compiled.py::test_recurrent_states*",
+        "generation/test_compiled.py::*keeps no keys]",
+    ),
+    *_rows(
+        "<5.7",
+        "states of this model start anew with each forward of several tokens",
+        "generation/test_compiled.py::test_recurrent_states_in_a_graph*[second turn*",
     ),
     *_rows(
         "<4.56",
