@@ -11,16 +11,15 @@ import torch
 from torch import nn
 
 from sink_patch.cache.sink_cache import SinkCache
-from sink_patch.kept.entry import MARGIN, KeptStream, copy_to_go_on, history_of
+from sink_patch.kept.entry import KeptStream, copy_to_go_on, history_of
 from sink_patch.kept.prompts import TextPrompt, is_text_of_one_row
 from sink_patch.kept.sameness import Digest, settings_of, weights_of
 from sink_patch.kept.store import Found, store
+from sink_patch.kept.texts import tokens_ahead
 from sink_patch.models.entries import unwrapped
 from sink_patch.streaming.forward import Phase
 from sink_patch.streaming.streams import streams_of
 
-_FEW = 256
-"""So few tokens are soon read again; to read the last of them apart costs a forward, as much as a token."""
 _COUNT = "_keep_streams"  # on the generation config of a call, from when its cache is made until decoding begins
 
 
@@ -99,9 +98,8 @@ class KeptCall:
     def columns_ahead(self) -> int:
         """How many of the columns that are new go in before the copy is made; 0: no copy is made."""
         new = len(self._prompt.text) - self._read
-        if new <= MARGIN or not self._needs_copy or (new <= _FEW and self._begins_at_end):
-            return 0
-        return new - MARGIN + (0 if self._read else self._prompt.padding)
+        ahead = tokens_ahead(new, begins_at_end=self._begins_at_end) if self._needs_copy else 0
+        return ahead + (self._prompt.padding if ahead and not self._read else 0)
 
     def copy_before_answer(self) -> None:
         """Copy the cache, whose newest tokens may be overwritten soon."""

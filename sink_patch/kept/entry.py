@@ -11,16 +11,9 @@ from sink_patch.arguments import Sizes
 from sink_patch.cache.packing import attributes, tensors_in
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.history.rows import RowHistory
+from sink_patch.kept import texts
 from sink_patch.kept.sameness import Digest
 from sink_patch.streaming.streams import streams_of
-
-MARGIN = 16
-"""So many of the last tokens of a prompt begin the answer at most, in a way that the next turn may not repeat.
-
-Qwen3 writes "<think>\\n\\n</think>\\n\\n" there, or leaves it out. Also the fewest tokens for which a part of another
-stream is worth a copy.
-"""
-_END_OF_ANSWER = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,18 +63,10 @@ class KeptStream:
 
         Args:
             text: ids of a prompt that went on in one of the caches.
-            went_on_in: which one. In `before`: a longer text that holds the old prompt, or the end of the old answer
-                (thoughts are stripped from its beginning); others are branches of the talk.
+            went_on_in: which one.
         """
-        if went_on_in is self.ended and is_whole_beginning(self.ended, text):
-            return True
-        read = history_of(self.ended)
-        same = read.common(text)
-        if same >= self.prompt:
-            return len(text) > self.prompt
-        end = read.newest[-_END_OF_ANSWER:]
-        places = range(max(0, same - MARGIN), len(text) - len(end) + 1)
-        return read.seen - self.prompt >= len(end) and any(text[place : place + len(end)] == end for place in places)
+        in_ended = went_on_in is self.ended
+        return texts.is_continued_by(history_of(self.ended), self.prompt, text, in_ended=in_ended)
 
 
 def history_of(cache: SinkCache) -> RowHistory:
@@ -90,26 +75,15 @@ def history_of(cache: SinkCache) -> RowHistory:
     return rows[0] if rows else RowHistory()
 
 
-def is_whole_beginning(cache: SinkCache, text: array[int]) -> bool:
-    """Whether a text begins with all that a cache has read, and goes on."""
-    read = history_of(cache)
-    return read.seen < len(text) and read.difference(text) is None
-
-
 def tokens_to_use(cache: SinkCache, text: array[int]) -> int:
-    """How many of the first tokens of a text need not be read again, if a call goes on in a copy of this cache.
+    """How many of the first tokens of a text need not be read again, if a call goes on in a copy of this cache."""
+    streams = streams_of(cache)
+    rows = None if streams.facts.has_states else streams.rows
 
-    All that the cache has read, or less of it where the newest tokens can be taken back; 0: the text has another
-    beginning, or its beginning cannot be got at any more. At least one token of the text is left to be read.
-    """
-    read, streams = history_of(cache), streams_of(cache)
-    same = min(read.common(text), len(text) - 1)
-    back = read.seen - same
-    if back == 0:
-        return same
-    if same < MARGIN or back > len(read.newest) or streams.facts.has_states or not streams.rows:
-        return 0
-    return same if streams.rows[0].can_lose(back, cache.num_sink_tokens) else 0
+    def can_lose(back: int) -> bool:
+        return rows is not None and len(rows) > 0 and rows[0].can_lose(back, cache.num_sink_tokens)
+
+    return texts.tokens_to_use(history_of(cache), text, can_lose)
 
 
 def copy_to_go_on(cache: SinkCache, tokens: int, padding: int) -> SinkCache:

@@ -67,6 +67,12 @@ BENCHMARKS = (
         "batching-tiny", "batching", "batching-tiny-w128-cpu.json", ("--model", "tiny-30-layers", "--window", "128")
     ),
     Benchmark("batching", "batching", "batching-smollm2-w128-cpu.json", ("--window", "128", "--requests", "4")),
+    Benchmark(
+        "batching-talks",
+        "batching_talks",
+        "batching-talks-tiny-w128-cpu.json",
+        ("--model", "tiny-30-layers", "--window", "128"),
+    ),
     Benchmark("batching-memory", "batching_memory", "batching-memory-100000-cpu.json"),
     Benchmark("serving", "serving", "serving-tiny-w48-cpu.json"),
     Benchmark("forever", "forever", "stream-4000000-cpu.json"),

@@ -12,6 +12,7 @@ import torch
 from tests.bench import (
     batching,
     batching_memory,
+    batching_talks,
     by_default,
     decode,
     endless,
@@ -67,6 +68,15 @@ def test_batching():
     with torch.inference_mode():
         held = batching.run(model, asked)["bytes of pages"]
     assert held["with sinks"] * 4 < held["transformers, ten windows"]
+
+
+def test_batching_talks():
+    asked, model = (
+        SimpleNamespace(window=16, clients=2, turns=2, rounds=1),
+        copy.deepcopy(tiny("llama", vocab_size=1000)),
+    )
+    read = batching_talks.run(model, asked)["tokens of a prompt that were read, after the first turn"]
+    assert read == {"kept": batching_talks.MESSAGE + 1, "anew": 264}
 
 
 @pytest.mark.parametrize("way", batching_memory.WAYS)
