@@ -89,26 +89,6 @@ TYPES = ("token_type_ids", "mm_token_type_ids")
 """What forwards call the types of their columns: text, or an image."""
 
 
-def maker_of_masks(model: nn.Module) -> Callable[..., Any] | None:
-    """The method that makes the masks of a model in which images see themselves in both directions; None: none does.
-
-    `generate` calls it where it compiles, from 4.53 on. What is returned here takes embeddings [rows, columns, dim],
-    types of all mask coordinates up to the last one [rows, ...], or None, and by name what masks are made of.
-    """
-    method = getattr(type(model), "create_masks_for_generate", None)
-    names = frozenset() if method is None else frozenset(inspect.signature(method).parameters)
-    types_name = next((name for name in TYPES if name in names), None)
-    if method is None or types_name is None:
-        return None
-
-    def made(embeddings: torch.Tensor, types: torch.Tensor | None, cache: Any, **others: Any) -> Any:
-        given = {**others, **dict.fromkeys(("inputs_embeds", "input_embeds"), embeddings)}
-        given |= {**dict.fromkeys(CACHE_NAMES, cache), types_name: types, "is_first_iteration": True}
-        return method(model.config, **{name: value for name, value in given.items() if name in names})
-
-    return made
-
-
 FULL, SLIDING = "full_attention", "sliding_attention"
 """How continuous batching calls the groups of layers that share an allocator."""
 

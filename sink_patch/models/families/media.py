@@ -69,8 +69,8 @@ class Media:
         inputs: arguments that hold them.
         both_ways: what sees itself in both directions, by masks that the model makes of a whole prompt: `EACH` image
             by itself, `ALL` images as one, or the `PROMPT` with its text; none of them where it is "".
-        within_windows: whether those that do must fit into sliding windows where they come behind others, as the masks
-            that the model makes for `generate` to compile are not those of its forward beyond.
+        by_blocks: whether its forward masks them by blocks in all layers alike, unlike what it makes for `generate` to
+            compile.
         coordinates: whether positions have several coordinates (M-RoPE), which the model makes of a whole prompt.
         by_rows: whether images are given row by row, [rows, images, ...], zeros where there are none.
         refusal: why it is not served with them; None: it is.
@@ -78,7 +78,7 @@ class Media:
 
     inputs: frozenset[str]
     both_ways: str = ""
-    within_windows: bool = False
+    by_blocks: bool = False
     coordinates: bool = False
     by_rows: bool = False
     refusal: str | None = None
@@ -119,7 +119,7 @@ MEDIA: dict[str, Media] = dict(
         *_each("moss_transcribe_diarize qwen3_asr", _SOUNDS),
         *_each("omniasr vibevoice_asr", _WAVES),
         *_each("gemma3 shieldgemma2 gemma4", _IMAGES, both_ways=EACH),
-        *_each("gemma4_unified", _IMAGES, both_ways=EACH, within_windows=True),
+        *_each("gemma4_unified", _IMAGES, both_ways=EACH, by_blocks=True),
         *_each("molmo2", _IMAGES, both_ways=ALL),
         *_each("paligemma", _IMAGES, both_ways=PROMPT),
         *_each("qwen2_vl qwen2_5_vl", _VIDEOS, coordinates=True),

@@ -17,7 +17,7 @@ from sink_patch.streaming.media.coordinates import Coordinates
 from sink_patch.streaming.media.cut import Cut, Whole
 from sink_patch.streaming.media.given import has_coordinates, sees_both_ways
 from sink_patch.streaming.media.images import digests_by_row, images_among
-from sink_patch.streaming.media.masks import check_lengths, types_of
+from sink_patch.streaming.media.masks import types_of
 from sink_patch.streaming.media.placing import made_positions
 
 
@@ -55,7 +55,6 @@ def replaced_for_images(
     elif has_coordinates(module):
         return {"position_ids": coordinates.expect(named.get("position_ids"))}
     if both_ways and inputs.shape[1] > 1:
-        check_lengths(module, inputs, tokens)
         coordinates.masks.expect(types_of(told, inputs.shape[1]))
     return types
 
@@ -87,7 +86,6 @@ def begun_by_pieces(
         replaced["position_ids"] = made_positions(module, ids, mask, told) if rows else given
         replaced["attention_mask"] = torch.ones_like(ids) if mask is None and not rows else mask
     if both_ways:
-        check_lengths(module, ids, cut.whole.tokens)
         replaced["attention_mask"] = cut.whole.prepared_mask
     return {**named, **accepted(module, replaced, named)}
 

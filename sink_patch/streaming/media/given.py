@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sink_patch.compat.models import TYPES, maker_of_masks
+from sink_patch.compat.models import TYPES
 from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.models.entries import decoder_of, text_config
+from sink_patch.models.families.masks import masks_of
 from sink_patch.models.families.media import KINDS, PROMPT, media_of, media_tokens
 
 _ENCODED = "mm_encoder_outputs"
@@ -89,7 +90,7 @@ def _check_later(module: nn.Module, given: Sequence[str], read: int) -> None:
         UnsupportedGenerationError: as it says.
     """
     asked = f"{type(module).__name__} was given {', '.join(given)} with a SinkCache that has read {read} columns, and "
-    if sees_both_ways(module) and maker_of_masks(module) is None:
+    if sees_both_ways(module) and masks_of(module) is None:
         raise UnsupportedGenerationError(
             f"{asked}in this transformers it makes the masks by which an image sees itself in both directions for its "
             "first prompt alone. Upgrade transformers, give the whole text to a new SinkCache, or use another cache."
@@ -139,7 +140,7 @@ def check_cut(model: nn.Module, given: Sequence[str], columns: int) -> None:
         why = f"{type(model).__name__} does not put images in their place before its decoder is called"
     elif media is not None and media.both_ways == PROMPT:
         why = f"in {type(model).__name__} a whole prompt sees itself in both directions, and its text with it"
-    elif media is not None and media.both_ways and maker_of_masks(model) is None:
+    elif media is not None and media.both_ways and masks_of(model) is None:
         why = (
             f"in this transformers {type(model).__name__} makes the masks by which an image sees itself in both "
             "directions for whole prompts alone"

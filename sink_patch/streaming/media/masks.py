@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sink_patch.compat.models import TYPES, maker_of_masks
+from sink_patch.compat.models import TYPES
 from sink_patch.errors import UnsupportedGenerationError
-from sink_patch.models.entries import text_config
+from sink_patch.models.families.masks import masks_of
 from sink_patch.models.families.media import PROMPT, media_of
-from sink_patch.streaming.media.placing import of_images
 from sink_patch.streaming.steps import Step
 
 
@@ -50,7 +49,7 @@ class Masks:
         Raises:
             UnsupportedGenerationError: in this transformers images would see something else than in a first prompt.
         """
-        maker, embeddings = maker_of_masks(model), decoder["inputs_embeds"]
+        maker, embeddings = masks_of(model), decoder["inputs_embeds"]
         if not self.are_due or maker is None or step is None:
             return {}
         self.are_due = False
@@ -95,27 +94,6 @@ def types_of(named: Mapping[str, Any], columns: int) -> torch.Tensor | None:
     """The types of the columns of a forward among its arguments, [rows, columns]; None: there are none."""
     given = [named[name] for name in TYPES if isinstance(named.get(name), torch.Tensor)]
     return given[0][:, -columns:] if given else None  # some versions give those of a whole history
-
-
-def check_lengths(model: nn.Module, ids: torch.Tensor, tokens: frozenset[int]) -> None:
-    """Refuse images longer than the sliding windows of a model whose maker hides parts of these, and its forward not.
-
-    Args:
-        ids: with images that come behind others, or by pieces, [rows, columns].
-        tokens: ids that stand for them.
-
-    Raises:
-        UnsupportedGenerationError: as it says.
-    """
-    media, window = media_of(model.config), getattr(text_config(model), "sliding_window", None)
-    if media is None or not media.within_windows or window is None or ids.shape[1] <= window:
-        return
-    if bool(of_images(ids, tokens).unfold(1, window + 1, 1).all(dim=2).any()):
-        raise UnsupportedGenerationError(
-            f"An image of more than {window} columns was given to a SinkCache in a later turn or by pieces, and "
-            f"{type(model).__name__} masks images that are longer than its sliding windows in two ways. Give it in a "
-            "first prompt that goes in at once, in fewer columns, or use another cache."
-        )
 
 
 def _from_the_first(model: nn.Module, types: torch.Tensor, past: int) -> torch.Tensor:
