@@ -11,6 +11,7 @@ from torch import nn
 
 from sink_patch.compat.models import maker_of_positions
 from sink_patch.errors import UnsupportedGenerationError
+from sink_patch.models.families.media import KINDS, media_tokens
 
 _BY_COLUMNS = ("attention_mask", "mm_token_type_ids")
 
@@ -78,7 +79,28 @@ def made_positions(module: nn.Module, ids: torch.Tensor, mask: Any, told: Mappin
             f"them without {', '.join(missing) or 'get_rope_index'}. Pass all that the processor returns."
         )
     found: torch.Tensor = maker(**given)[0]
+    _check_several(module, ids, found)
     return found
+
+
+def _check_several(module: nn.Module, ids: torch.Tensor, made: torch.Tensor) -> None:
+    """Refuse positions [3, rows, columns] of text for images: some models know an image by the token before it alone.
+
+    Raises:
+        UnsupportedGenerationError: as it says.
+    """
+    of_image = of_images(ids, media_tokens(module.config, [kind for kind in KINDS if kind.grids]))  # [rows, columns]
+    is_text = (made == made[-1:]).all(dim=0).to(of_image.device)
+    goes_on = torch.nn.functional.pad(of_image[:, :-1], (1, 0)) & of_image
+    numbers = (of_image & ~goes_on).cumsum(dim=1)  # of images in each row
+    for row in range(len(ids)):
+        for number in range(1, int(numbers[row, -1]) + 1):
+            image = of_image[row] & (numbers[row] == number)
+            if int(image.sum()) > 1 and bool(is_text[row, image].all()):
+                raise UnsupportedGenerationError(
+                    f"An image was given in a later turn of a SinkCache, and {type(module).__name__} does not see where "
+                    "it begins. Give the token that begins it in the same turn."
+                )
 
 
 def checked_coordinates(position_ids: Any, rows: int, columns: int) -> torch.Tensor:
