@@ -176,6 +176,8 @@ def test_a_row_with_a_new_image_and_one_without_are_as_if_alone(model_type):
     """Whole histories and new tokens alone, over a window that is full; padding stands between the turns."""
     model = built(model_type)
     streaming(model)
+    if not takes_images_later(model):
+        pytest.skip("images of later turns are refused by name with this transformers")
     name, firsts = cache_name(model), media.prompt(model, [[3, "image", 2], ["image", 9]])
     seconds, alone = media.prompt(model, [[2, "image", 4], [3]], seed=5), []
     answers, cache = begun(model, firsts, **SMALL)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sink_patch.compat.models import TYPES
+from sink_patch.compat.models import SLIDING, TYPES
 from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.models.families.masks import masks_of
 from sink_patch.models.families.media import PROMPT, media_of
@@ -73,7 +73,13 @@ class Masks:
             position_ids=None,
             cache_position=torch.arange(columns, device=device),
         )
-        _check_alike(found, alone, real)
+        if not _fit(found, cache, step) or not _are_alike(found, alone, real):
+            raise UnsupportedGenerationError(
+                "Images that see themselves in both directions were given to a SinkCache in a later turn or by "
+                "pieces, and in this transformers the model makes other masks for them there than in a first "
+                "prompt. Pass all that the processor returns (token_type_ids among it); or upgrade transformers, "
+                "or give the whole text to a new SinkCache at once."
+            )
         return {"attention_mask": found}
 
     def check_made(self) -> None:
@@ -103,28 +109,29 @@ def _from_the_first(model: nn.Module, types: torch.Tensor, past: int) -> torch.T
     return torch.cat((types.new_full((types.shape[0], past), none), types), dim=1)
 
 
-def _check_alike(found: Any, alone: Any, real: torch.Tensor) -> None:
-    """Refuse masks by which the new columns see others of what comes than in a text that begins with them.
+def _fit(found: Any, cache: Any, step: Step) -> bool:
+    """Whether masks of kinds of layers are as long as what these see: some versions take one length for all."""
+    seen = {
+        is_sliding: step.layouts[layer.kind_index].length
+        for is_sliding, layer in zip(cache.is_sliding, cache.layers, strict=True)
+        if hasattr(layer, "kind_index")
+    }
+    masks = found.items() if isinstance(found, dict) else ()
+    lengths = [(mask.shape[-1], seen.get(kind == SLIDING)) for kind, mask in masks if isinstance(mask, torch.Tensor)]
+    return all(wanted in (None, length) for length, wanted in lengths)
+
+
+def _are_alike(found: Any, alone: Any, real: torch.Tensor) -> bool:
+    """Whether the new columns see of what comes what they see in a text that begins with them.
 
     Args:
         found, alone: a mask [rows, 1, columns, ...], or a dict of them; with the cache, and without.
         real: which columns are no padding, [rows, columns].
-
-    Raises:
-        UnsupportedGenerationError: as it says.
     """
     pairs = [(found[kind], alone[kind]) for kind in found] if isinstance(found, dict) else [(found, alone)]
+    pairs = [pair for pair in pairs if all(mask is None or isinstance(mask, torch.Tensor) for mask in pair)]
     ahead = (real[:, None, :, None] & real[:, None, None, :]).triu(1)  # [rows, 1, columns, columns]
-    for pair in pairs:
-        if all(mask is None or isinstance(mask, torch.Tensor) for mask in pair):
-            one, other = (_visible(mask, ahead) for mask in pair)
-            if not torch.equal(one & ahead, other & ahead):
-                raise UnsupportedGenerationError(
-                    "Images that see themselves in both directions were given to a SinkCache in a later turn or by "
-                    "pieces, and in this transformers the model makes other masks for them there than in a first "
-                    "prompt. Pass all that the processor returns (token_type_ids among it); or upgrade transformers, "
-                    "or give the whole text to a new SinkCache at once."
-                )
+    return all(torch.equal(_visible(one, ahead) & ahead, _visible(other, ahead) & ahead) for one, other in pairs)
 
 
 def _visible(mask: torch.Tensor | None, ahead: torch.Tensor) -> torch.Tensor:

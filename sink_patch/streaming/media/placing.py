@@ -98,8 +98,8 @@ def _check_several(module: nn.Module, ids: torch.Tensor, made: torch.Tensor) -> 
             image = of_image[row] & (numbers[row] == number)
             if int(image.sum()) > 1 and bool(is_text[row, image].all()):
                 raise UnsupportedGenerationError(
-                    f"An image was given in a later turn of a SinkCache, and {type(module).__name__} does not see where "
-                    "it begins. Give the token that begins it in the same turn."
+                    f"An image was given in a later turn of a SinkCache, and {type(module).__name__} does not see "
+                    "where it begins. Give the token that begins it in the same turn."
                 )
 
 
