@@ -168,20 +168,20 @@ def test_a_piece_ends_with_a_video_that_goes_further_than_the_text_behind_it(mod
     model = built(model_type)
     given = video(model, **(seconds(1) if model_type == "qwen2_5_vl" else {}))
     streaming(model)
-    more = tokens(15) % 80
+    more = tokens(6) % 80
     given["input_ids"] = torch.cat((given["input_ids"], more), dim=1)
     given["attention_mask"] = torch.ones_like(given["input_ids"])
     if "mm_token_type_ids" in given:
         given["mm_token_type_ids"] = 2 * (given["input_ids"] == 91).long()
     given["input_ids"][0, 11] = 7  # no token stands between the video and the text
     with watched(model) as (columns, _, _):
-        out = model.generate(**given, **ASKED, **{**SINK, "window_length": 16}, prefill_chunk_size=8)
+        out = model.generate(**given, **ASKED, **{**SINK, "window_length": 10}, prefill_chunk_size=8)
     assert columns[:2] == [3, 8]
     whole = embedded(model, given, out.sequences[:, given["input_ids"].shape[1] :])
     coordinates, prompt = whole["position_ids"][-3:, 0], given["input_ids"].shape[1]
     behind = coordinates[:, prompt - 1 : prompt]
     coordinates[:, prompt:] = behind + 1 + torch.arange(coordinates.shape[1] - prompt)
-    naive = PlacedCache(model, 16, S, Places(coordinates, (out.sequences[0] == 91).tolist()))
+    naive = PlacedCache(model, 10, S, Places(coordinates, (out.sequences[0] == 91).tolist()))
     found, start = [], 0
     for new in columns:
         inputs = {**named_inputs(model, naive.start(new)), "use_cache": True, cache_name(model): naive}
@@ -231,6 +231,8 @@ def test_what_a_decoder_is_given_that_cannot_be_cut_is_refused_by_name():
     model = media.build("llava")
     given = media.prompt(model, [[2, "image", 3, "image", 2]])
     streaming(model)
+    if not hasattr(decoder_of(model), "layers"):
+        pytest.skip("its decoder is not called by itself")
 
     def more(_module, args, kwargs):
         return args, {**kwargs, "features": [torch.ones(5, 64)]}
