@@ -65,13 +65,14 @@ class PlacedCache(ReplayCache):
 
 
 def written_masks(
-    naive: ReplayCache, new: int, blocks: Sequence[int | None], **by_kind: Sequence[int | None]
+    naive: ReplayCache, new: int, blocks: Sequence[int | None], *, beyond: bool = False, **by_kind: Sequence[int | None]
 ) -> dict[str, torch.Tensor]:
     """The masks of a forward of so many new tokens, which has begun, [1, 1, new, visible] for each kind of layer.
 
     Args:
         blocks: of each new token, which of those that see each other it belongs to; None: to none.
-        by_kind: the same for a kind of layer alone.
+        beyond: whether they see each other beyond sliding windows.
+        by_kind: `blocks` for a kind of layer alone.
     """
     found = dict[str, torch.Tensor]()
     for layer, facts in enumerate(naive.facts):
@@ -86,7 +87,7 @@ def written_masks(
                 own = None if key < naive.seen else of_kind[key - naive.seen]
                 together = own is not None and own == of_kind[query]
                 near = window is None or naive.seen + query - key < window
-                if near and (together or key <= naive.seen + query):
+                if (near and key <= naive.seen + query) or (together and (near or beyond)):
                     mask[0, 0, query, place] = 0
         found[kind] = mask
     return found
