@@ -53,26 +53,21 @@ class Masks:
         if not self.are_due or maker is None or step is None:
             return {}
         self.are_due = False
-        columns, device = step.columns, embeddings.device
-        types = None if self._types is None else _from_the_first(model, self._types.to(device), step.past_columns())
-        real = torch.arange(columns) >= columns - torch.tensor([[plan.new] for plan in step.plans])  # [rows, columns]
-        real = real.to(device)
+        past, device = step.past_columns(), embeddings.device
+        types = None if self._types is None else self._types.to(device)
         found = maker(
             embeddings,
-            types,
+            None if types is None else _from_the_first(model, types, past),
             cache,
             attention_mask=step.attention_mask(),
             position_ids=decoder.get("position_ids"),
             cache_position=step.mask_coordinates(),
         )
+        columns = torch.arange(step.columns, device=device)
+        real = columns >= step.columns - torch.tensor([[plan.new] for plan in step.plans], device=device)
         alone = maker(
-            embeddings,
-            self._types,
-            None,
-            attention_mask=real.long(),
-            position_ids=None,
-            cache_position=torch.arange(columns, device=device),
-        )
+            embeddings, types, None, attention_mask=real.long(), position_ids=None, cache_position=columns
+        )  # in a text that begins here
         if not _fit(found, cache, step) or not _are_alike(found, alone, real):
             raise UnsupportedGenerationError(
                 "Images that see themselves in both directions were given to a SinkCache in a later turn or by "
