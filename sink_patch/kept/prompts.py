@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from sink_patch.compat.models import TYPES
 from sink_patch.models.entries import CACHE_NAMES
-from sink_patch.streaming.media.given import TYPES
 
 _OF_TEXT = frozenset({"attention_mask", "position_ids", "cache_position", "use_cache", "logits_to_keep", *CACHE_NAMES})
 _OF_GENERATE = frozenset(
