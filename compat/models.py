@@ -85,6 +85,10 @@ def maker_of_positions(model: nn.Module) -> Callable[..., Any] | None:
     return parts[0].get_rope_index if parts else None
 
 
+TYPES = ("token_type_ids", "mm_token_type_ids")
+"""What forwards call the types of their columns: text, or an image."""
+
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 """How continuous batching calls the groups of layers that share an allocator."""
 

@@ -120,6 +120,8 @@ def _places_of_allocators() -> tuple[Place, ...]:
         Place(*full, "supports_block_sharing"),
         Place(*full, "supports_block_table"),
         Place(*full, "update", _STORED),
+        Place(*full, "free_blocks", ("request_id",)),
+        Place(*full, "copy_blocks", ("source_block_ids", "dest_block_ids")),
         Place(f"{_CB}.cache_allocators", "SlidingAttentionCacheAllocator", "update", _STORED),
     )
 
@@ -134,12 +136,17 @@ BATCHING = (
     Place(f"{_CB}.scheduler", "Scheduler", "_schedule_request", ("state", "request_tokens", "token_budget")),
     Place(f"{_CB}.continuous_api", "ContinuousBatchProcessor", "prepare_next_batch"),
     Place(f"{_CB}.continuous_api", "ContinuousBatchProcessor", "_handle_request_error", ("error", "state")),
+    Place(f"{_CB}.continuous_api", "ContinuousBatchProcessor", "fail_all_requests", ("error",)),
     Place(f"{_CB}.input_outputs", "ContinuousBatchingIOs", "get_model_kwargs"),
     Place(f"{_CB}.scheduler", "Scheduler", "finish_request", ("request_id",)),
+    Place(f"{_CB}.scheduler", "Scheduler", "reset"),
+    Place(f"{_CB}.scheduler", "Scheduler", "_try_to_meet_safety_margin"),
     Place(f"{_CB}.cache_allocators", "CachePool", "try_to_free_sectors"),
     Place(f"{_CB}.requests", "RequestState", "create_equivalent_initial_request"),
     Place(f"{_CB}.requests", "RequestState", "current_len"),
     Place(f"{_CB}.cache", "PagedAttentionCache", "can_store_request_tokens", ("state", "request_len", "dry_run")),
+    Place(f"{_CB}.cache", "PagedAttentionCache", "free_blocks", ("request_id",)),
+    Place(f"{_CB}.cache", "PagedAttentionCache", "compute_free_capacity"),
     Place(f"{_CB}.cache", "", "group_layers_by_attn_type", ("config",)),
     Place(f"{_CB}.utils", "", "find_head_dim", ("config",)),
     Place(f"{_CB}.utils", "", "find_num_key_value_heads", ("config",)),
@@ -150,14 +157,15 @@ BATCHING = (
 BATCHING_ATTRIBUTES = {
     "manager": "continuous_batching_config _use_prefix_sharing _original_attn_impl",
     "config": "safety_margin allow_block_sharing max_blocks_per_request decode_compile_config",
-    "processor": "cache scheduler use_async_batching model_runner.pad_inputs inputs_and_outputs.compute_stream",
+    "processor": "cache scheduler use_async_batching model_runner.pad_inputs inputs_and_outputs.compute_stream "
+    "scheduler.active_requests scheduler.waiting_requests scheduler.safety_margin scheduler.max_requests_per_batch",
     "cache": "cache_allocators pool max_batch_tokens num_sectors num_blocks read_cache_limit use_prefix_sharing "
     "allow_block_sharing max_decode_fast_path_length",
     "inputs": "position_ids requests_in_batch",
     "allocator": "block_table block_physical_stride tokens_per_page blocks_per_sector layer_indices cache_tensor "
     "sentinel_index write_trash_index use_block_sharing",
-    "request": "request_id initial_tokens remaining_prefill_tokens tokens_to_process position_offset num_children "
-    "status _new_tokens_limit _true_initial_tokens",
+    "request": "request_id initial_tokens generated_tokens remaining_prefill_tokens tokens_to_process position_offset "
+    "num_children status _new_tokens_limit _true_initial_tokens",
     "future request": "state query_length has_new_token",
 }
 """The attributes of their objects that are read or set there, in words; `test_private_places.py` looks at them."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +10,9 @@ import torch
 
 from sink_patch.batching.pages import SinkPages
 from sink_patch.batching.service import Service
-from sink_patch.batching.turning import Planned, Turner, stream_of, turnings
+from sink_patch.batching.slots.blocks import on_stream
+from sink_patch.batching.slots.streams import stream_of
+from sink_patch.batching.turning import Planned, Turner, turnings
 from sink_patch.compat import models as transformers_models
 from sink_patch.errors import UnsupportedModelError
 from sink_patch.rules.plans import plan_row
@@ -99,15 +100,7 @@ class SinkInputs:
 
     @torch.no_grad()
     def _generation_step(self, wrapped: Any, model: Any) -> None:
-        with _on(self._processor.inputs_and_outputs.compute_stream):
+        with on_stream(self._processor.inputs_and_outputs.compute_stream):
             self._batches.begin()
         wrapped(model)
         self._batches.check_stored()
-
-
-def _on(stream: Any) -> contextlib.AbstractContextManager[Any]:
-    """Inside, the device is asked on this stream of torch; None: on the one that is current."""
-    if stream is None:
-        return contextlib.nullcontext()
-    asked: contextlib.AbstractContextManager[Any] = torch.get_device_module(stream.device).stream(stream)
-    return asked

@@ -10,11 +10,18 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import nn
+
 from sink_patch.batching.batches import Batches, SinkInputs
 from sink_patch.batching.pages import SinkPages
-from sink_patch.batching.scheduling import SinkRoom, SinkScheduling
+from sink_patch.batching.scheduling import SinkScheduling
 from sink_patch.batching.service import Service
+from sink_patch.batching.slots.blocks import Blocks
+from sink_patch.batching.slots.kept import Slots
+from sink_patch.batching.slots.readings import ModelNow
+from sink_patch.batching.slots.room import SinkRoom
 from sink_patch.compat import models as transformers_models
+from sink_patch.models.entries import unwrapped
 
 _NAME = "_sink_service"
 
@@ -28,7 +35,7 @@ def serve(manager: Any, service: Service) -> None:
     config.max_blocks_per_request = 0  # the kernels that read block tables know no rings
     config.decode_compile_config = None
     setattr(manager, _NAME, service)
-    transformers_models.stand_before(_Making(service), manager, "_create_batch_processor")
+    transformers_models.stand_before(_Making(service, manager.model), manager, "_create_batch_processor")
 
 
 def service_for(model: Any, passed: Any, arguments: Mapping[str, Any] | None = None) -> Service | None:
@@ -52,19 +59,19 @@ def service_of(manager: Any) -> Service | None:
 class _Making:
     """Stands before a manager, which makes its processor when it begins, and keeps it from one session to the next."""
 
-    def __init__(self, service: Service):
-        self._service = service
+    def __init__(self, service: Service, model: Any):
+        self._service, self._model = service, weakref.ref(unwrapped(model))
         self._made: Callable[[], Any] = lambda: None  # a weak reference, as its end frees the pages
 
     def _create_batch_processor(self, wrapped: Any) -> Any:
         processor = wrapped()
         if processor is not self._made():
-            _take_over(processor, self._service)
+            _take_over(processor, self._service, self._model)
             self._made = weakref.ref(processor)
         return processor
 
 
-def _take_over(processor: Any, service: Service) -> None:
+def _take_over(processor: Any, service: Service, model: Callable[[], nn.Module | None]) -> None:
     cache = processor.cache
     is_recorded = bool(processor.model_runner.pad_inputs)
     kinds = {name: service.groups[name].kind for name in cache.cache_allocators}
@@ -73,5 +80,7 @@ def _take_over(processor: Any, service: Service) -> None:
         for name, allocator in cache.cache_allocators.items()
         if not kinds[name].local
     ]
-    SinkScheduling(processor, service, SinkRoom(cache, service))
+    blocks = Blocks(cache, processor.inputs_and_outputs.compute_stream)
+    slots = Slots.of(service, blocks, ModelNow(model), cache.max_batch_tokens)
+    SinkScheduling(processor, service, SinkRoom(cache, service, blocks, slots.kept), slots)
     SinkInputs(processor, Batches(service, cache.cache_allocators, pages))

@@ -14,8 +14,9 @@ from sink_patch.batching import trial
 from sink_patch.batching.models import Group, check_model, groups_of, refusal
 from sink_patch.compat import installed_shim
 from sink_patch.errors import SinkArgumentError, UnsupportedGenerationError, UnsupportedTransformersError
-from sink_patch.generation.inputs.cuts import Cuts
+from sink_patch.generation.inputs.cuts import Cuts, Text
 from sink_patch.generation.request import Request
+from sink_patch.kept.texts import tokens_ahead
 from sink_patch.models.entries import unwrapped
 from sink_patch.models.examine import examine
 from sink_patch.models.facts import ModelFacts
@@ -37,6 +38,7 @@ class Service:
         horizon: RoPE position at which the clock of a request is set back.
         cuts: where the texts of requests are cut.
         groups: its layers, by how transformers groups them.
+        keep: how many slots of requests that have ended are kept.
     """
 
     facts: ModelFacts
@@ -44,6 +46,7 @@ class Service:
     horizon: int
     cuts: Cuts
     groups: Mapping[str, Group]
+    keep: int = 0
 
     @classmethod
     def asked_for(cls, model: Any, passed: Any, arguments: Mapping[str, Any] | None = None) -> Service | None:
@@ -62,18 +65,19 @@ class Service:
         request = Request.read(arguments or {}, passed, own)
         if request.implementation != CACHE_IMPLEMENTATION:
             return None
-        sizes = _sizes(request.settings())
+        settings = request.settings()
+        sizes = _sizes(settings)
         _check_transformers()
         piece = next((size for size in map(_piece, (passed, own)) if size is not None), None)
-        return cls._of(unwrapped(model), sizes, piece)
+        return cls._of(unwrapped(model), sizes, piece, settings.keep_streams)
 
     @classmethod
-    def _of(cls, model: nn.Module, sizes: Sizes, piece: int | None) -> Service:
+    def _of(cls, model: nn.Module, sizes: Sizes, piece: int | None, keep: int = 0) -> Service:
         facts = examine(model)
         check_model(model, facts)
         clock = horizon(facts, sizes.window_length, sizes.num_sink_tokens)
         cuts = Cuts(sizes.window_length, sizes.num_sink_tokens, facts.context.length, piece)
-        return cls(facts, sizes, clock, cuts, groups_of(model, facts, sizes))
+        return cls(facts, sizes, clock, cuts, groups_of(model, facts, sizes), keep)
 
     def of_trial(self, model: nn.Module) -> Service:
         """The same model at sizes that fit a trial, whatever was asked for."""
@@ -83,34 +87,55 @@ class Service:
         """Whether both give the same text."""
         if other is None or not self.facts.same_as(other.facts):
             return False
-        return (self.sizes, self.cuts, self.horizon) == (other.sizes, other.cuts, other.horizon)
+        mine, theirs = ((one.sizes, one.cuts, one.horizon, one.keep) for one in (self, other))
+        return mine == theirs
 
-    def check_prompt(self, prompt: int, batch_tokens: int | None) -> None:
+    def fresh(self, prompt: int, most: int | None = None) -> Text:
+        """How a prompt of so many tokens is read from its first token on.
+
+        Args:
+            most: tokens of the request when it ends; None: it is not known whether they are more than the window.
+        """
+        is_copied = self.keep and (most is None or most > self.fewest)
+        return Text(prompt, pause=tokens_ahead(prompt, begins_at_end=False) if is_copied else 0)
+
+    @cached_property
+    def fewest(self) -> int:
+        """Tokens that all layers hold; what is longer overwrites its oldest ones in some of them."""
+        return min(group.kind.capacity for group in self.groups.values())
+
+    def check_prompt(self, text: Text, batch_tokens: int | None) -> None:
         """Refuse a prompt that `generate` reads in a forward that no batch has room for.
 
         Args:
-            prompt: its tokens.
+            text: of it.
             batch_tokens: of the largest batch; None: not known yet.
 
         Raises:
             SinkArgumentError: as it says; or there are none.
         """
-        if prompt < 1:
-            raise SinkArgumentError("A request of no tokens was given. Pass at least one token to start from.")
-        longest, limit = self.cuts.longest(prompt), self.facts.context.limit
-        ring = self.sizes.window_length - self.sizes.num_sink_tokens
+        if reason := self.too_long(text, batch_tokens):
+            raise SinkArgumentError(reason)
+
+    def too_long(self, text: Text, batch_tokens: int | None) -> str:
+        """Why a text cannot be read; empty: it can."""
+        if text.prompt < 1:
+            return "A request of no tokens was given. Pass at least one token to start from."
+        longest, needed = self.cuts.longest(text), self.cuts.positions(text)
+        limit, ring = self.facts.context.limit, self.sizes.window_length - self.sizes.num_sink_tokens
         if batch_tokens is not None and longest > batch_tokens:
-            raise SinkArgumentError(
-                f"A prompt of {prompt} tokens was given, of which {longest} go in at once, as in generate, and "
+            return (
+                f"A prompt of {text.prompt} tokens was given, of which {longest} go in at once, as in generate, and "
                 f"max_batch_tokens={batch_tokens}. Raise that, or let prompts go in by pieces: "
                 f"prefill_chunk_size={min(ring, batch_tokens)} in the generation config."
             )
-        needed = longest if longest == prompt else longest + self.sizes.num_sink_tokens
         if limit is not None and needed > limit:
-            raise SinkArgumentError(
-                f"A prompt of {prompt} tokens needs {needed} positions in one forward, and {self.facts.model_class} "
-                f"may use {limit}, as {self.facts.context.why_limited}. Use prefill_chunk_size={ring} or less."
+            return (
+                f"A prompt of {text.prompt} tokens needs {needed} positions in one forward, and "
+                f"{self.facts.model_class} may use {limit}, as {self.facts.context.why_limited}. Use "
+                f"prefill_chunk_size={ring} or less."
             )
+        return ""
 
     def check_trial(self, model: Any, serve: Callable[[Any, Service], None]) -> None:
         """Refuse a model that transformers itself does not serve as it should.
@@ -128,7 +153,8 @@ class Service:
     @cached_property
     def kept(self) -> str:
         """For people."""
-        return f"window_length={self.sizes.window_length}, num_sink_tokens={self.sizes.num_sink_tokens}"
+        sizes = f"window_length={self.sizes.window_length}, num_sink_tokens={self.sizes.num_sink_tokens}"
+        return f"{sizes}, keep_streams={self.keep}" if self.keep else sizes
 
 
 def _check_transformers() -> None:
@@ -154,12 +180,11 @@ def _sizes(settings: Settings) -> Sizes:
     asked = {
         "num_sink_tokens": settings.num_sink_tokens if settings.keeps_system else None,
         "evict": settings.evict if settings.evict != TOKENS else None,
-        "keep_streams": settings.keep_streams or None,
     }
     if others := [f"{name}={value!r}" for name, value in asked.items() if value is not None]:
         raise UnsupportedGenerationError(
-            f"Continuous batching was asked for with {' and '.join(others)}. In its paged cache each request is read "
-            "anew, keeps the same number of first tokens, and forgets token by token. Leave that out (sink-patch "
+            f"Continuous batching was asked for with {' and '.join(others)}. In its paged cache each request keeps "
+            "the same number of first tokens, and forgets token by token. Leave that out (sink-patch "
             f"configure DIR --window-length ...). {INSTEAD}"
         )
     return settings.sizes()

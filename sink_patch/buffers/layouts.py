@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from sink_patch.buffers.devices import slot_on
 from sink_patch.rules.kinds import LayerKind
 from sink_patch.rules.plans import RowPlan
 
@@ -26,6 +27,8 @@ class Layout(ABC):
         in_place: whether what is seen is the buffer itself (its first `length` slots), once it is written to.
         brings_sinks: whether some of the new tokens are sinks.
         all_visible: whether no row needs a mask.
+        slot: int64 [1], the one slot that is written in a buffer that has all slots and is seen as it is; None: it is
+            not so.
     """
 
     kind: LayerKind
@@ -34,6 +37,7 @@ class Layout(ABC):
     in_place: bool
     brings_sinks: bool
     all_visible: bool = True
+    slot: torch.Tensor | None = None
 
     @abstractmethod
     def write(self, buffer: torch.Tensor, states: torch.Tensor) -> None:
@@ -49,15 +53,23 @@ class Layout(ABC):
 
 
 class UniformLayout(Layout):
-    """All rows of the batch have seen equally much and bring no padding."""
+    """All rows of the batch have seen equally much and bring no padding.
 
-    def __init__(self, kind: LayerKind, plan: RowPlan, columns: int):
+    Args:
+        device: where the layers probably are; None: not known.
+    """
+
+    def __init__(self, kind: LayerKind, plan: RowPlan, columns: int, device: torch.device | None = None):
         self.kind = kind
         self._columns = columns
         self.length = kind.past(plan) + columns
         self.in_place = kind.is_in_order(plan) or kind.is_the_buffer(columns)
         self._writes = kind.write_runs(plan, columns)
         self._reads = () if self.in_place else kind.past_runs(plan)
+        if columns == 1 and self.in_place and self.length == kind.slots <= kind.count(plan):  # buffers have all slots
+            self.brings_sinks, self.reach = False, kind.slots
+            self.slot = slot_on(device, self._writes[0][0])
+            return
         self.brings_sinks = any(slot < kind.num_sink_tokens for slot, _, _ in self._writes)
         self.reach = max((slot + length for slot, _, length in self._writes), default=0)
 

@@ -14,9 +14,11 @@ import torch
 
 from sink_patch.buffers.devices import moved, on_device
 
+TURNS = 32  # that are made at once, as the sinks of a stream turn by one position more for each token
 Pairing = Literal["half", "interleaved"]
 CosSin = tuple[torch.Tensor, torch.Tensor]
 Pairs = tuple[torch.Tensor, torch.Tensor]  # [..., rows, heads, tokens, rotary_dim / 2] each
+_Block = tuple[int, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]  # the first turn; cosines and sines of all
 
 
 def turn_pairs(pairs: Pairs, cos_sin: CosSin, turned: Pairs) -> None:
@@ -46,6 +48,7 @@ class Rotation:
     start: int = 0
     sign: int = 1
     _per_device: dict[torch.device, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+    _blocks: dict[torch.device, _Block] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def rotary_dim(self) -> int:
@@ -66,12 +69,28 @@ class Rotation:
         Returns:
             Two tensors of shape [rows, 1, 1, rotary_dim / 2] on `device`.
         """
-        inv_freq = self._on(device)  # [1, 1, 1, r/2]
         if isinstance(delta, int):
-            angles = inv_freq * (self.sign * delta)
-        else:
-            angles = delta.to(device=device, dtype=inv_freq.dtype)[:, None, None, None] * (self.sign * inv_freq)
-        return angles.cos().float(), angles.sin().float()  # [rows, 1, 1, r/2] each
+            first, cos, sin = self._block(delta, device)
+            return cos[delta - first], sin[delta - first]  # [1, 1, 1, r/2] each
+        return self._cos_sin(delta.to(device))
+
+    def _cos_sin(self, delta: torch.Tensor) -> CosSin:
+        """The same for turns [rows] on the device."""
+        inv_freq = self._on(delta.device)  # [1, 1, 1, r/2]
+        angles = delta.to(inv_freq.dtype)[:, None, None, None] * (self.sign * inv_freq)  # [rows, 1, 1, r/2]
+        return angles.cos().float(), angles.sin().float()
+
+    def _block(self, delta: int, device: torch.device) -> _Block:
+        """Cosines and sines of some turns, `delta` among them."""
+        made = self._blocks.get(device)
+        if made is None or not 0 <= delta - made[0] < TURNS:
+            made = self._blocks[device] = self._made_block(delta - delta % TURNS, device)
+        return made
+
+    @torch.inference_mode(False)  # else they could not be used outside it
+    def _made_block(self, first: int, device: torch.device) -> _Block:
+        cos, sin = self._cos_sin(torch.arange(first, first + TURNS, device=device))
+        return first, cos[:, None].unbind(), sin[:, None].unbind()  # [1, 1, 1, r/2] each
 
     def apply(self, states: torch.Tensor, cos_sin: CosSin) -> torch.Tensor:
         """`states` turned, in their own dtype.

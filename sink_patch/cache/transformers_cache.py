@@ -51,7 +51,7 @@ class TransformersCache(BatchedCache, CacheBase):
         step = None if streams is None else streams.forward.step_to_store()
         if step is None:
             raise self._not_in_a_forward()
-        if key_states.shape[2] != step.columns:
+        if key_states.size(2) != step.columns:
             raise CacheStateError(f"Layer {layer_idx} has {key_states.shape[2]} tokens in a forward of {step.columns}.")
         keys, values = self.layers[layer_idx].update(key_states, value_states, step.layouts)
         return keys, values

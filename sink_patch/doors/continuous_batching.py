@@ -104,7 +104,7 @@ def _check_prompts(service: Service, given: Mapping[str, Any]) -> None:
     """Refuse prompts that no batch has room for, where its size was passed; else each request is refused by itself."""
     config = given.get("continuous_batching_config")
     for ids in given["inputs"]:
-        service.check_prompt(len(ids), getattr(config, "max_batch_tokens", None))
+        service.check_prompt(service.fresh(len(ids)), getattr(config, "max_batch_tokens", None))
 
 
 def _with_settings(config: Any, request: Request) -> Any:

@@ -21,7 +21,8 @@ from sink_patch.cache.binding import bind, check_holds_nothing
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.compat import installed_shim
 from sink_patch.compat.shim import Role
-from sink_patch.generation import compiled, drafts, refusals
+from sink_patch.generation import drafts, refusals
+from sink_patch.generation.compiled import graph
 from sink_patch.generation.endless.loop import Loop
 from sink_patch.generation.inputs import system
 from sink_patch.generation.inputs.kept import callers_cache, leave_out_and_check
@@ -157,19 +158,18 @@ def _decode(
 
 
 def may_compile(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Around `_valid_auto_compile_criteria`: a sink cache is compiled where that is asked for, never by itself."""
+    """Around `_valid_auto_compile_criteria`: calls over a sink cache are compiled like those over a static one."""
     given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-    cache = given["model_kwargs"].get(cache_argument(instance))
-    if not isinstance(cache, SinkCache) or given["generation_config"].compile_config is None:
-        return wrapped(*args, **kwargs)
-    with compiled.offered_to_compiler(cache):
-        return compiled.check_can_be_traced(wrapped(*args, **kwargs))
+    cache, criteria = given["model_kwargs"].get(cache_argument(instance)), functools.partial(wrapped, *args, **kwargs)
+    if not isinstance(cache, SinkCache):
+        return criteria()
+    return graph.may_compile(instance, cache, given["generation_config"], criteria)
 
 
 def compiled_call(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `get_compiled_call`: what it returns begins the forward over a sink cache first."""
-    compiled.drop_graph_of_another(instance)
-    return functools.partial(compiled.decode, instance, wrapped(*args, **kwargs))
+    graph.drop_graph_of_another(instance)
+    return functools.partial(graph.decode, instance, wrapped(*args, **kwargs))
 
 
 WRAPPERS: dict[Role, Callable[..., Any]] = {

@@ -15,13 +15,14 @@ from torch import nn
 
 from sink_patch.arguments import Sizes
 from sink_patch.cache.sink_cache import SinkCache
+from sink_patch.compat.models import TYPES
 from sink_patch.kept.entry import copy_to_go_on, images_of
 from sink_patch.kept.prompts import TextPrompt, is_of_one_row, is_text_of_one_row, unknown_among
 from sink_patch.kept.sameness import Digest, settings_of, weights_of
 from sink_patch.kept.store import Found, store
 from sink_patch.models.entries import unwrapped
 from sink_patch.models.families.media import media_of, media_tokens, prompt_is_one
-from sink_patch.streaming.media.given import TYPES, media_among
+from sink_patch.streaming.media.given import media_among
 from sink_patch.streaming.media.images import NUMBERS, OF_IMAGES, UNKNOWN, Images, digests_by_row, images_among
 
 _NAME = "_kept_with_images"

@@ -12,16 +12,15 @@ from torch import nn
 
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.kept.begun import Begun, noted_on
-from sink_patch.kept.entry import MARGIN, KeptStream, history_of
+from sink_patch.kept.entry import KeptStream, history_of
 from sink_patch.kept.sameness import settings_of
 from sink_patch.kept.store import store
+from sink_patch.kept.texts import tokens_ahead
 from sink_patch.models.entries import unwrapped
 from sink_patch.streaming.forward import Phase
 from sink_patch.streaming.media.given import sees_both_ways
 from sink_patch.streaming.streams import streams_of
 
-_FEW = 256
-"""So few tokens are soon read again; to read the last of them apart costs a forward, as much as a token."""
 _COUNT = "_keep_streams"  # on the generation config of a call, from when its cache is made until decoding begins
 
 
@@ -92,11 +91,10 @@ class KeptCall:
         A prompt whose images see themselves in both directions is one to its model, and goes in at once.
         """
         new, images = len(self._prompt.text) - self._read, self._prompt.images_end - self._read
-        if new <= MARGIN or not self._needs_copy or (new <= _FEW and self._begins_at_end):
+        ahead = tokens_ahead(new, begins_at_end=self._begins_at_end) if self._needs_copy else 0
+        if not ahead or images == new or (images > 0 and sees_both_ways(self._model)):
             return 0
-        if images == new or (images > 0 and sees_both_ways(self._model)):
-            return 0
-        return max(new - MARGIN, images) + (0 if self._read else self._prompt.padding)
+        return max(ahead, images) + (0 if self._read else self._prompt.padding)
 
     def copy_before_answer(self) -> None:
         """Copy the cache, whose newest tokens may be overwritten soon."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -11,18 +10,11 @@ from sink_patch.arguments import Sizes
 from sink_patch.cache.packing import attributes, tensors_in
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.history.rows import RowHistory
+from sink_patch.kept import texts
 from sink_patch.kept.prompts import TextPrompt
 from sink_patch.kept.sameness import Digest
 from sink_patch.streaming.media.images import UNKNOWN
 from sink_patch.streaming.streams import streams_of
-
-MARGIN = 16
-"""So many of the last tokens of a prompt begin the answer at most, in a way that the next turn may not repeat.
-
-Qwen3 writes "<think>\\n\\n</think>\\n\\n" there, or leaves it out. Also the fewest tokens for which a part of another
-stream is worth a copy.
-"""
-_END_OF_ANSWER = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,20 +65,12 @@ class KeptStream:
 
         Args:
             prompt: that went on in one of the caches.
-            went_on_in: which one. In `before`: a longer text that holds the old prompt, or the end of the old answer
-                (thoughts are stripped from its beginning); others are branches of the talk.
+            went_on_in: which one.
         """
-        text, read = prompt.text, history_of(self.ended)
         if not prompt.begins_with(images_of(self.ended)):
             return False
-        if went_on_in is self.ended and is_whole_beginning(self.ended, text):
-            return True
-        same = read.common(text)
-        if same >= self.prompt:
-            return len(text) > self.prompt
-        end = read.newest[-_END_OF_ANSWER:]
-        places = range(max(0, same - MARGIN), len(text) - len(end) + 1)
-        return read.seen - self.prompt >= len(end) and any(text[place : place + len(end)] == end for place in places)
+        in_ended = went_on_in is self.ended
+        return texts.is_continued_by(history_of(self.ended), self.prompt, prompt.text, in_ended=in_ended)
 
 
 def history_of(cache: SinkCache) -> RowHistory:
@@ -101,35 +85,25 @@ def images_of(cache: SinkCache) -> tuple[str, ...]:
     return () if not rows else rows[0].images if rows[0].knows_images else (UNKNOWN,)
 
 
-def is_whole_beginning(cache: SinkCache, text: array[int]) -> bool:
-    """Whether a text begins with all that a cache has read, and goes on."""
-    read = history_of(cache)
-    return read.seen < len(text) and read.difference(text) is None
-
-
 def tokens_to_use(entry: KeptStream, cache: SinkCache, prompt: TextPrompt) -> int:
     """How many of the first tokens of a prompt need not be read again, if a call goes on in a copy of this cache.
 
-    All that the cache has read, or less of it where the newest tokens can be taken back; 0: the prompt has another
-    beginning, or its beginning cannot be got at any more. At least one token of it is left to be read. An answer that
-    says what stands for an image has been read as words: a prompt with an image there has another beginning.
+    An answer that says what stands for an image has been read as words: a prompt with an image there has another
+    beginning. What has left for tokens that are taken back, whole messages and images, would be missing.
 
     Args:
         cache: one of the two of the entry.
     """
-    read, streams, text = history_of(cache), streams_of(cache), prompt.text
+    streams = streams_of(cache)
+    row = streams.rows[0] if streams.rows and not streams.facts.has_states else None
+
+    def can_lose(back: int) -> bool:
+        return row is not None and not row.dropped and row.can_lose(back, cache.num_sink_tokens)
+
     if not prompt.begins_with(images_of(cache)):
         return 0
-    same = min(read.common(text), len(text) - 1)
-    back = read.seen - same
-    if prompt.stand and not prompt.stand.isdisjoint(text[entry.prompt : same]):
-        return 0
-    if back == 0:
-        return same
-    if same < MARGIN or back > len(read.newest) or streams.facts.has_states or not streams.rows:
-        return 0
-    row = streams.rows[0]  # messages and images that have left it for what is taken back would be missing
-    return same if not row.dropped and row.can_lose(back, cache.num_sink_tokens) else 0
+    same = texts.tokens_to_use(history_of(cache), prompt.text, can_lose)
+    return same if prompt.stand.isdisjoint(prompt.text[entry.prompt : same]) else 0
 
 
 def copy_to_go_on(cache: SinkCache, tokens: int, padding: int) -> SinkCache:

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from sink_patch.compat.models import TYPES
 from sink_patch.models.entries import CACHE_NAMES
 from sink_patch.models.families.media import KINDS
-from sink_patch.streaming.media.given import TYPES
 from sink_patch.streaming.media.images import UNKNOWN, of_kind
 
 _OF_TEXT = frozenset({"attention_mask", "position_ids", "cache_position", "use_cache", "logits_to_keep", *CACHE_NAMES})

@@ -49,6 +49,8 @@ class Store:
         self._models: weakref.WeakKeyDictionary[nn.Module, _OfModel] = weakref.WeakKeyDictionary()
         self._clock = itertools.count()
         self._limit = limit
+        self._cleared_all = 0
+        self._cleared: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
     def find(
         self, model: nn.Module, weights: Digest, settings: Digest, sizes: Sizes, prompt: TextPrompt
@@ -116,9 +118,18 @@ class Store:
     def clear(self, model: nn.Module | None = None) -> None:
         """Forget the kept streams of a model; None: of all models."""
         with self._lock:
+            if model is None:
+                self._cleared_all += 1
+            else:
+                self._cleared[model] = self._cleared.get(model, 0) + 1
             for one in list(self._models.values()) if model is None else [self._models.get(model)]:
                 if one is not None:
                     one.entries.clear()
+
+    def times_cleared(self, model: nn.Module) -> int:
+        """How often the streams of a model were forgotten on demand, for those who keep some elsewhere."""
+        with self._lock:
+            return self._cleared_all + self._cleared.get(model, 0)
 
     def entries(self) -> list[tuple[nn.Module, KeptStream]]:
         """All that is kept, each with its model, the least recently used one first."""

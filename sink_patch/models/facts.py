@@ -80,8 +80,6 @@ class ModelFacts:
         """Why its tokens cannot go through a graph that is compiled once, as in "it ..."; None: they can."""
         if any(layer.elsewhere for layer in self.layers):
             return "it sends and receives between its layers (pipeline parallel), which torch does not trace"
-        if self.has_states:
-            return "it keeps recurrent states, which are new tensors in each forward"
         if self.position_source == "columns":
             return "it takes distances from the order of the keys (ALiBi), which a ring at a fixed place does not keep"
         return None if any(layer.entry.attention for layer in self.layers) else "it keeps no keys"

@@ -11,19 +11,25 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from sink_patch.errors import UnboundCacheError, UnsupportedGenerationError
+from sink_patch.errors import UnboundCacheError
 from sink_patch.models.entries import CACHE_NAMES, decoder_of
 from sink_patch.rules.positions import check_of_forward
 from sink_patch.rules.rows import Row
 from sink_patch.streaming.calls.guard import check_given
 from sink_patch.streaming.inputs import accepted, named_arguments, without_columns
-from sink_patch.streaming.media.beginning import replaced_for_images, with_mask
+from sink_patch.streaming.media.beginning import (
+    begun_by_pieces,
+    check_decoder,
+    next_piece,
+    replaced_for_images,
+    with_mask,
+)
 from sink_patch.streaming.media.given import check_media
 from sink_patch.streaming.streams import StreamingCache, Streams, streams_of
 
@@ -88,22 +94,26 @@ def _begin(
         raise UnboundCacheError.elsewhere(repr(cache), type(module).__name__)
     if streams.forward.includes(module, named[name].shape[1]):
         streams.coordinates.note(module, named)
+        if streams.coordinates.masks.are_due:
+            return (), named | _masks(streams, module, named)
         return None  # the model has handed on what it was given
-    _check_decoder(streams, module, named.get("position_ids"))
     call = streams.call
+    cut = None if call is None else call.cut
+    if cut is None or not cut.is_begun:
+        runs, is_model = streams.forward.is_running(called=module), module is streams.entrances[0]()
+        check_decoder(streams.coordinates, module, named.get("position_ids"), runs=runs, is_model=is_model)
     named = named if call is None else call.with_media(module, named)
     media, inputs = check_media(module, named, streams.columns), named[name]
     streams.coordinates.forget()
     if call is None:
         _check_positions(streams, module, named, inputs)
-    elif call.cut is not None and call.cut.is_begun:
-        inputs, named = call.cut.feed_ahead(module, named)
-        streams.coordinates.look_for(inputs, call.cut.tokens, *call.images_of_piece(len(inputs)))
+    elif cut is not None and cut.is_begun and cut.whole is not None:
+        inputs, named = next_piece(streams.coordinates, module, named, call, cut, cut.whole)
     else:
         count = call.read_again(inputs, named.get("attention_mask"), streams.columns)
         named = without_columns(named, inputs, count)
-        if media and call.cut is not None:
-            return (), call.cut.begin(module, named, later=streams.columns > 0)
+        if media and cut is not None:
+            return (), begun_by_pieces(cut, module, named, _rows_read(streams), call)
         inputs = named[name]
     return (), _begun(streams, module, named, inputs, bool(media), in_graph)
 
@@ -114,35 +124,27 @@ def _begun(
     """What the model receives in the forward that begins here; `inputs` are its new columns, [rows, columns, ...]."""
     fixed = (in_graph or _is_compiled(module)) and inputs.shape[1] == 1 and streams.can_be_fixed_now
     for_images = replaced_for_images(
-        streams.coordinates, module, named, inputs, streams.columns, streams.call, has_images=has_images
+        streams.coordinates, module, named, inputs, _rows_read(streams), streams.call, has_images=has_images
     )
     replaced = streams.begin(module, inputs, named.get("attention_mask"), fixed=fixed)
     replaced |= for_images | streams.coordinates.placed(streams.forward.step, streams.planner.horizon)
+    if streams.coordinates.masks.are_due:
+        replaced |= _masks(streams, module, named | replaced)
     if has_images and not streams.columns:
         replaced = with_mask(module, replaced, inputs)
     return named | accepted(module, replaced, named)
 
 
-def _check_decoder(streams: Streams, module: nn.Module, position_ids: Any) -> None:
-    """A decoder is called in a forward that its model has not begun, or had begun with other columns.
+def _rows_read(streams: Streams) -> Sequence[Row]:
+    return (streams.rows or ()) if streams.columns else ()
 
-    Raises:
-        UnsupportedGenerationError: images have made more columns; or coordinates differ, as there are images that the
-            hooks of the model have not seen (PEFT calls past those), and nothing tells where they end.
-    """
-    if streams.forward.is_running(called=module) and streams.coordinates.columns is not None:
-        raise UnsupportedGenerationError(
-            f"{type(module).__name__} was called with other columns than the {streams.coordinates.columns} of a prompt "
-            "with images or sounds: the prompt must hold a token for each column of them, as processors write it. "
-            "Update the processor, or use another cache."
-        )
-    if getattr(position_ids, "ndim", 0) < 3 or module is streams.entrances[0]():
-        return
-    if not bool((position_ids[-3:] == position_ids[-1:]).all()):
-        raise UnsupportedGenerationError(
-            f"{type(module).__name__} was called with positions of several coordinates, as for images, and not by the "
-            "model that a SinkCache is bound to. Call that model itself, or use another cache."
-        )
+
+def _masks(streams: Streams, module: nn.Module, named: dict[str, Any]) -> dict[str, Any]:
+    """The masks that a decoder is given where there are images that see themselves in both directions."""
+    model = streams.entrances[0]()
+    if module is model or model is None:
+        return {}
+    return streams.coordinates.masks.made(model, named, _cache_among(named), streams.forward.step)
 
 
 def _check_positions(streams: Streams, module: nn.Module, named: dict[str, Any], inputs: torch.Tensor) -> None:

@@ -66,18 +66,21 @@ class Planner:
         Raises:
             CacheStateError: more positions than there are, or tokens that this model can only take one by one.
         """
-        window_length, num_sink_tokens = self.sizes.window_length, self.sizes.num_sink_tokens
-        made = {
-            key: plan_row(*key, window_length, num_sink_tokens, self.horizon)
-            for key in set(zip(held, new, strict=True))
-        }
-        plans = [made[key] for key in zip(held, new, strict=True)]
+        plans = self._plans(list(zip(held, new, strict=True)))
         self._check_positions(plan.first_position + plan.new for plan in plans)
         if fed and columns > 1:
             # of sliding windows no message leaves, and no image
-            seen = [min(plan.seen, window_length) if plan.dropped else plan.past for plan in plans]
+            seen = [min(plan.seen, self.sizes.window_length) if plan.dropped else plan.past for plan in plans]
             self._check_one_by_one(max(seen), columns)
         return plans
+
+    def _plans(self, rows: Sequence[tuple[Row, int]]) -> list[RowPlan]:
+        """Rows that are alike share a plan."""
+        sizes = self.sizes.window_length, self.sizes.num_sink_tokens, self.horizon
+        if len(rows) == 1:
+            return [plan_row(*rows[0], *sizes)]
+        made = {row: plan_row(*row, *sizes) for row in set(rows)}
+        return [made[row] for row in rows]
 
     def fits_in_one_forward(self, held: Sequence[Row], columns: int) -> bool:
         """Whether so many new tokens, fed at once, stay within the context that the model was trained on."""

@@ -31,8 +31,12 @@ class Step:
         self.columns = columns
         self.device = device
         self._take(plans)
-        self.layouts: Sequence[Layout] = make_layouts(kinds, self.plans, columns) if kinds else ()
+        self.layouts: Sequence[Layout] = self._made_layouts(kinds) if kinds else ()
         self._past_columns = max((layout.length for layout in self.layouts), default=columns) - columns
+
+    def _made_layouts(self, kinds: Sequence[LayerKind]) -> list[Layout]:
+        """The layouts; what is stored while gradients are computed must be detached first, in `Ring.update`."""
+        return make_layouts(kinds, self.plans, self.columns, None if torch.is_grad_enabled() else self.device)
 
     def _take(self, plans: Sequence[RowPlan]) -> None:
         self.plans = tuple(plans)
@@ -42,6 +46,8 @@ class Step:
         """RoPE positions: [1, columns] where all rows have seen equally much, else [rows, columns], 0 for padding."""
         if all(isinstance(layout, UniformLayout) for layout in self.layouts):
             first_position = self.plans[0].first_position
+            if self.columns == 1:  # one operation in place of two
+                return torch.full((1, 1), first_position, device=self.device)
             return torch.arange(first_position, first_position + self.columns, device=self.device)[None, :]
         columns = torch.arange(self.columns, device=self.device)
         first = [plan.first_position - (self.columns - plan.new) for plan in self.plans]
@@ -68,7 +74,8 @@ class Step:
 
     def mask_coordinates(self) -> torch.Tensor:
         """Mask coordinates of the new tokens, [columns]: what models that take `cache_position` are given."""
-        return torch.arange(self.columns, device=self.device) + self.past_columns()
+        past = self.past_columns()
+        return torch.arange(past, past + self.columns, device=self.device)
 
     def mask_sizes(self, kind_index: int) -> tuple[int, int]:
         """(visible columns, mask coordinate of the first of them) for layers of a kind: the last ones of all."""
@@ -76,9 +83,11 @@ class Step:
         return length, self.past_columns() + self.columns - length
 
 
-def make_layouts(kinds: Sequence[LayerKind], plans: Sequence[RowPlan], columns: int) -> list[Layout]:
+def make_layouts(
+    kinds: Sequence[LayerKind], plans: Sequence[RowPlan], columns: int, device: torch.device | None = None
+) -> list[Layout]:
     """The layouts of one forward of `columns` columns, in the order of `kinds`."""
     first = plans[0]
-    if first.new == columns and all(plan == first for plan in plans):
-        return [UniformLayout(kind, first, columns) for kind in kinds]
+    if first.new == columns and all(plan is first or plan == first for plan in plans):
+        return [UniformLayout(kind, first, columns, device) for kind in kinds]
     return [RaggedLayout(kind, plans, columns) for kind in kinds]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from sink_patch.arguments import Sizes
 from sink_patch.buffers.store import LayerStore
-from sink_patch.errors import CacheStateError, UnboundCacheError
+from sink_patch.errors import CacheStateError, UnboundCacheError, UnsupportedGenerationError
 from sink_patch.rules.plans import RowPlan
 from sink_patch.rules.rows import Row
 from sink_patch.streaming.fixed.steps import FixedSteps
@@ -71,12 +71,12 @@ class Streams(Rows):
         self.entrances = tuple(weakref.ref(module) for module in entrances)
         self.call: Call | None = None
         self.coordinates = Coordinates()
-        self.offered_to_compiler = False  # while `generate` asks whether it may compile (generation/compiled.py)
+        self.offered_to_compiler, self.goes_over = False, cast("Any", None)  # of the call (generation/compiled/)
         self._fixed = FixedSteps(store, planner.facts, entrances[0])
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy takes no part in the call."""
-        return {**vars(self), "call": None}
+        return {**vars(self), "call": None, "goes_over": None}
 
     def is_bound_to(self, module: nn.Module) -> bool:
         """Whether this is the model of the cache, or its decoder."""
@@ -155,8 +155,7 @@ class Streams(Rows):
     @contextlib.contextmanager
     def begun_outside(self, module: nn.Module, inputs: torch.Tensor, attention_mask: Any) -> Iterator[dict[str, Any]]:
         """Inside, a forward of one token is in progress that no hook begins or ends; yields what the model receives."""
-        replaced = self.begin(module, inputs, attention_mask, fixed=True, outside_the_call=True)
-        completed = False
+        replaced, completed = self.begin(module, inputs, attention_mask, fixed=True, outside_the_call=True), False
         try:
             yield replaced
             completed = True
@@ -165,21 +164,24 @@ class Streams(Rows):
 
     def _end(self, *, completed: bool) -> None:
         step, phase = self.forward.step, self.forward.phase
-        if step is None:
-            return
-        if not completed:
+        if step is None or not completed:
             self._give_up()
             return
-        self.forward.done()
         if self.store.kinds and phase is Phase.PLANNED:
+            self.forward.done()
             raise CacheStateError(
                 "This forward has stored nothing in the cache that it was given (a model that trains with gradient "
                 "checkpointing does not). Call model.eval() first."
             )
-        rows = self.rows or [Row()] * len(step.plans)
-        rows = [row.after(plan.new, self.store.slots) for row, plan in zip(rows, step.plans, strict=True)]
-        self.rows = self.coordinates.told(rows, [plan.new for plan in step.plans], self.sizes, self.planner.horizon)
-        self.columns += step.columns
+        held = zip(self.rows or [Row()] * len(step.plans), step.plans, strict=True)
+        rows = [row.after(plan.new, self.store.slots) for row, plan in held]
+        try:
+            rows = self.coordinates.told(rows, [plan.new for plan in step.plans], self.sizes, self.planner.horizon)
+        except UnsupportedGenerationError:
+            self._give_up()  # what it has overwritten is lost
+            raise
+        self.forward.done()
+        self.rows, self.columns = rows, self.columns + step.columns
         self.history.commit()
 
     @property
@@ -195,6 +197,4 @@ class Streams(Rows):
     @property
     def can_be_fixed_now(self) -> bool:
         """Whether the next one may."""
-        if not self.can_be_fixed or self.recording or self.rows is None:
-            return False
-        return self._fixed.can_follow(self.rows)
+        return self.can_be_fixed and not self.recording and self.rows is not None and self._fixed.can_follow(self.rows)

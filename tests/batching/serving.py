@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,7 +53,8 @@ def batching(**entries: Any) -> Any:
 class Driven:
     """A manager that runs no thread.
 
-    `most` is the largest number of blocks that one request had in one allocator, `beside` of requests in one batch.
+    `most` is the largest number of blocks that one request had in one allocator, `beside` of requests in one batch,
+    `read` the tokens that the model has read of each request.
     """
 
     manager: Any
@@ -60,6 +62,7 @@ class Driven:
     done: dict[str, Any] = field(default_factory=dict)
     most: int = 0
     beside: int = 0
+    read: Counter[str] = field(default_factory=Counter)
 
     def add(self, one: Asked, **others: Any) -> str:
         return self.manager.add_request(one.prompt, max_new_tokens=one.new, **others)
@@ -70,7 +73,9 @@ class Driven:
         if is_any:
             for allocator in self.processor.cache.cache_allocators.values():
                 self.most = max([self.most, *map(len, allocator.block_table.values())])
-            self.beside = max(self.beside, len(self.processor.inputs_and_outputs.requests_in_batch))
+            batch = self.processor.inputs_and_outputs.requests_in_batch
+            self.beside = max(self.beside, len(batch))
+            self.read.update({one.state.request_id: one.query_length for one in batch})
             self.manager._generation_step()
             self.processor.update_batch()
         queue = self.manager.output_router.output_queue

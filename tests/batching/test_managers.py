@@ -15,6 +15,7 @@ from sink_patch import SinkArgumentError, UnsupportedGenerationError
 from sink_patch.batching.managers import service_of
 from tests.batching.cases import model
 from tests.batching.serving import asked, batching, check, config, driven, generated, needs_batching, served
+from tests.batching.talks import keeping
 
 pytestmark = needs_batching
 W, S = 16, 3
@@ -184,6 +185,7 @@ OPTIONS = {
     "max_blocks_per_request": {"max_blocks_per_request": 4},
     "prefill_first": {"scheduler_type": "prefill_first"},
     "a safety margin": {"safety_margin": 0.4, "num_blocks": 9},
+    "few requests in a batch": {"max_requests_per_batch": 2},
 }
 
 
@@ -234,7 +236,7 @@ def test_a_kept_manager_serves_as_it_was_made(llama):
         check(llama, requests[0], *results.values(), SINK)
         again = llama.generate_batch([requests[0].prompt], SINK, persistent_manager=True, max_new_tokens=12)
         check(llama, requests[0], *again.values(), SINK)
-        for other in (config(W + 1, S), config(W, S, prefill_chunk_size=5)):
+        for other in (config(W + 1, S), config(W, S, prefill_chunk_size=5), keeping(W, S)):
             with pytest.raises(UnsupportedGenerationError, match="destroy_cached_continuous_batching_manager"):
                 llama.init_continuous_batching(other)
         plain = config(W, S)

@@ -1,9 +1,8 @@
-"""All benchmarks, one after the other, and their figures: `python -m tests.bench [--old PYTHON] [--only NAME ...]`.
+"""All benchmarks one after the other, and their figures: `python -m tests.bench [gpu] [--old PYTHON] [--only NAME]`.
 
 `--old` is a python with transformers 4.52.4 and this torch, such as .matrix/4.52.4/bin/python of `tests.matrix`; the
 old SinkCache is measured there. Each file says what it measures and prints; records go to results/.
-All run on one core. On a GPU they are run one by one: `update --device cuda`, and `decode`, `memory` and `profile`
-with `--model llama-1b --window 1024 --device cuda --dtype bfloat16`.
+All run on one core. `gpu` runs those of a GPU instead, in about ten minutes, and the tests that need one.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ class Benchmark:
         record: the file of its record.
         arguments: of the module.
         old: whether it needs the old SinkCache.
+        gpu: whether it is of a GPU; its record is named after that.
     """
 
     name: str
@@ -34,8 +34,11 @@ class Benchmark:
     record: str
     arguments: tuple[str, ...] = ()
     old: bool = False
+    gpu: bool = False
 
 
+_ON_GPU = ("--window", "1024", "--device", "cuda", "--dtype", "bfloat16")
+GPU_TESTS = ("tests/streaming/test_cuda.py", "tests/streaming/test_flash.py")
 BENCHMARKS = (
     Benchmark("update", "update", "update-cpu.json"),
     Benchmark("update-old", "update", "update-4.52.4-cpu.json", ("--rounds", "5"), old=True),
@@ -64,20 +67,41 @@ BENCHMARKS = (
         "batching-tiny", "batching", "batching-tiny-w128-cpu.json", ("--model", "tiny-30-layers", "--window", "128")
     ),
     Benchmark("batching", "batching", "batching-smollm2-w128-cpu.json", ("--window", "128", "--requests", "4")),
+    Benchmark(
+        "batching-talks",
+        "batching_talks",
+        "batching-talks-tiny-w128-cpu.json",
+        ("--model", "tiny-30-layers", "--window", "128"),
+    ),
     Benchmark("batching-memory", "batching_memory", "batching-memory-100000-cpu.json"),
     Benchmark("serving", "serving", "serving-tiny-w48-cpu.json"),
     Benchmark("forever", "forever", "stream-4000000-cpu.json"),
+    Benchmark("update-gpu", "update", "update-gpu.json", ("--device", "cuda"), gpu=True),
+    *(
+        Benchmark(
+            f"{module}-{size}",
+            module,
+            f"{module}-llama-{size}-w1024-gpu.json",
+            ("--model", f"llama-{size}", *_ON_GPU, *more),
+            gpu=True,
+        )
+        for size in ("1b", "8b")
+        for module, more in (("decode", ("--longest", "1024")), ("by_default", ()))
+    ),
 )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("where", nargs="?", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--old", metavar="PYTHON")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=[one.name for one in BENCHMARKS])
     arguments = parser.parse_args()
     failed = []
     for one in BENCHMARKS:
         python = arguments.old if one.old else sys.executable
+        if one.gpu != (arguments.where == "gpu"):
+            continue
         if python is None or one.name not in (arguments.only or [one.name]):
             print(f"skipped: {one.name}")
             continue
@@ -85,7 +109,10 @@ def main() -> int:
         command = [python, "-W", "ignore", "-m", f"tests.bench.{one.module}", *one.arguments]
         done = subprocess.run([*command, "--json", str(RESULTS / one.record)], check=False)
         failed += [one.name] if done.returncode else []
-    if not arguments.only:
+    if arguments.where == "gpu":
+        tested = subprocess.run([sys.executable, "-m", "pytest", "-q", *GPU_TESTS], check=False)
+        failed += ["tests"] if tested.returncode else []
+    elif not arguments.only:
         subprocess.run([sys.executable, "-m", "tests.bench.plots"], check=True)
     print(f"failed: {failed or 'none'}")
     return int(bool(failed))

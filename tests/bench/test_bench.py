@@ -12,6 +12,8 @@ import torch
 from tests.bench import (
     batching,
     batching_memory,
+    batching_talks,
+    by_default,
     decode,
     endless,
     forever,
@@ -56,12 +58,25 @@ def test_decode(monkeypatch):
     assert "ours after 30" in decode.run(decode.Bench(small(), 16, compiled=False), 30, 2, 1)["tokens_a_second"]
 
 
+def test_by_default():
+    assert by_default.run(small(), 24, 20, 1, 100.0)["sink against static, later"] > 0
+
+
 def test_batching():
     asked = SimpleNamespace(window=16, requests=2, rounds=1)
     model = copy.deepcopy(tiny("llama", layers=2, vocab_size=1000, attention="sdpa"))
     with torch.inference_mode():
         held = batching.run(model, asked)["bytes of pages"]
     assert held["with sinks"] * 4 < held["transformers, ten windows"]
+
+
+def test_batching_talks():
+    asked, model = (
+        SimpleNamespace(window=16, clients=2, turns=2, rounds=1),
+        copy.deepcopy(tiny("llama", vocab_size=1000)),
+    )
+    read = batching_talks.run(model, asked)["tokens of a prompt that were read, after the first turn"]
+    assert read == {"kept": batching_talks.MESSAGE + 1, "anew": 264}
 
 
 @pytest.mark.parametrize("way", batching_memory.WAYS)

@@ -69,3 +69,16 @@ def test_same_as_compares_all_fields():
     ]
     assert rotation.same_as(Rotation(rotation.inv_freq.clone()))
     assert not any(rotation.same_as(other) for other in others)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_one_turn_equals_that_of_rows_whatever_was_turned_before(sign):
+    rotation = Rotation(torch.tensor([1.0, 0.1, 0.003], dtype=torch.float64), sign=sign)
+    for number, delta in enumerate([0, 1, 31, 32, 33, -1, -32, -33, 5, 100_000, 99_999]):
+        with torch.inference_mode(number % 2 == 0):
+            found = rotation.cos_sin(delta, torch.device("cpu"))
+            wanted = rotation.cos_sin(torch.tensor([delta]), torch.device("cpu"))
+        for one, other in zip(found, wanted, strict=True):
+            assert one.shape == other.shape == (1, 1, 1, 3)
+            assert torch.equal(one, other)
+            assert not one.is_inference()

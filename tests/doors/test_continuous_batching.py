@@ -134,7 +134,6 @@ def test_a_private_place_that_has_moved(model, door, monkeypatch):
 
 
 SETTINGS = {
-    "keep_streams=8": {"keep_streams": 8},
     "evict='turns'": {"evict": "turns", "turn_start": [5]},
     "num_sink_tokens='system'": {"num_sink_tokens": "system", "turn_start": [5], "system_start": [6]},
 }

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch._dynamo
 from torch._dynamo.utils import counters
-from transformers import CompileConfig
 
 import sink_patch
 from sink_patch import SinkCache
@@ -18,6 +17,7 @@ from sink_patch.streaming.fixed import layout
 from tests.support import tiny as shared
 from tests.support import zoo
 from tests.support.chats import Window
+from tests.support.graphs import graph_config, graphs
 from tests.support.known_gaps import is_newest, skip_if_model_is_newer
 from tests.support.oracle import relative_error, visible_tokens
 from tests.support.replay import cache_name
@@ -57,20 +57,9 @@ def tiny(*asked, **settings):
     return copy.deepcopy(shared.tiny(*asked, **settings))
 
 
-def graph_config(backend="eager"):
-    config = CompileConfig(backend=backend, mode=None, fullgraph=True, dynamic=False)
-    config._compile_all_devices = True  # else on GPUs only
-    return config
-
-
 def run(model, ids, **settings):
     asked = {"do_sample": False, "max_new_tokens": 5 * W, "return_dict_in_generate": True, "output_logits": True}
     return model.generate(ids, **{**asked, **SINK, **settings})
-
-
-def graphs():
-    """The number of graphs, and of graph breaks."""
-    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
 def assert_same(found, wanted):
@@ -94,6 +83,42 @@ def test_one_graph_serves_all_tokens_of_three_streams(model_type, attention):
         assert graphs() == (1, 0)
         assert not found.past_key_values.is_compileable  # else transformers would make masks outside the graph
     assert sink_patch.inspect(model, W, S).why_not_compiled is None
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_next", "qwen3_5_text", "lfm2", "bamba", "falcon_h1"])
+def test_recurrent_states_go_through_the_graph(model_type):
+    skip_if_model_is_newer(model_type)
+    model = zoo.build(model_type)
+    # older versions lay states out as they come with a prompt, and a graph knows one such layout
+    with torch._dynamo.config.patch(error_on_recompile=is_newest()):
+        for prompt in (S, 6, 2 * W):
+            ids = tokens(prompt, seed=prompt)
+            assert_same(run(model, ids, compile_config=graph_config()), run(model, ids))
+    made, breaks = graphs()
+    assert 0 < made < (2 if is_newest() else 4)
+    assert not breaks
+    assert sink_patch.inspect(model, W, S).why_not_compiled is None
+
+
+@pytest.mark.parametrize("how", ["rows with padding", "second turn of a copy"])
+def test_recurrent_states_in_a_graph_follow_their_rows(how):
+    skip_if_model_is_newer("qwen3_next")
+    model, ids, asked = zoo.build("qwen3_next"), tokens(8, rows=2), {}
+    if how == "rows with padding":
+        asked["attention_mask"] = torch.ones_like(ids)
+        asked["attention_mask"][0, :3] = 0
+    with torch._dynamo.config.patch(error_on_recompile=is_newest()):
+        found, wanted = (run(model, ids, **asked, **more) for more in ({"compile_config": graph_config()}, {}))
+    assert torch.equal(found.sequences, wanted.sequences)
+    if how == "second turn of a copy":
+        copies = [one.past_key_values.clone() for one in (found, wanted)]
+        history = torch.cat((found.sequences, tokens(4, rows=2)), dim=1)
+        both = [
+            run(model, history, past_key_values=one, cache_implementation=None, **more)
+            for one, more in zip(copies, ({"compile_config": graph_config()}, {}), strict=True)
+        ]
+        assert_same(*both)
+    assert graphs() == (1, 0)
 
 
 def test_the_logits_of_each_token_equal_the_oracle():
@@ -287,7 +312,7 @@ def test_other_caches_of_a_bound_model_are_compiled_as_before():
 
 REFUSED = {
     "order of the keys": lambda: tiny("falcon", alibi=True),
-    "recurrent states": lambda: (skip_if_model_is_newer("qwen3_next"), zoo.build("qwen3_next"))[1],
+    "keeps no keys": lambda: (skip_if_model_is_newer("mamba2"), zoo.build("mamba2"))[1],
 }
 
 

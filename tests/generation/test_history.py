@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 import torch._dynamo
-from transformers import CompileConfig
 
 from sink_patch import CacheStateError, HistoryMismatchError, SinkArgumentError, SinkCache
+from tests.support.graphs import graph_config
 from tests.support.modules import no_module_runs
 from tests.support.oracle import relative_error, visible_tokens
 from tests.support.saved import FORMAT_1, steady_model, steady_text
@@ -92,12 +92,6 @@ def test_single_tokens_are_new_whatever_they_are(model):
     for _ in range(3):
         run(model, tokens(PROMPT)[:, :1], past_key_values=first.past_key_values, new=1)
     assert first.past_key_values.get_seq_length() == READ + 3
-
-
-def graph_config():
-    config = CompileConfig(backend="eager", mode=None, fullgraph=True, dynamic=False)
-    config._compile_all_devices = True  # else on GPUs only
-    return config
 
 
 WAYS = {

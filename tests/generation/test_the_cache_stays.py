@@ -21,7 +21,7 @@ from transformers import DynamicCache, LogitsProcessorList
 from sink_patch import SinkCache, SinkPatchError, UnsupportedGenerationError, UnsupportedModelError
 from sink_patch.compat import installed_shim
 from sink_patch.compat.shim import Role
-from sink_patch.generation import compiled
+from sink_patch.generation.compiled import graph as compiled
 from sink_patch.models.entries import cache_argument
 from tests.support import zoo
 from tests.support.oracle import relative_error, visible_tokens

@@ -74,7 +74,17 @@ def assert_alike(found, wanted):
 @pytest.mark.parametrize(
     "model_type",
     # one of each way to give images; janus prepares the config of a call twice, qwen3_omni has positions in floats
-    ["llava", "granite_docling", "mistral3", "qwen2_vl", "glm4v", "janus", "qwen3_omni_moe_thinker"],
+    [
+        "llava",
+        "granite_docling",
+        "mistral3",
+        "qwen2_vl",
+        "glm4v",
+        "janus",
+        "qwen3_omni_moe_thinker",
+        "gemma3",
+        "gemma4",
+    ],
 )
 def test_below_the_window_a_later_turn_equals_that_of_the_default_cache(model_type):
     """Given as a whole, as the new tokens alone, and with no new image; encoders see new images alone."""
@@ -161,11 +171,13 @@ def joined(one, other):
     return {name: torch.cat((one[name], other[name])) for name in one}
 
 
-@pytest.mark.parametrize("model_type", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("model_type", ["llava", "qwen2_vl", "gemma3"])
 def test_a_row_with_a_new_image_and_one_without_are_as_if_alone(model_type):
     """Whole histories and new tokens alone, over a window that is full; padding stands between the turns."""
     model = built(model_type)
     streaming(model)
+    if not takes_images_later(model):
+        pytest.skip("images of later turns are refused by name with this transformers")
     name, firsts = cache_name(model), media.prompt(model, [[3, "image", 2], ["image", 9]])
     seconds, alone = media.prompt(model, [[2, "image", 4], [3]], seed=5), []
     answers, cache = begun(model, firsts, **SMALL)
@@ -217,7 +229,7 @@ def test_a_cache_that_was_saved_knows_its_images(tmp_path):
 
 
 def test_what_cannot_be_right_is_refused_before_anything_is_computed():
-    model, qwen = built("llava"), built("gemma3")
+    model = built("llava")
     streaming(model)
     first, second = media.prompt(model, [[2, "image", 3]]), turn(model, [[4, "image", 2]])
     answer, cache = begun(model, first, **BIG)
@@ -233,17 +245,12 @@ def test_what_cannot_be_right_is_refused_before_anything_is_computed():
         ({**whole, "prompt_lookup_num_tokens": 2}, "pixel_values was given with drafts"),
         ({**whole, "input_ids": None, "inputs": whole["input_ids"]}, "not passed by name"),
     ]
-    both_ways = media.prompt(qwen, [[2, "image", 3]])
-    streaming(qwen)
-    ended, other = begun(qwen, both_ways, **BIG)
     handle = register_module_forward_pre_hook(lambda module, _: pytest.fail(f"{type(module).__name__} ran"))
     try:
         for case, says in cases:
             given = {key: value for key, value in case.items() if value is not None}
             with pytest.raises((UnsupportedGenerationError, HistoryMismatchError), match=says):
                 model.generate(**given, **ASKED, **{name: cache})
-        with pytest.raises(UnsupportedGenerationError, match="in both directions takes images in its first prompt"):
-            qwen.generate(**history(qwen, both_ways, ended, turn(qwen, [["image", 1]])), **ASKED, **{name: other})
     finally:
         handle.remove()
     assert cache.get_seq_length() == answer.shape[1] - 1

@@ -41,7 +41,7 @@ def logits_of_forwards(model, cache: SinkCache, inputs: dict[str, Any]) -> list[
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("model_type", ["llava", "idefics3", "qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("model_type", ["llava", "idefics3", "qwen2_vl", "qwen3_vl", "gemma3"])
 @torch.no_grad()
 def test_a_talk_given_as_a_whole_is_that_of_its_new_parts(model_type, seed):
     """Of one to five turns, with up to two images each, the same ones again among them; windows of 14 to 60."""

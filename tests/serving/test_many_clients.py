@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import sink_patch
 from sink_patch.compat import installed_shim
 from tests.support import directory
 from tests.support.chat_program import talk_in_a_terminal
@@ -43,12 +44,12 @@ def ask(url: str, messages: list[dict[str, str]], **others: Any) -> Any:
     return urllib.request.urlopen(request, timeout=TIMEOUT)
 
 
-def answer(messages: list[dict[str, str]]) -> str:
+def answer(messages: list[dict[str, str]], **settings: Any) -> str:
     """The text of `generate`."""
-    tokenizer = directory.tokenizer()
+    tokenizer, model = directory.tokenizer(), directory.model()
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    asked = {"cache_implementation": "sink", **SIZES}
-    made = directory.model().generate(**ids, do_sample=False, max_new_tokens=NEW, **asked)
+    asked = {"cache_implementation": "sink", **SIZES, **settings}
+    made = model.generate(**ids, do_sample=False, max_new_tokens=NEW, **asked)
     return tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -73,6 +74,22 @@ def test_many_clients_and_one_that_goes_away(url):
     for messages in told:
         for place in range(1, 2 * TURNS, 2):
             assert messages[place]["content"] == answer(messages[:place])
+
+
+def test_turns_go_on_in_what_was_kept(tmp_path):
+    """Of several clients at once, whose template writes answers anew; texts are those of `generate`, turn by turn."""
+    sizes, options = {**SIZES, "keep_streams": 8}, [*OPTIONS, "--cb-num-blocks", "120"]
+    folder = directory.write(tmp_path / "model", cache_implementation="sink", cache_config=sizes)
+    with serving(folder, tmp_path, options=options) as url, ThreadPoolExecutor(CLIENTS) as pool:
+        told = list(pool.map(lambda client: talk(url, client), range(3)))
+    others = 0
+    for messages in told:
+        sink_patch.kept_streams.clear()
+        for place in range(1, 2 * TURNS, 2):
+            assert messages[place]["content"] == answer(messages[:place], keep_streams=8)
+            others += messages[place]["content"] != answer(messages[:place])
+    sink_patch.kept_streams.clear()
+    assert others > 0, "nothing shows that anything was kept"
 
 
 def test_a_talk_in_a_terminal(folder, url, tmp_path):

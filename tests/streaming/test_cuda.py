@@ -1,6 +1,7 @@
 """On a GPU: right logits, also through CUDA graphs, and no step that waits for the device.
 
-The same is tested on a CPU in test_oracle, test_ragged, test_compiled, test_beams, test_drafts and test_files.
+The same is tested on a CPU in test_oracle, test_ragged, test_compiled (and by_itself), test_beams, test_drafts and
+test_files.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import torch
 from transformers import CompileConfig
 
 from sink_patch import SinkCache
+from sink_patch.generation.compiled import by_itself
+from tests.support import zoo
+from tests.support.known_gaps import skip_if_model_is_newer
 from tests.support.oracle import relative_error, visible_tokens, worst_error
 from tests.support.tiny import tiny, tokens
 
@@ -133,6 +137,26 @@ def test_cuda_graphs_are_compiled_once_and_right(kinds, fresh_graphs):
     assert not fresh_graphs["graph_break"]
     assert fresh_graphs["inductor"]["cudagraph_skips"] == 0
     assert cudagraph_trees.get_manager(0, create_if_none_exists=False).roots  # a CUDA graph was recorded
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch._inductor", "ignore:.*TensorFloat32:UserWarning")
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_next"])
+def test_a_long_call_goes_over_to_a_cuda_graph_by_itself(model_type, fresh_graphs, monkeypatch):
+    from torch._inductor import cudagraph_trees
+
+    monkeypatch.setattr(by_itself, "WORTH", 4 * W)
+    monkeypatch.setattr(by_itself, "SOON", 5)
+    skip_if_model_is_newer(model_type)
+    model = on_gpu() if model_type == "llama" else zoo.build(model_type).cuda()
+    asked = {"do_sample": False, "max_new_tokens": 5 * W, "return_dict_in_generate": True, "output_logits": True}
+    for seed in range(2):
+        ids = text(6, seed=seed)
+        wanted = model.generate(ids, **asked, **SINK, disable_compile=True)
+        found = model.generate(ids, **asked, **SINK)
+        assert torch.equal(found.sequences, wanted.sequences)
+        assert max(map(relative_error, found.logits, wanted.logits)) < 1e-5
+    assert fresh_graphs["stats"]["unique_graphs"] == 1
+    assert cudagraph_trees.get_manager(0, create_if_none_exists=False).roots
 
 
 @torch.no_grad()

@@ -127,16 +127,25 @@ def injected(model: PreTrainedModel, cache: SinkCache, fault: Fault) -> Iterator
     if fault.where.startswith("ring "):
         rings = [ring for layer in cache.layers for ring in getattr(layer, "rings", ())]
         ring = rings[int(fault.where.removeprefix("ring "))]
-        update = ring.update
+        update, copy = ring.update, torch.Tensor.index_copy_
 
         def failing(*args: Any) -> Any:
             if fault.point == "after":
                 update(*args)
             raise fault.kind()
 
-        ring.update = failing
-        yield
-        del ring.update
+        def failing_copy(held: torch.Tensor, *args: Any) -> torch.Tensor:
+            """One token in a ring that is full, which goes in without `update`."""
+            if held is not ring.buffer:
+                return copy(held, *args)
+            if fault.point == "after":
+                copy(held, *args)
+            raise fault.kind()
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(ring, "update", failing)
+            patched.setattr(torch.Tensor, "index_copy_", failing_copy)
+            yield
         return
 
     def fail(*_: Any) -> None:

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from sink_patch.cache.sink_cache import SinkCache
+from sink_patch.compat.models import TYPES
 from sink_patch.errors import HistoryMismatchError, UnsupportedGenerationError
 from sink_patch.generation.inputs.brought import Brought, expands, note, noted_on
 from sink_patch.models.entries import cache_argument
 from sink_patch.models.families.media import media_tokens
 from sink_patch.rules.columns import Columns
 from sink_patch.rules.rows import Row
-from sink_patch.streaming.media.given import TYPES, check_media, has_coordinates, media_among
+from sink_patch.streaming.media.given import check_media, has_coordinates, media_among
 from sink_patch.streaming.media.images import NUMBERS, OF_IMAGES, Images, digests_by_row, images_among, of_kind
 from sink_patch.streaming.media.placing import of_images
 from sink_patch.streaming.streams import Streams, streams_of
@@ -44,7 +45,7 @@ def leave_out_read(model: nn.Module, generation_config: Any, model_kwargs: Mutab
     images, new = images_among(model, model_kwargs), None
     if isinstance(cache, SinkCache) and cache.get_seq_length():
         images, new = None, _of_later_turn(model, images, streams_of(cache), generation_config, model_kwargs)
-    media = {name: value for name, value in model_kwargs.items() if name in OF_IMAGES and value is not None}
+    media = {name: one for name, one in model_kwargs.items() if name in OF_IMAGES.union(TYPES) and one is not None}
     left = [model_kwargs[name] for name in media_among(model, model_kwargs)]
     note(generation_config, Brought(images, new or (), {} if new is None else media, left))
 

@@ -37,7 +37,7 @@ KINDS = (
         "image",
         "images",
         ("pixel_values", "pixel_values_images", "image_pixel_values"),
-        frozenset({"image_sizes", "image_grid_thw", "image_merge_sizes", "spatial_shapes"})
+        frozenset({"image_sizes", "image_grid_thw", "image_merge_sizes", "spatial_shapes", "image_position_ids"})
         | frozenset({"pixel_attention_mask", "pixel_mask", "image_attention_mask", "high_res_pixel_values"}),
         "image_grid_thw",
     ),
@@ -57,20 +57,28 @@ KINDS = (
 )
 
 
+EACH, ALL, PROMPT = "each", "all", "prompt"
+_SEE = {EACH: "see themselves", ALL: "see each other", PROMPT: "see the whole prompt"}
+
+
 @dataclass(frozen=True)
 class Media:
     """How the images and sounds of a model reach its forward.
 
     Args:
         inputs: arguments that hold them.
-        both_ways: whether an image sees itself in both directions, by masks that the model makes of a whole prompt.
+        both_ways: what sees itself in both directions, by masks that the model makes of a whole prompt: `EACH` image
+            by itself, `ALL` images as one, or the `PROMPT` with its text; none of them where it is "".
+        by_blocks: whether its forward masks them by blocks in all layers alike, unlike what it makes for `generate` to
+            compile.
         coordinates: whether positions have several coordinates (M-RoPE), which the model makes of a whole prompt.
         by_rows: whether images are given row by row, [rows, images, ...], zeros where there are none.
         refusal: why it is not served with them; None: it is.
     """
 
     inputs: frozenset[str]
-    both_ways: bool = False
+    both_ways: str = ""
+    by_blocks: bool = False
     coordinates: bool = False
     by_rows: bool = False
     refusal: str | None = None
@@ -79,7 +87,7 @@ class Media:
         words = [kind.words for kind in KINDS if self.inputs.intersection(kind.inputs)]
         how = " and ".join(words) + " are columns like any others"
         if self.both_ways:
-            how += ", and see themselves in both directions"
+            how += f", and {_SEE[self.both_ways]} in both directions"
         return how + (", at positions of three coordinates" if self.coordinates else "")
 
 
@@ -110,7 +118,10 @@ MEDIA: dict[str, Media] = dict(
         *_each("qwen2_audio glmasr voxtral gemma3n granite_speech granite_speech_plus", _SOUNDS),
         *_each("moss_transcribe_diarize qwen3_asr", _SOUNDS),
         *_each("omniasr vibevoice_asr", _WAVES),
-        *_each("gemma3 shieldgemma2 paligemma gemma4 gemma4_unified molmo2", _IMAGES, both_ways=True),
+        *_each("gemma3 shieldgemma2 gemma4", _IMAGES, both_ways=EACH),
+        *_each("gemma4_unified", _IMAGES, both_ways=EACH, by_blocks=True),
+        *_each("molmo2", _IMAGES, both_ways=ALL),
+        *_each("paligemma", _IMAGES, both_ways=PROMPT),
         *_each("qwen2_vl qwen2_5_vl", _VIDEOS, coordinates=True),
         *_each("qwen3_vl qwen3_vl_moe glm4v glm4v_moe glm46v glmga glm_ocr paddleocr_vl", _IMAGES, coordinates=True),
         *_each("qwen3_5 qwen3_5_moe cosmos3_omni cosmos3_edge cohere_compass minicpmv4_7", _IMAGES, coordinates=True),
@@ -146,9 +157,7 @@ def media_tokens(config: Any, kinds: Iterable[Kind] = KINDS) -> frozenset[int]:
     return frozenset(token for token in found if isinstance(token, int))
 
 
-_OF_WHOLE_PROMPTS = frozenset({"paligemma", "molmo2"})
-
-
 def prompt_is_one(config: Any) -> bool:
     """Whether images, or all of a prompt, see what stands behind them in it: read with less behind, they are others."""
-    return getattr(config, "model_type", None) in _OF_WHOLE_PROMPTS
+    media = media_of(config)
+    return media is not None and media.both_ways in (ALL, PROMPT)

@@ -107,10 +107,15 @@ def _no_trace(model: nn.Module) -> Iterator[None]:
 
 def _not_compiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """Inside, what the user has compiled runs as it was written: no graph is made for the shapes of the probe."""
-    if "torch._dynamo" in sys.modules and any(map(_is_compiled, model.modules())):
+    if is_compiled(model):
         eager: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
         return eager
     return contextlib.nullcontext()
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the user has compiled the model, or a part of it."""
+    return "torch._dynamo" in sys.modules and any(map(_is_compiled, model.modules()))
 
 
 def _is_compiled(module: nn.Module) -> bool:

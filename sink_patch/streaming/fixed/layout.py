@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -59,14 +60,17 @@ class FixedLayout(Layout):
         return buffer
 
 
-def mark_as_staying(tensor: torch.Tensor | None) -> None:
-    """Tell the compiler that a tensor stays where it is.
+def mark_as_staying(held: Any) -> None:
+    """Tell the compiler that a tensor, or each one in a dict, stays where it is; anything else is passed over.
 
     A CUDA graph replays the addresses that it was recorded with, and is given up where it would write to any others.
     Those of another cache are recorded anew, and not compiled anew.
     """
-    if tensor is not None and tensor.device.type in HAVE_GRAPHS:
-        torch._dynamo.mark_static_address(tensor, guard=False)
+    if isinstance(held, dict):
+        for one in held.values():
+            mark_as_staying(one)
+    elif isinstance(held, torch.Tensor) and held.device.type in HAVE_GRAPHS:
+        torch._dynamo.mark_static_address(held, guard=False)
 
 
 def fill(tensor: torch.Tensor, numbers: Sequence[int]) -> None:

@@ -31,6 +31,9 @@ class FixedStep(Step):
         for layer in store.sink_layers:
             for ring in layer.rings:
                 mark_as_staying(ring.buffer)
+        for layer in store.layers:
+            for held in vars(layer).values():  # states, which transformers has marked where it has made them itself
+                mark_as_staying(held)
         self.side_by_side = side_by_side
         self._keys = [None if layer.keys is None else weakref.ref(layer.keys) for layer in store.sink_layers]
         lengths = [kind.capacity for kind in store.kinds]

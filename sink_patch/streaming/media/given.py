@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from sink_patch.compat import installed_shim
+from sink_patch.compat.models import TYPES
 from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.models.entries import decoder_of, text_config
-from sink_patch.models.families.media import KINDS, media_of, media_tokens
+from sink_patch.models.families.masks import masks_of
+from sink_patch.models.families.media import KINDS, PROMPT, media_of, media_tokens
 
 _ENCODED = "mm_encoder_outputs"
 _INPUTS = frozenset(name for kind in KINDS for name in kind.inputs) | {"audio_values", _ENCODED}
@@ -21,7 +23,6 @@ _OF_TEXT = frozenset(
 )  # numbers that are no images
 _OF_PROMPT = "image_hidden_states"  # of the images of a prompt, which some versions hand on with each token behind it
 _USUAL = {kind.name: kind.inputs[0] for kind in KINDS}
-TYPES = ("token_type_ids", "mm_token_type_ids")
 _INSTEAD = "Leave them out, or use another cache."
 
 
@@ -90,10 +91,10 @@ def _check_later(module: nn.Module, given: Sequence[str], read: int) -> None:
         UnsupportedGenerationError: as it says.
     """
     asked = f"{type(module).__name__} was given {', '.join(given)} with a SinkCache that has read {read} columns, and "
-    if sees_both_ways(module):
+    if sees_both_ways(module) and masks_of(module) is None:
         raise UnsupportedGenerationError(
-            f"{asked}a stream of a model in which an image sees itself in both directions takes images in its first "
-            "prompt alone. Give the whole text to a new SinkCache, or use another cache."
+            f"{asked}in this transformers it makes the masks by which an image sees itself in both directions for its "
+            "first prompt alone. Upgrade transformers, give the whole text to a new SinkCache, or use another cache."
         )
     model_type = getattr(module.config, "model_type", None)
     if not _puts_images_in_place(module) or model_type in installed_shim().first_media.split():
@@ -139,10 +140,13 @@ def check_cut(model: nn.Module, given: Sequence[str], columns: int) -> None:
     media = media_of(getattr(model, "config", None))
     if not _puts_images_in_place(model):
         why = f"{type(model).__name__} does not put images in their place before its decoder is called"
-    elif media is None or media.coordinates:
-        why = f"{type(model).__name__} makes positions of several coordinates of the whole prompt"
-    elif media.both_ways:
-        why = f"in {type(model).__name__} an image sees itself in both directions, by a mask of the whole prompt"
+    elif media is not None and media.both_ways == PROMPT:
+        why = f"in {type(model).__name__} a whole prompt sees itself in both directions, and its text with it"
+    elif media is not None and media.both_ways and masks_of(model) is None:
+        why = (
+            f"in this transformers {type(model).__name__} makes the masks by which an image sees itself in both "
+            "directions for whole prompts alone"
+        )
     else:
         return
     raise UnsupportedGenerationError(
@@ -161,7 +165,7 @@ def has_coordinates(module: nn.Module) -> bool:
 def sees_both_ways(module: nn.Module) -> bool:
     """Whether images of a model see themselves in both directions."""
     media = media_of(getattr(module, "config", None))
-    return media is not None and media.both_ways
+    return media is not None and bool(media.both_ways)
 
 
 def _puts_images_in_place(model: nn.Module) -> bool:

@@ -32,19 +32,22 @@ def _with_spans(row: Row, of_image: torch.Tensor) -> tuple[Span, ...]:
     return row.spans + spans_of(of_image.tolist(), row.seen - len(of_image))
 
 
-def placed(row: Row, coordinates: torch.Tensor, of_image: torch.Tensor, num_sink_tokens: int) -> Row:
+def placed(
+    row: Row, coordinates: torch.Tensor, of_image: torch.Tensor, num_sink_tokens: int, end: int | None = None
+) -> Row:
     """A row that knows of its images.
 
     Args:
         coordinates: of its newest tokens, [3, tokens], as if its clock had never been set back.
         of_image: which of them belong to images, [tokens].
+        end: position of the token that follows; None: it is not written yet.
     """
     # as in `generate`; at the end of a video, whose coordinates may go further, nothing is written
     last = coordinates if bool(of_image[-1]) else coordinates[:, -1]
     seen = row.seen - len(of_image)
     lowest = coordinates.amin(dim=0).tolist()
-    places = places_of(of_image.tolist(), lowest, int(last.max()) + 1, row.places, seen)
-    sinks, end = max(0, num_sink_tokens - seen), row.sink_end
-    if places and sinks and (end or bool(of_image[:sinks].any())):
-        end = max(end, int(coordinates[:, :sinks].max()) + 1)
-    return replace(row, places=places, sink_end=end, spans=_with_spans(row, of_image))
+    places = places_of(of_image.tolist(), lowest, int(last.max()) + 1 if end is None else end, row.places, seen)
+    sinks, sink_end = max(0, num_sink_tokens - seen), row.sink_end
+    if places and sinks and (sink_end or bool(of_image[:sinks].any())):
+        sink_end = max(sink_end, int(coordinates[:, :sinks].max()) + 1)
+    return replace(row, places=places, sink_end=sink_end, spans=_with_spans(row, of_image))

@@ -1,4 +1,8 @@
-"""A naive cache for models whose positions have several coordinates: tokens stay where the model has put them."""
+"""Naive caches for models whose images are no columns like any others.
+
+Where positions have several coordinates, tokens stay where the model has put them. Where images see themselves in both
+directions, masks are written entry by entry.
+"""
 
 from __future__ import annotations
 
@@ -60,3 +64,32 @@ class PlacedCache(ReplayCache):
             part = slice(column, column + 1)
             kept.append((key_states[:, :, part], value_states[:, :, part], 0))
         return torch.cat([*keys, key_states], dim=2), torch.cat([*values, value_states], dim=2)
+
+
+def written_masks(
+    naive: ReplayCache, new: int, blocks: Sequence[int | None], *, beyond: bool = False, **by_kind: Sequence[int | None]
+) -> dict[str, torch.Tensor]:
+    """The masks of a forward of so many new tokens, which has begun, [1, 1, new, visible] for each kind of layer.
+
+    Args:
+        blocks: of each new token, which of those that see each other it belongs to; None: to none.
+        beyond: whether they see each other beyond sliding windows.
+        by_kind: `blocks` for a kind of layer alone.
+    """
+    found = dict[str, torch.Tensor]()
+    for layer, facts in enumerate(naive.facts):
+        window, kind = facts.entry.sliding_window, str(facts.entry.layer_type)
+        if kind in found:
+            continue
+        of_kind = by_kind.get(kind, blocks)
+        sees = [*naive.past(layer), *range(naive.seen, naive.seen + new)]
+        mask = torch.full((1, 1, new, len(sees)), torch.finfo(torch.float32).min)
+        for query in range(new):
+            for place, key in enumerate(sees):
+                own = None if key < naive.seen else of_kind[key - naive.seen]
+                together = own is not None and own == of_kind[query]
+                near = window is None or naive.seen + query - key < window
+                if (near and key <= naive.seen + query) or (together and (near or beyond)):
+                    mask[0, 0, query, place] = 0
+        found[kind] = mask
+    return found

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,14 +39,21 @@ def embedded(model: PreTrainedModel, given: dict[str, Any], stream: torch.Tensor
 @torch.no_grad()
 def fresh(model: PreTrainedModel, embeddings: torch.Tensor, **positions: torch.Tensor) -> torch.Tensor:
     """The last logits [rows, vocab] of a fresh forward over embeddings [rows, columns, hidden]."""
+    ids = torch.full(embeddings.shape[:2], 2)
+    with given_to_decoder(model, inputs_embeds=embeddings, **positions):
+        return model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, -1]
+
+
+@contextlib.contextmanager
+def given_to_decoder(model: PreTrainedModel, **instead: Any) -> Iterator[None]:
+    """Inside, the decoder of a model is given these arguments in place of what the model makes."""
 
     def put(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-        return (), {**kwargs, "inputs_embeds": embeddings, **positions}
+        return (), {**kwargs, **instead}
 
     handle = text_decoder(model).register_forward_pre_hook(put, with_kwargs=True)
     try:
-        ids = torch.full(embeddings.shape[:2], 2)
-        return model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, -1]
+        yield
     finally:
         handle.remove()
 

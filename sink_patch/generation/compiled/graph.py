@@ -1,4 +1,8 @@
-"""Decoding through a graph that is compiled once: the forward is begun before it runs, and ended after."""
+"""Decoding through a graph that is compiled once: the forward is begun before it runs, and ended after.
+
+Calls go through one where that is asked for, and by themselves (`by_itself.py` says when) on the devices where
+transformers compiles static caches.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,34 @@ from torch import nn
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.compat import why_not_traced
 from sink_patch.errors import UnsupportedGenerationError
+from sink_patch.generation.compiled.by_itself import GoesOver, goes_over
 from sink_patch.models.entries import cache_argument
 from sink_patch.streaming.calls.guard import check_given
 from sink_patch.streaming.inputs import accepted
 from sink_patch.streaming.streams import streams_of
 
 
+def may_compile(model: nn.Module, cache: SinkCache, generation_config: Any, criteria: Callable[[], bool]) -> bool:
+    """Whether a call goes through a graph, at once where it asks for that, else by itself.
+
+    Args:
+        criteria: what transformers asks of it.
+
+    Raises:
+        UnsupportedGenerationError: it asks for a graph, and torch cannot trace the model.
+    """
+    asked = generation_config.compile_config is not None
+    by_itself = None if asked else goes_over(model, cache, generation_config)
+    streams_of(cache).goes_over = by_itself
+    if not asked and by_itself is None:
+        return False
+    with _offered_to_compiler(cache):
+        is_met = criteria()
+    return _check_can_be_traced(is_met) if asked else is_met
+
+
 @contextlib.contextmanager
-def offered_to_compiler(cache: SinkCache) -> Iterator[None]:
+def _offered_to_compiler(cache: SinkCache) -> Iterator[None]:
     """Inside, the cache says that it can be compiled; elsewhere transformers would make masks of its own for it."""
     streams = streams_of(cache)
     streams.offered_to_compiler = True
@@ -28,7 +52,7 @@ def offered_to_compiler(cache: SinkCache) -> Iterator[None]:
         streams.offered_to_compiler = False
 
 
-def check_can_be_traced(asked: bool) -> bool:
+def _check_can_be_traced(asked: bool) -> bool:
     """Whether there is to be a graph, as transformers says, of a model that torch can trace.
 
     Raises:
@@ -62,8 +86,13 @@ def decode(model: nn.Module, compiled: Callable[..., Any], /, *args: Any, **inpu
     if input_ids is None or input_ids.shape[1] != 1 or not cache.is_bound_to(model):
         return model(**inputs)
     streams = streams_of(cache)
-    if not streams.can_be_fixed_now:
+    by_itself: GoesOver | None = streams.goes_over
+    if not streams.can_be_fixed_now or not (by_itself is None or by_itself.is_due(input_ids.shape[0])):
         return model(**inputs)
     with streams.begun_outside(model, input_ids, inputs.get("attention_mask")) as replaced:
-        forward = compiled if streams.forward.is_fixed else model  # a row may bring nothing, which no graph knows
-        return forward(**inputs | accepted(model, replaced, inputs))
+        given = inputs | accepted(model, replaced, inputs)
+        if not streams.forward.is_fixed:  # a row may bring nothing, which no graph knows
+            return model(**given)
+        if by_itself is None:
+            return compiled(**given)
+        return by_itself.through(model, compiled, input_ids.shape[0], given)

@@ -1,0 +1,1 @@
+"""Decoding through a graph of the model."""

@@ -1,0 +1,18 @@
+"""Graphs of torch on the CPU: how they are asked for, and how many were made."""
+
+from __future__ import annotations
+
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
+
+
+def graph_config(backend="eager"):
+    """One graph without breaks, of torch's own operations, on a CPU."""
+    config = CompileConfig(backend=backend, mode=None, fullgraph=True, dynamic=False)
+    config._compile_all_devices = True  # else on GPUs only
+    return config
+
+
+def graphs():
+    """The number of graphs, and of graph breaks."""
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
