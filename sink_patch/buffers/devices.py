@@ -24,6 +24,11 @@ def slot_on(device: torch.device | None, slot: int) -> torch.Tensor | None:
     return torch.full((1,), slot, device=device)
 
 
+def queue_of(device: torch.device) -> int:
+    """Which stream of a GPU is asked now: what another one was asked to make may not be there yet. 0 elsewhere."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of the CPU on a device.
 

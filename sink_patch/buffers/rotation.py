@@ -12,13 +12,15 @@ from typing import Literal
 
 import torch
 
-from sink_patch.buffers.devices import moved, on_device
+from sink_patch.buffers.devices import moved, on_device, queue_of
 
 TURNS = 32  # that are made at once, as the sinks of a stream turn by one position more for each token
+_MOST_BLOCKS = 16
 Pairing = Literal["half", "interleaved"]
 CosSin = tuple[torch.Tensor, torch.Tensor]
 Pairs = tuple[torch.Tensor, torch.Tensor]  # [..., rows, heads, tokens, rotary_dim / 2] each
-_Block = tuple[int, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]  # the first turn; cosines and sines of all
+_Block = tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]  # cosines and sines of some turns
+_Place = tuple[torch.device, int, int]  # where a block was made (`queue_of`), and its number
 
 
 def turn_pairs(pairs: Pairs, cos_sin: CosSin, turned: Pairs) -> None:
@@ -48,7 +50,7 @@ class Rotation:
     start: int = 0
     sign: int = 1
     _per_device: dict[torch.device, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
-    _blocks: dict[torch.device, _Block] = field(default_factory=dict, init=False, repr=False)
+    _blocks: dict[_Place, _Block] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def rotary_dim(self) -> int:
@@ -70,8 +72,9 @@ class Rotation:
             Two tensors of shape [rows, 1, 1, rotary_dim / 2] on `device`.
         """
         if isinstance(delta, int):
-            first, cos, sin = self._block(delta, device)
-            return cos[delta - first], sin[delta - first]  # [1, 1, 1, r/2] each
+            number, turn = divmod(delta, TURNS)
+            cos, sin = self._block(number, device)
+            return cos[turn], sin[turn]  # [1, 1, 1, r/2] each
         return self._cos_sin(delta.to(device))
 
     def _cos_sin(self, delta: torch.Tensor) -> CosSin:
@@ -80,17 +83,20 @@ class Rotation:
         angles = delta.to(inv_freq.dtype)[:, None, None, None] * (self.sign * inv_freq)  # [rows, 1, 1, r/2]
         return angles.cos().float(), angles.sin().float()
 
-    def _block(self, delta: int, device: torch.device) -> _Block:
-        """Cosines and sines of some turns, `delta` among them."""
-        made = self._blocks.get(device)
-        if made is None or not 0 <= delta - made[0] < TURNS:
-            made = self._blocks[device] = self._made_block(delta - delta % TURNS, device)
+    def _block(self, number: int, device: torch.device) -> _Block:
+        """Cosines and sines of the turns from `number * TURNS` on; those of a few streams are held."""
+        place = (device, queue_of(device), number)
+        made = self._blocks.get(place)
+        if made is None:
+            made = self._blocks[place] = self._made_block(number * TURNS, device)
+            for old in list(self._blocks)[:-_MOST_BLOCKS]:
+                self._blocks.pop(old, None)
         return made
 
     @torch.inference_mode(False)  # else they could not be used outside it
     def _made_block(self, first: int, device: torch.device) -> _Block:
         cos, sin = self._cos_sin(torch.arange(first, first + TURNS, device=device))
-        return first, cos[:, None].unbind(), sin[:, None].unbind()  # [1, 1, 1, r/2] each
+        return cos[:, None].unbind(), sin[:, None].unbind()  # [1, 1, 1, r/2] each
 
     def apply(self, states: torch.Tensor, cos_sin: CosSin) -> torch.Tensor:
         """`states` turned, in their own dtype.

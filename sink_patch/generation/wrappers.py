@@ -168,8 +168,7 @@ def may_compile(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], kw
 
 def compiled_call(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around `get_compiled_call`: what it returns begins the forward over a sink cache first."""
-    graph.drop_graph_of_another(instance)
-    return functools.partial(graph.decode, instance, wrapped(*args, **kwargs))
+    return graph.compiled_call(instance, functools.partial(wrapped, *args, **kwargs))
 
 
 WRAPPERS: dict[Role, Callable[..., Any]] = {

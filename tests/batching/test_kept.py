@@ -167,6 +167,25 @@ def test_more_room_than_there_is(llama):
     check(llama, requests[1], manager.done[name], KEEP)
 
 
+def test_the_other_slot_of_its_own_talk_makes_room():
+    """A turn needs one block more than its slot has, and nothing else is kept; a request that runs has the others."""
+    tested, asked_for = model("gemma3_text"), keeping(32, S)
+    first, other = Asked(ids(20, 1), 3), Asked(ids(2, 2), 22)
+    with driven(tested, asked_for, batching(num_blocks=6)) as manager:
+        ((result, _),) = ask(manager, first)
+        running = manager.add(other)
+        manager.step()
+        turn = longer(first, result, 20, 3, new=3)
+        name = manager.add(turn)
+        while name not in manager.done:
+            manager.step()
+        assert running not in manager.done
+        manager.run()
+        assert manager.read[name] == 21 + turn.new - 1
+    for one, known in ((turn, name), (other, running)):
+        check(tested, one, manager.done[known], asked_for)
+
+
 def test_blocks_that_keep_room_apart(llama, monkeypatch):
     """Where a kept slot cannot grow although nothing else is there, it is given up as well."""
     (request,), let_in = asked([(20, 5)]), SinkRoom.let_in

@@ -82,3 +82,17 @@ def test_one_turn_equals_that_of_rows_whatever_was_turned_before(sign):
             assert one.shape == other.shape == (1, 1, 1, 3)
             assert torch.equal(one, other)
             assert not one.is_inference()
+
+
+def test_the_turns_of_a_few_streams_are_held_and_no_more():
+    rotation, made = Rotation(torch.tensor([1.0, 0.1], dtype=torch.float64)), []
+    make = Rotation._made_block
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Rotation, "_made_block", lambda *args: made.append(1) or make(*args))
+        for step in range(64):
+            for stream in range(8):
+                rotation.cos_sin(1000 * stream + step, torch.device("cpu"))
+    assert len(made) < 8 * 4
+    for step in range(100):
+        rotation.cos_sin(1000 * step, torch.device("cpu"))
+    assert len(rotation._blocks) == 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import inspect
@@ -19,7 +20,7 @@ from transformers import GenerationMixin, PreTrainedModel
 import sink_patch
 from sink_patch.errors import SinkPatchWarning
 from sink_patch.generation.compiled import by_itself, graph
-from sink_patch.generation.wrappers import may_compile
+from sink_patch.generation.wrappers import compiled_call, may_compile
 from tests.support import directory, zoo
 from tests.support import tiny as shared
 from tests.support.graphs import graph_config, graphs
@@ -240,6 +241,63 @@ def test_an_error_that_is_not_of_the_compiler_is_raised(monkeypatch):
     monkeypatch.setattr(PreTrainedModel, "_default_compile_config", lambda _: graph_config(backend))
     with pytest.raises(MemoryError):
         run(model)
+    run(model)  # without a graph
+
+
+def test_states_that_have_changed_are_not_taken_for_those_of_before_and_the_next_call_is_plain(monkeypatch):
+    def fails(*_):
+        raise OSError("no C compiler was found")
+
+    model = zoo.build("lfm2")
+    wanted = run(model, disable_compile=True)
+    assert_same(run(model), wanted)
+    monkeypatch.setattr(PreTrainedModel, "_default_compile_config", lambda _: graph_config(fails))
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no C compiler was found"):
+            run(model)
+        assert_same(run(model), wanted)
+
+
+@pytest.mark.parametrize("can_compile", [True, False])
+def test_a_second_turn_may_be_under_autocast(can_compile, monkeypatch):
+    def fails(*_):
+        raise OSError("no C compiler was found")
+
+    model = tiny()
+    turns = []
+    for more in ({"disable_compile": True}, {}):
+        first = run(model, new=SHORT, disable_compile=True)
+        if more == {} and not can_compile:
+            monkeypatch.setattr(PreTrainedModel, "_default_compile_config", lambda _: graph_config(fails))
+        resumed = {"past_key_values": first.past_key_values, "cache_implementation": None, **more}
+        told = pytest.warns(SinkPatchWarning) if more == {} and not can_compile else contextlib.nullcontext()
+        with torch.autocast("cpu", torch.bfloat16), told:
+            turns.append(run(model, first.sequences, **resumed))
+    assert turns[0].logits[-1].shape == turns[1].logits[-1].shape
+    assert relative_error(turns[1].logits[SOON + 2], turns[0].logits[SOON + 2]) < 5e-2
+
+
+def test_text_without_end_that_is_read_in_another_thread_is_plain_there(compiled_tokens):
+    model, texts = tiny(), []
+    for more in ({"disable_compile": True}, {}):
+        stream = sink_patch.stream(model, directory.tokenizer(), tokens(6), **SINK, **more)
+        with ThreadPoolExecutor(1) as threads:
+            texts.append([threads.submit(next, stream).result() for _ in range(3 * W)])
+    assert texts[0] == texts[1]
+    assert compiled_tokens() == 0
+
+
+def test_a_model_of_which_transformers_makes_no_graph_stays_plain(monkeypatch, compiled_tokens):
+    """Llama 4."""
+    model = tiny()
+
+    def get_compiled_call(self, compile_config):
+        return self.__call__
+
+    wrapped = wrapt.FunctionWrapper(get_compiled_call, compiled_call)
+    monkeypatch.setattr(PreTrainedModel, "get_compiled_call", wrapped)
+    assert_same(run(model), run(model, disable_compile=True))
+    assert compiled_tokens() == 0
 
 
 def test_a_call_that_asks_is_compiled_at_once_and_its_errors_are_raised(compiled_tokens):

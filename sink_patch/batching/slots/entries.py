@@ -68,7 +68,8 @@ class Entry:
             return None
         return self.ended if self.goes_back else self.before
 
-    def without(self, slot: Slot) -> None:
+    def let_go(self, slot: Slot) -> None:
+        """Hold one of the slots no longer."""
         self.ended, self.before = (None if one is slot else one for one in (self.ended, self.before))
 
     def is_same_as(self, other: Entry) -> bool:

@@ -84,7 +84,7 @@ class KeptSlots:
 
     def take(self, state: Any, found: Found) -> None:
         """Give a request a slot; what else is kept of the talk goes."""
-        found.entry.without(found.slot)
+        found.entry.let_go(found.slot)
         self._drop(found.entry)
         self._blocks.hand_over(found.slot.key, state.request_id)
 
@@ -139,12 +139,12 @@ class KeptSlots:
         """Give up one slot, the least needed one; returns whether there was one.
 
         Args:
-            but: what is to stay.
+            but: what is to stay, with both of its slots.
         """
         others = [entry for entry in self._entries if entry is not but]
         for entry in others:
             if (spare := entry.spare) is not None:
-                entry.without(spare)
+                entry.let_go(spare)
                 self._free(spare)
                 return True
         if self._running:
@@ -152,6 +152,14 @@ class KeptSlots:
             return True
         if others:
             self._drop(others[0])
+        return bool(others)
+
+    def give_up_beside(self, found: Found) -> bool:
+        """Give up the other slot of the talk that a request goes on in; returns whether there was one."""
+        others = [slot for slot in found.entry.slots if slot is not found.slot]
+        for slot in others:
+            found.entry.let_go(slot)
+            self._free(slot)
         return bool(others)
 
     def clear(self) -> None:

@@ -54,9 +54,9 @@ class SinkRoom:
             )
 
     def has_room_for(self, state: Any) -> bool:
-        """Whether a request has its blocks, or could have them now; else it must not take a place in a batch.
+        """Whether a request has its blocks, or may have them now; else it must not take a place in a batch.
 
-        While something is kept, it may prove too little once that is given up.
+        True while something is kept: only giving that up shows how much room there is (`let_in`).
         """
         if self._blocks.has(state.request_id) or not self._kept.is_empty:
             return True
@@ -79,7 +79,10 @@ class SinkRoom:
             self._blocks.copy(found.slot.key, state.request_id)
         else:
             more = max(0, self._most(state) - found.tokens)
-            if not self._give(Holder(found.slot.key, found.tokens), more, found):
+            holder = Holder(found.slot.key, found.tokens)
+            if not self._give(holder, more, found) and not (
+                self._kept.give_up_beside(found) and self._blocks.give(holder, more)
+            ):
                 return False
             self._kept.take(state, found)
         stream, slot = stream_of(state), found.slot

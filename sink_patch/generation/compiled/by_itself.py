@@ -52,6 +52,8 @@ class GoesOver:
         """Whether the next token of so many rows goes through the graph; it is counted if not."""
         sizes = (rows, *self._window)
         so_far = self._decoded.get(sizes, 0)
+        if not _is_in_main_thread():  # text without end may be read in any
+            return False
         if so_far >= WORTH or (self._is_long and self._plain >= SOON and so_far > 0):
             return True
         self._plain += 1
@@ -61,8 +63,8 @@ class GoesOver:
     def through(self, model: nn.Module, compiled: Callable[..., Any], rows: int, inputs: Mapping[str, Any]) -> Any:
         """The forward; without a graph, now and later, if torch cannot make one.
 
-        A forward that was broken off may run again over the same step: it stores the same keys at the same places, and
-        recurrent states are put back.
+        A forward that could not be compiled may run again over the same step: it stores the same keys at the same
+        places, and recurrent states are put back. Whatever else fails is raised, and later calls do without a graph.
 
         Raises:
             TorchDynamoException: a graph was there, and torch could not make another for states that have changed.
@@ -72,10 +74,10 @@ class GoesOver:
         before = [] if is_made else [(state, state.clone()) for state in self._states()]
         try:
             output = compiled(**inputs)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            if is_made and self._states():
-                raise
+        except Exception as error:
             self._decoded[sizes] = -inf
+            if not isinstance(error, torch._dynamo.exc.TorchDynamoException) or (is_made and self._states()):
+                raise
             for state, was in before:
                 state.copy_(was)
             reason = " ".join(str(error).split("\n")[:2])
@@ -109,7 +111,7 @@ def goes_over(model: nn.Module, cache: SinkCache, generation_config: Any) -> Goe
         model: of the call.
         cache: of the call, which has not read the prompt yet.
     """
-    if threading.current_thread() is not threading.main_thread() or is_compiled(model) or is_shared(model):
+    if not _is_in_main_thread() or is_compiled(model) or is_shared(model):
         return None
     config = generation_config
     if (config.num_beams or 1) > 1 or config.output_attentions or config.output_hidden_states:
@@ -119,6 +121,10 @@ def goes_over(model: nn.Module, cache: SinkCache, generation_config: Any) -> Goe
     call = streams_of(cache).call  # text without end has none
     is_long = config.max_length - (call.columns.given if call else 0) >= WORTH
     return GoesOver(_decoded.setdefault(model, {}), cache, is_long=is_long)
+
+
+def _is_in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def is_shared(model: nn.Module) -> bool:

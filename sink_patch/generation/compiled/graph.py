@@ -7,6 +7,7 @@ transformers compiles static caches.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -66,7 +67,18 @@ def _check_can_be_traced(asked: bool) -> bool:
     return asked
 
 
-def drop_graph_of_another(model: nn.Module) -> None:
+def compiled_call(model: Any, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    """What decodes a token of a call that goes through a graph.
+
+    Args:
+        make: makes the graph of transformers (`get_compiled_call`), which is the model itself where it makes none.
+    """
+    _drop_graph_of_another(model)
+    compiled = make()
+    return compiled if compiled == model.__call__ else functools.partial(decode, model, compiled)
+
+
+def _drop_graph_of_another(model: nn.Module) -> None:
     """Make a copy of a model let go of the graph of the model that it was copied from.
 
     transformers keeps the graph on the model (modeling_utils.py, `get_compiled_call`), and copies of a function are the

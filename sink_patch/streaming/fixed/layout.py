@@ -51,7 +51,8 @@ class FixedLayout(Layout):
 
     def write(self, buffer: torch.Tensor, states: torch.Tensor) -> None:
         """Copy states [rows, heads, 1, dim] into buffer [rows, heads, length, dim]."""
-        buffer[self._rows, :, self.slots] = states[:, :, 0]  # [rows, heads, dim], which inductor does in place
+        token = states[:, :, 0].to(buffer.dtype)  # [rows, heads, dim]; another one in a later call under autocast
+        buffer[self._rows, :, self.slots] = token  # which inductor does in place
 
     def write_sinks(self, pristine: torch.Tensor, states: torch.Tensor) -> None:
         """Nothing: they are in."""
