@@ -12,7 +12,7 @@ from torch import nn
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.generation.inputs.brought import brought
 from sink_patch.generation.inputs.later import check_is_text
-from sink_patch.generation.inputs.pieces import PieceInputs, split_ahead, stream_length, tell_of_pieces
+from sink_patch.generation.inputs.pieces import PieceInputs, split_ahead, stream_length, tell_of_pieces, with_types_of
 from sink_patch.generation.turns import Turn
 from sink_patch.kept.calls import KeptCall
 from sink_patch.models.entries import input_device
@@ -124,7 +124,8 @@ class Prompt:
         """So many of the new columns, all images among them: what is behind them is text."""
         new, read = self.columns.new, self.columns.read
         first, end = self._inputs[:, self._inputs.shape[1] - new :][:, :ahead], read + ahead
-        self._streams.call = self._call_with_images(Columns(read, ahead, end))
+        self._streams.call = call = self._call_with_images(Columns(read, ahead, end))
+        call.media = with_types_of(call.media, new, ahead)
         inputs = self._piece_inputs.of(first, read)
         positions = self._positions
         if isinstance(positions, torch.Tensor) and positions.ndim > 2:  # of several coordinates, for all columns

@@ -7,7 +7,7 @@ import torch
 
 import sink_patch
 from tests.kept.seeing import NEW, Talk, watched
-from tests.models.test_media import built, streaming
+from tests.models.test_media import built, skip_without_later_images, streaming
 from tests.models.test_media_talks import ANSWER, given
 from tests.support import media
 from tests.support.oracle import relative_error
@@ -32,6 +32,7 @@ def test_two_images_of_the_same_ids_are_kept_beside_each_other():
 @pytest.mark.parametrize("model_type", ["gemma3", "qwen2_vl"])
 def test_types_that_say_more_than_ids_are_not_kept(model_type):
     """An image that is called text sees itself in one direction, or stands at other positions."""
+    skip_without_later_images()
     model = built(model_type)
     streaming(model)
     right = asked_of(model)

@@ -232,6 +232,7 @@ def test_rows_of_a_batch_keep_what_their_sliding_windows_see(local):
 
 
 @pytest.mark.parametrize("model_type", ["llava", "qwen2_vl"])
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of masks of 4.53 to 4.57
 def test_compiled_decoding(model_type):
     model = one_layer(model_type)
     prompt = media.prompt(model, [[4, "image", 3, "image", 2]])

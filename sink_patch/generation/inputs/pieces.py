@@ -61,7 +61,8 @@ class PieceInputs:
         whole = [
             name
             for name, value in self._others.items()
-            if name not in self._columns and _goes_by_columns(value, rows, (self._inputs.shape[1], self._stream))
+            if name not in {*self._columns, *transformers_models.TYPES}
+            and _goes_by_columns(value, rows, (self._inputs.shape[1], self._stream))
         ]
         if whole:
             raise UnsupportedGenerationError(
@@ -88,10 +89,21 @@ class PieceInputs:
                 f"goes into a sink cache in pieces. Instead {_AT_ONCE}"
             )
         made.pop("position_ids", None)  # the cache counts them (streaming/hooks.py)
+        made |= self._types(made, read, end)
         made |= {"use_cache": True, "return_dict": True}
         if self._keeps_last_logits:
             made["logits_to_keep"] = 1
         return made
+
+    def _types(self, made: Mapping[str, Any], read: int, end: int) -> dict[str, torch.Tensor]:
+        """The types of columns `read` to `end` of the stream, which some versions hand on whole."""
+        types = dict[str, torch.Tensor]()
+        for name in transformers_models.TYPES:
+            if made.get(name) is not None and _length(made[name]) != end - read:
+                value = self._others[name]  # [rows, columns], the last ones of the stream
+                missing = self._stream - _length(value)
+                types[name] = value[:, max(0, read - missing) : end - missing]
+        return types
 
     @functools.cached_property
     def _keeps_last_logits(self) -> bool:
@@ -145,6 +157,12 @@ def _goes_by_columns(value: Any, rows: int, lengths: tuple[int, ...]) -> bool:
     """Whether this is a tensor [rows, columns, ...]."""
     is_tensor = isinstance(value, torch.Tensor) and value.ndim > 1
     return is_tensor and value.shape[0] == rows and value.shape[1] in lengths
+
+
+def with_types_of(given: Mapping[str, Any], new: int, ahead: int) -> dict[str, Any]:
+    """Arguments with the types of the first `ahead` of the `new` columns alone; not all versions cut them so."""
+    types = {name: given[name] for name in transformers_models.TYPES if given.get(name) is not None}
+    return {**given, **{name: value[:, -new:][:, :ahead] for name, value in types.items()}}  # [rows, ahead]
 
 
 def tell_of_pieces(length: int, size: int) -> None:
