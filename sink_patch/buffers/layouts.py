@@ -64,12 +64,13 @@ class UniformLayout(Layout):
         self._columns = columns
         self.length = kind.past(plan) + columns
         self.in_place = kind.is_in_order(plan) or kind.is_the_buffer(columns)
-        self._writes = kind.write_runs(plan, columns)
-        self._reads = () if self.in_place else kind.past_runs(plan)
-        if columns == 1 and self.in_place and self.length == kind.slots <= kind.count(plan):  # buffers have all slots
-            self.brings_sinks, self.reach = False, kind.slots
-            self.slot = slot_on(device, self._writes[0][0])
+        count = kind.count(plan)
+        if columns == 1 and self.in_place and self.length == kind.slots <= count:  # buffers have all slots
+            self._writes, self._reads = [(kind.slot(count), 0, 1)], []
+            self.brings_sinks, self.reach, self.slot = False, kind.slots, slot_on(device, kind.slot(count))
             return
+        self._writes = kind.write_runs(plan, columns)
+        self._reads = [] if self.in_place else kind.past_runs(plan)
         self.brings_sinks = any(slot < kind.num_sink_tokens for slot, _, _ in self._writes)
         self.reach = max((slot + length for slot, _, length in self._writes), default=0)
 

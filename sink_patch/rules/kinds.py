@@ -58,6 +58,10 @@ class LayerKind:
         """Whether what the forward sees is all that is in the buffer, in whatever order."""
         return columns == 1 and not self.ordered and not self.spare
 
+    def slot(self, index: int) -> int:
+        """Where the token lies that is the `index`-th of those that the layers count, and no sink."""
+        return self.num_sink_tokens + (index - self.num_sink_tokens) % self.ring
+
     def past_runs(self, plan: RowPlan) -> list[tuple[int, int]]:
         """(slot, length) of the visible past in stream order: sinks, then the newest others."""
         seen, past = self.count(plan), self.past(plan)

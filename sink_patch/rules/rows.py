@@ -76,7 +76,10 @@ class Row:
     def after(self, new: int, slots: Slots) -> Row:
         """The row when `new` more tokens are stored."""
         recallable = min(slots.spare, self.recallable + new)
-        return replace(self, seen=self.seen + new, recallable=recallable, complete=self.stays_complete(new, slots))
+        changed = {"seen": self.seen + new, "recallable": recallable, "complete": self.stays_complete(new, slots)}
+        row = object.__new__(Row)  # as `replace`, which takes longer, and this is done for each token
+        vars(row).update(vars(self), **changed)
+        return row
 
     def after_failure(self, new: int, slots: Slots) -> Row:
         """The row when a forward of `new` tokens has failed: their slots are overwritten, and they are not seen."""
