@@ -9,7 +9,6 @@ import threading
 import pytest
 import torch
 import torch._dynamo
-from torch._dynamo.utils import counters
 
 import sink_patch
 from sink_patch import SinkCache
@@ -17,7 +16,7 @@ from sink_patch.streaming.fixed import layout
 from tests.support import tiny as shared
 from tests.support import zoo
 from tests.support.chats import Window
-from tests.support.graphs import graph_config, graphs
+from tests.support.graphs import counted, graph_config, graphs
 from tests.support.known_gaps import is_newest, skip_if_model_is_newer
 from tests.support.oracle import relative_error, visible_tokens
 from tests.support.replay import cache_name
@@ -45,11 +44,8 @@ NO_SDPA = {"gptj": "eager", "gpt_oss": "eager"}
 
 @pytest.fixture(autouse=True)
 def fresh_graphs():
-    torch._dynamo.reset()
-    counters.clear()
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    with counted():
         yield
-    torch._dynamo.reset()
 
 
 def tiny(*asked, **settings):

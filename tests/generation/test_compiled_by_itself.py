@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch._dynamo
 import wrapt
-from torch._dynamo.utils import counters
 from transformers import GenerationMixin, PreTrainedModel
 
 import sink_patch
@@ -23,7 +22,7 @@ from sink_patch.generation.compiled import by_itself, graph
 from sink_patch.generation.wrappers import compiled_call, may_compile
 from tests.support import directory, zoo
 from tests.support import tiny as shared
-from tests.support.graphs import graph_config, graphs
+from tests.support.graphs import counted, graph_config, graphs
 from tests.support.known_gaps import is_newest
 from tests.support.oracle import relative_error
 from tests.support.tiny import tokens
@@ -39,11 +38,8 @@ LONG, SHORT = 48, 30  # calls
 
 @pytest.fixture(autouse=True)
 def fresh_graphs():
-    torch._dynamo.reset()
-    counters.clear()
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    with counted():
         yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from sink_patch import SinkCache, UnsupportedGenerationError
+from sink_patch.compat.models import TYPES
+from sink_patch.generation.inputs.pieces import PieceInputs, with_types_of
 from sink_patch.streaming.media.given import check_media, media_among
 from tests.support import zoo
 from tests.support.exact import EXACT
@@ -174,6 +176,28 @@ def test_a_model_with_columns_of_its_own_in_front_is_refused_before_a_piece_goes
     with pytest.raises(UnsupportedGenerationError, match="columns of its own before a prompt"):
         generated(model, tokens(PROMPT), past_key_values=cache, **WAYS["pieces"])
     assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("columns", [20, 12], ids=["of the history", "of the new columns"])
+@pytest.mark.parametrize("is_cut", [True, False], ids=["cut", "handed on whole"])
+def test_types_of_columns_are_those_of_the_piece_whatever_the_version_does(name, columns, is_cut, monkeypatch):
+    """The newest one cuts them as other arguments; up to 5.23 some are handed on whole."""
+    model, stream, new = copy.deepcopy(tiny("llama", layers=1)), 20, tokens(12)
+    types = torch.arange(stream - columns, stream)[None, :]  # each is its column, [1, columns]
+
+    def prepare(_self, input_ids, **kwargs):
+        given = kwargs[name]
+        return {"input_ids": input_ids, name: given[:, -input_ids.shape[1] :] if is_cut else given}
+
+    monkeypatch.setattr(type(model), "prepare_inputs_for_generation", prepare)
+    pieces = PieceInputs(model, new, stream, {name: types})
+    pieces.check()
+    for start, end in ((0, 5), (5, 11), (11, 12)):
+        made = pieces.of(new[:, start:end], stream - 12 + start)
+        assert made[name].tolist() == [list(range(stream - 12 + start, stream - 12 + end))]
+    ahead = with_types_of({name: types, "pixel_values": None}, 12, 5)
+    assert ahead[name].tolist() == [list(range(8, 13))]
 
 
 WITH_PARTS = [name for name in EXACT if name not in zoo.NOT_BUILT and name in ("gemma3", "gemma3n", "phi4_multimodal")]

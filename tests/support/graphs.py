@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch._dynamo
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[None]:
+    """Inside, there are no graphs of before, those that are made are counted, and each is made once."""
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch._dynamo.reset()
 
 
 def graph_config(backend="eager"):
