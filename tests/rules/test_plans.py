@@ -72,6 +72,9 @@ def test_the_ring_holds_the_first_and_the_newest(capacity, sinks, steps, local):
         assert past == expected_past(row.seen, kind.past(plan), sinks)
         for slot, column, length in kind.write_runs(plan, columns=new):
             slots.update({slot + step: row.seen + column + step for step in range(length)})
+        assert all(
+            slots[kind.slot(index)] == index for index in range(max(row.seen, sinks), row.seen + new)[-kind.ring :]
+        )
         row = row.after(new, Slots(capacity))
         held = sorted({*range(min(sinks, row.seen)), *range(max(0, row.seen - (capacity - sinks)), row.seen)})
         assert sorted(slots.values()) == held
