@@ -25,7 +25,7 @@ from sink_patch import CacheFileError, SinkCache
 from tests.support.oracle import relative_error
 from tests.support.shared_calls import CALLS, MODELS, Outcome, of_the_readme
 
-TIMEOUT = 200  # seconds for one kind; some ten on an idle machine
+TIMEOUT = 200  # seconds for one kind; two to six on an idle machine
 
 
 def _whole(directory: Path, **how: Any) -> Any:
@@ -109,8 +109,9 @@ def _pair(kind: str, directory: Path) -> None:
     for rank in ranks:
         rank.start()
     until = time.monotonic() + TIMEOUT
-    while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
-        if not wait([rank.sentinel for rank in ranks if rank.is_alive()], timeout=until - time.monotonic()):
+    # asked once a round: to wait for none, as both may end meanwhile, would take until the timeout
+    while (alive := [rank.sentinel for rank in ranks if rank.is_alive()]) and not any(rank.exitcode for rank in ranks):
+        if not wait(alive, timeout=until - time.monotonic()):
             break
     for rank in ranks:
         rank.kill()
