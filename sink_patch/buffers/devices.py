@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 
+_CPU = torch.device("cpu")
+_SLOTS = 64  # that are made at once, as tokens go into one slot after the other
 Numbers = Sequence[int] | Sequence[Sequence[int]]
 
 
@@ -19,13 +22,26 @@ def slot_on(device: torch.device | None, slot: int) -> torch.Tensor | None:
 
     It copies a token in two thirds of the time that a slice takes.
     """
-    if device is None or device.type not in ("cpu", "cuda"):
+    if device is None:
         return None
-    return torch.full((1,), slot, device=device)
+    number, place = divmod(slot, _SLOTS)
+    made = _slots(device, queue_of(device), number)
+    return None if made is None else made[place]
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # else they could not be used outside it
+def _slots(device: torch.device, _queue: int, number: int) -> tuple[torch.Tensor, ...] | None:
+    if device.type not in ("cpu", "cuda"):
+        return None
+    first = number * _SLOTS
+    return torch.arange(first, first + _SLOTS, device=device)[:, None].unbind()  # int64 [1] each
 
 
 def queue_of(device: torch.device) -> int:
     """Which stream of a GPU is asked now: what another one was asked to make may not be there yet. 0 elsewhere."""
+    if device == _CPU:  # as in a cold cache `type`, which makes a text, takes as long as a copy
+        return 0
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 

@@ -1,15 +1,21 @@
-"""One layer of a `SinkCache`: rings for its keys and values."""
+"""One layer of a `SinkCache`: rings for its keys and values; and what any layer holds, for people and for more rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from sink_patch.buffers.layouts import Layout
 from sink_patch.buffers.rings import Ring
 from sink_patch.buffers.rotation import Rotation, Turn
+from sink_patch.errors import CacheStateError
 from sink_patch.rules.kinds import LayerKind
+
+_OF_THE_MODEL = frozenset({"kind", "kind_index", "rings", "is_sliding"})  # of our layers; all else is of states
+OF_THE_BATCH = "max_batch_size"  # which some layers of states have, and nothing reads
+Held = dict[str, Any]
 
 
 class SinkLayer:
@@ -66,6 +72,9 @@ class SinkLayer:
 
         Args:
             layouts: of the forward, one for each kind of layer.
+
+        Raises:
+            CacheStateError: the states are not of so many tokens as the forward.
         """
         keys, values = self.rings
         layout = layouts[self.kind_index]
@@ -73,8 +82,10 @@ class SinkLayer:
         if slot is not None and held is not None and held_values is not None:
             try:  # `suppress` takes as long as half a copy
                 return held.index_copy_(2, slot, key_states), held_values.index_copy_(2, slot, value_states)
-            except RuntimeError:  # of another dtype than before (autocast), or on another device than the inputs
+            except (RuntimeError, IndexError):  # another dtype than before (autocast), another device, more columns
                 pass
+        if key_states.shape[2] != layout.columns:
+            raise CacheStateError(f"A layer has {key_states.shape[2]} tokens in a forward of {layout.columns}.")
         return keys.update(key_states, layout), values.update(value_states, layout)
 
     def take_all_slots(self) -> None:
@@ -104,3 +115,23 @@ class SinkLayer:
     def reset(self) -> None:
         for ring in self.rings:
             ring.reset()
+
+
+def states_of(layer: Any) -> Held:
+    """The states of a layer by name, without what says which layer it is."""
+    return {name: held for name, held in vars(layer).items() if name not in _OF_THE_MODEL}
+
+
+def described(layer: Any) -> Held:
+    """How a layer holds what it holds, without rows and slots."""
+    states = {name: _shape_of(held) for name, held in states_of(layer).items() if name != OF_THE_BATCH}
+    if not isinstance(layer, SinkLayer):
+        return states
+    named = {"keys": layer.keys, "values": layer.values}
+    return states | {name: _shape_of(held[:, :, 0]) for name, held in named.items() if held is not None}
+
+
+def _shape_of(held: Any) -> Any:
+    if isinstance(held, torch.Tensor):
+        return f"{held.dtype} {list(held.shape[1:])} on {held.device}"
+    return {key: _shape_of(one) for key, one in held.items()} if isinstance(held, dict) else held

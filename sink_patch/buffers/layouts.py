@@ -22,6 +22,7 @@ class Layout(ABC):
 
     Args:
         kind: of the layers.
+        columns: tokens that it brings to each row, padding counted in.
         length: visible columns, [rows, heads, length, dim] is what the layer attends to.
         reach: slots that a buffer must have to be written to.
         in_place: whether what is seen is the buffer itself (its first `length` slots), once it is written to.
@@ -32,6 +33,7 @@ class Layout(ABC):
     """
 
     kind: LayerKind
+    columns: int
     length: int
     reach: int
     in_place: bool
@@ -60,8 +62,7 @@ class UniformLayout(Layout):
     """
 
     def __init__(self, kind: LayerKind, plan: RowPlan, columns: int, device: torch.device | None = None):
-        self.kind = kind
-        self._columns = columns
+        self.kind, self.columns = kind, columns
         self.length = kind.past(plan) + columns
         self.in_place = kind.is_in_order(plan) or kind.is_the_buffer(columns)
         count = kind.count(plan)
@@ -76,7 +77,7 @@ class UniformLayout(Layout):
 
     def write(self, buffer: torch.Tensor, states: torch.Tensor) -> None:
         for slot, column, length in self._writes:
-            stays = states if length == self._columns else states[:, :, column : column + length]
+            stays = states if length == self.columns else states[:, :, column : column + length]
             buffer[:, :, slot : slot + length] = stays
 
     def write_sinks(self, pristine: torch.Tensor, states: torch.Tensor) -> None:

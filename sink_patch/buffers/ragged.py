@@ -28,7 +28,7 @@ class RaggedLayout(Layout):
     """
 
     def __init__(self, kind: LayerKind, plans: Sequence[RowPlan], columns: int):
-        self.kind = kind
+        self.kind, self.columns = kind, columns
         self.filled = [kind.past(plan) + plan.new for plan in plans]  # visible columns of each row
         readable = kind.is_the_buffer(columns) or all(kind.is_in_order(plan) for plan in plans)
         single_tokens = columns == 1 and not kind.ordered and all(plan.new == 1 for plan in plans)

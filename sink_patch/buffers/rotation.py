@@ -14,21 +14,24 @@ import torch
 
 from sink_patch.buffers.devices import moved, on_device, queue_of
 
-TURNS = 32  # that are made at once, as the sinks of a stream turn by one position more for each token
+TURNS = 64  # that are made at once, as the sinks of a stream turn by one position more for each token
 _MOST_BLOCKS = 16
 Pairing = Literal["half", "interleaved"]
 CosSin = tuple[torch.Tensor, torch.Tensor]
-Pairs = tuple[torch.Tensor, torch.Tensor]  # [..., rows, heads, tokens, rotary_dim / 2] each
 _Block = tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]  # cosines and sines of some turns
 _Place = tuple[torch.device, int, int]  # where a block was made (`queue_of`), and its number
 
 
-def turn_pairs(pairs: Pairs, cos_sin: CosSin, turned: Pairs) -> None:
-    """The rotation itself; `turned` are other tensors, in float32, that are written."""
-    first, second = (states.float() for states in pairs)  # here, as not every device multiplies mixed dtypes
+def turn_dims(states: torch.Tensor, crossed: torch.Tensor, cos_sin: CosSin, turned: torch.Tensor) -> None:
+    """The rotation itself, of rotary dims [..., rows, heads, tokens, rotary_dim].
+
+    Args:
+        states, crossed: the dims, and what `Rotation.crossed` makes of them.
+        turned: another tensor, in float32, that is written.
+    """
     cos, sin = cos_sin
-    torch.mul(first, cos, out=turned[0]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=turned[1]).addcmul_(first, sin)
+    # to float32 here, as not every device multiplies mixed dtypes
+    torch.mul(states.float(), cos, out=turned).addcmul_(crossed.float(), sin)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,18 +72,18 @@ class Rotation:
                 host (`Turn` chooses).
 
         Returns:
-            Two tensors of shape [rows, 1, 1, rotary_dim / 2] on `device`.
+            Two tensors of shape [rows, 1, 1, rotary_dim] on `device`: those of a pair stand at both of its dims.
         """
         if isinstance(delta, int):
             number, turn = divmod(delta, TURNS)
             cos, sin = self._block(number, device)
-            return cos[turn], sin[turn]  # [1, 1, 1, r/2] each
+            return cos[turn], sin[turn]  # [1, 1, 1, rotary_dim] each
         return self._cos_sin(delta.to(device))
 
     def _cos_sin(self, delta: torch.Tensor) -> CosSin:
         """The same for turns [rows] on the device."""
-        inv_freq = self._on(delta.device)  # [1, 1, 1, r/2]
-        angles = delta.to(inv_freq.dtype)[:, None, None, None] * (self.sign * inv_freq)  # [rows, 1, 1, r/2]
+        inv_freq = self._on(delta.device)  # [1, 1, 1, rotary_dim]
+        angles = delta.to(inv_freq.dtype)[:, None, None, None] * (self.sign * inv_freq)  # [rows, 1, 1, rotary_dim]
         return angles.cos().float(), angles.sin().float()
 
     def _block(self, number: int, device: torch.device) -> _Block:
@@ -96,7 +99,7 @@ class Rotation:
     @torch.inference_mode(False)  # else they could not be used outside it
     def _made_block(self, first: int, device: torch.device) -> _Block:
         cos, sin = self._cos_sin(torch.arange(first, first + TURNS, device=device))
-        return cos[:, None].unbind(), sin[:, None].unbind()  # [1, 1, 1, r/2] each
+        return cos[:, None].unbind(), sin[:, None].unbind()  # [1, 1, 1, rotary_dim] each
 
     def apply(self, states: torch.Tensor, cos_sin: CosSin) -> torch.Tensor:
         """`states` turned, in their own dtype.
@@ -105,27 +108,27 @@ class Rotation:
             states: shape [..., rows, heads, tokens, head_dim].
             cos_sin: what `cos_sin` returned.
         """
-        turned = states.to(torch.float32, copy=True)
-        turn_pairs(self.pairs(states), cos_sin, self.pairs(turned))
+        turned, dims = states.to(torch.float32, copy=True), self.turning(states)
+        turn_dims(dims, self.crossed(dims), cos_sin, self.turning(turned))
         return turned.to(states.dtype)
 
     def turning(self, states: torch.Tensor) -> torch.Tensor:
         """The rotary dims, as a view."""
         return states[..., self.start : self.start + self.rotary_dim]
 
-    def pairs(self, states: torch.Tensor) -> Pairs:
-        """The first and the second of each pair of rotary dims, as views."""
-        stop = self.start + self.rotary_dim
+    def crossed(self, dims: torch.Tensor) -> torch.Tensor:
+        """Of each pair (a, b) of rotary dims [..., rotary_dim] the pair (-b, a), which turns by the sine."""
         if self.pairing == "half":
-            middle = self.start + self.rotary_dim // 2
-            return states[..., self.start : middle], states[..., middle:stop]
-        return states[..., self.start : stop : 2], states[..., self.start + 1 : stop : 2]
+            first, second = dims.chunk(2, dim=-1)
+            return torch.cat((-second, first), dim=-1)
+        return torch.stack((-dims[..., 1::2], dims[..., ::2]), dim=-1).flatten(-2)
 
     def _on(self, device: torch.device) -> torch.Tensor:
-        """`inv_freq` as [1, 1, 1, r/2] on a device; float32 where the device has no float64 (Apple's MPS)."""
+        """`inv_freq` of each dim, [1, 1, 1, rotary_dim] on a device; float32 where it has no float64 (Apple's MPS)."""
         if device not in self._per_device:
-            dtype = torch.float32 if device.type == "mps" else torch.float64
-            self._per_device[device] = moved(self.inv_freq.to(dtype).view(1, 1, 1, -1), device)
+            half, dtype = self.pairing == "half", torch.float32 if device.type == "mps" else torch.float64
+            of_dims = self.inv_freq.repeat(2) if half else self.inv_freq.repeat_interleave(2)
+            self._per_device[device] = moved(of_dims.to(dtype).view(1, 1, 1, -1), device)
         return self._per_device[device]
 
 

@@ -15,7 +15,8 @@ them. Once buffers stay where they are, they are brought side by side in memory,
 copy shows the sinks of so many rings:
 
     pristine   [ring 0 | ring 1 | ... ]            one tensor [rings, rows, heads, num_sink_tokens, dim]
-    turned     [ring 0 | ring 1 | ... ]            the same in float32, made anew in each forward
+    crossed    [ring 0 | ring 1 | ... ]            its rotary dims once more, as they turn by the sine
+    turned     [ring 0 | ring 1 | ... ]            its rotary dims in float32, made anew in each forward
     buffers    [s s r r r | s s r r r | ... ]      one tensor [rings, rows, heads, slots, dim]; s: where the sinks go
 """
 
@@ -29,9 +30,9 @@ import torch
 
 from sink_patch.buffers.layouts import Layout
 from sink_patch.buffers.rings import Ring
-from sink_patch.buffers.rotation import Rotation, Turn, turn_pairs
+from sink_patch.buffers.rotation import Rotation, Turn, turn_dims
 
-_SIDE_BY_SIDE = 8  # rings in one piece of memory; while they are brought there, so many are held twice
+_PIECE = 2**26  # bytes in one piece of memory, or one ring; while rings are brought there, so much is held twice
 
 
 class Sinks:
@@ -78,8 +79,9 @@ class Sinks:
             with torch.inference_mode(False):  # else they could not be written to outside it
                 shape = (*states.shape[:2], layout.kind.num_sink_tokens, states.shape[3])
                 pristine = states.new_zeros(shape)
-                self.put(ring, pristine)
+                ring.pristine = pristine
         layout.write_sinks(pristine, states)
+        self.buffer_replaced()  # as what groups have made of the pristine sinks is that of others now
 
     def buffer_replaced(self) -> None:
         """Hold no buffer any more: some ring has got another one, or none."""
@@ -102,7 +104,7 @@ class Sinks:
 
     @property
     def turned_nbytes(self) -> int:
-        """Bytes of where sinks are turned, in float32; none before they are shown."""
+        """Bytes of what turning takes beside the pristine sinks; none before they are shown."""
         return sum(group.turned_nbytes for group in self._groups or ())
 
     def show(self, turn: Turn) -> None:
@@ -160,25 +162,26 @@ class _Group:
     @torch.inference_mode(False)  # as in `Sinks.take`
     def __init__(self, rings: Sequence[Ring], rotation: Rotation, pristine: torch.Tensor):
         self._rings, self._rotation, self._pristine = rings, rotation, pristine
-        turned = torch.empty_like(pristine, dtype=torch.float32)  # [rings, rows, heads, num_sink_tokens, dim]
-        self._pairs, self._turned_pairs = rotation.pairs(pristine), rotation.pairs(turned)
-        self._turned = rotation.turning(turned)
+        self._dims = rotation.turning(pristine)  # [rings, rows, heads, num_sink_tokens, rotary_dim]
+        self._crossed = rotation.crossed(self._dims)
+        self._turned = self._dims.new_empty(self._dims.shape, dtype=torch.float32)
         self._from = list(self._turned)
         self._to = [self._sinks_of(ring.buffer) for ring in rings if ring.buffer is not None]
 
     @property
     def turned_nbytes(self) -> int:
-        return self._pristine.numel() * torch.float32.itemsize
+        return self._turned.nbytes + self._crossed.nbytes
 
     def show(self, turn: Turn) -> None:
-        turn_pairs(self._pairs, turn.cos_sin(self._rotation, self._pristine.device), self._turned_pairs)
+        turn_dims(self._dims, self._crossed, turn.cos_sin(self._rotation, self._pristine.device), self._turned)
         torch._foreach_copy_(self._to, self._from)
 
     def bring_side_by_side(self) -> None:
         """Bring the rings' buffers side by side, some at a time."""
         self._from, self._to = [], []
-        for first in range(0, len(self._rings), _SIDE_BY_SIDE):
-            some = slice(first, first + _SIDE_BY_SIDE)
+        most = max(1, _PIECE // max(ring.buffer.nbytes for ring in self._rings if ring.buffer is not None))
+        for first in range(0, len(self._rings), most):
+            some = slice(first, first + most)
             buffers = _stack([ring.buffer for ring in self._rings[some] if ring.buffer is not None])
             for ring, buffer in zip(self._rings[some], buffers, strict=True):
                 ring.buffer = buffer.data  # no view: else autograd takes a write to one for a write to all

@@ -9,16 +9,12 @@ from typing import Any
 
 import torch
 
-from sink_patch.buffers.layers import SinkLayer
+from sink_patch.buffers.layers import OF_THE_BATCH, Held, SinkLayer, described, states_of
 from sink_patch.buffers.rings import Ring, stacked
 from sink_patch.buffers.rotation import Turn
 from sink_patch.buffers.sinks import Sinks
 from sink_patch.rules.kinds import LayerKind
 from sink_patch.rules.rows import Row, Slots
-
-_OF_THE_MODEL = frozenset({"kind", "kind_index", "rings", "is_sliding"})  # of our layers; all else is of states
-_OF_THE_BATCH = "max_batch_size"  # which some layers of states have, and nothing reads
-Held = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -33,7 +29,9 @@ class Joined:
 class LayerStore:
     """The layers of a cache, their kinds, and their sinks.
 
-    `kinds` are the different kinds of layers, in the order in which they come; `slots` how many slots they have.
+    `kinds` are the different kinds of layers, in the order in which they come; `slots` how many slots they have;
+    `are_sliding` of each layer, whether the model gives it the mask of a sliding window; `of_states_alone` whether it
+    holds a recurrent or convolution state and no attention.
 
     Args:
         layers: ours (`SinkLayer`), and transformers' own where a layer holds a recurrent state alone, or nothing.
@@ -47,6 +45,8 @@ class LayerStore:
         self.sink_layers = tuple(layer for layer in layers if isinstance(layer, SinkLayer))
         self._other_layers = tuple(layer for layer in layers if not isinstance(layer, SinkLayer))
         self._fresh = tuple(copy.deepcopy(vars(layer)) for layer in self._other_layers)
+        self.are_sliding = tuple(getattr(layer, "is_sliding", False) for layer in layers)
+        self.of_states_alone = tuple(not isinstance(layer, SinkLayer) for layer in layers)
         with_sinks = [layer for layer in self.sink_layers if layer.kind.num_sink_tokens]
         self.sinks = Sinks([ring for layer in with_sinks for ring in layer.rings if ring.rotation is not None])
         self.note_kinds()
@@ -114,7 +114,7 @@ class LayerStore:
     def difference(self, other: LayerStore) -> str | None:
         """What the layers hold in another way than those of `other`, such as another dtype; None: nothing."""
         for index, (one, two) in enumerate(zip(self.layers, other.layers, strict=True)):
-            mine, theirs = _described(one), _described(two)
+            mine, theirs = described(one), described(two)
             for name in sorted(mine.keys() & theirs.keys()):
                 if mine[name] != theirs[name]:
                     return f"{name} of layer {index}: {mine[name]} here, {theirs[name]} there"
@@ -133,7 +133,7 @@ class LayerStore:
             buffers=[(one, stacked(one.buffer, two.buffer, rows)) for one, two in rings],
             pristine=[(ring, sinks) for ring, sinks in pristine if sinks is not None],
             states=[
-                (one, _joined_states(_states_of(one), _states_of(two), rows))
+                (one, _joined_states(states_of(one), states_of(two), rows))
                 for one, two in zip(self.layers, other.layers, strict=True)
             ],
         )
@@ -158,31 +158,12 @@ class LayerStore:
         self.lay_out(self.slots.spare, ())
 
 
-def _states_of(layer: Any) -> Held:
-    return {name: held for name, held in vars(layer).items() if name not in _OF_THE_MODEL}
-
-
-def _described(layer: Any) -> Held:
-    """How a layer holds what it holds, without rows and slots."""
-    states = {name: _shape_of(held) for name, held in _states_of(layer).items() if name != _OF_THE_BATCH}
-    if not isinstance(layer, SinkLayer):
-        return states
-    named = {"keys": layer.keys, "values": layer.values}
-    return states | {name: _shape_of(held[:, :, 0]) for name, held in named.items() if held is not None}
-
-
-def _shape_of(held: Any) -> Any:
-    if isinstance(held, torch.Tensor):
-        return f"{held.dtype} {list(held.shape[1:])} on {held.device}"
-    return {key: _shape_of(one) for key, one in held.items()} if isinstance(held, dict) else held
-
-
 def _joined_states(upper: Held, lower: Held, rows: tuple[int, int]) -> Held:
     """The attributes of a layer of states with rows of another below its own; those of that one, where it has none."""
     if not rows[0]:
         return {name: _copied(held) for name, held in lower.items()}
     joined = {name: _below(held, lower[name]) for name, held in upper.items()}
-    return joined | ({_OF_THE_BATCH: sum(rows)} if _OF_THE_BATCH in upper else {})
+    return joined | ({OF_THE_BATCH: sum(rows)} if OF_THE_BATCH in upper else {})
 
 
 @torch.inference_mode(False)  # else they could not be written to outside it

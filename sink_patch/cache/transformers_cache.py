@@ -51,8 +51,6 @@ class TransformersCache(BatchedCache, CacheBase):
         step = None if streams is None else streams.forward.step_to_store()
         if step is None:
             raise self._not_in_a_forward()
-        if key_states.size(2) != step.columns:
-            raise CacheStateError(f"Layer {layer_idx} has {key_states.shape[2]} tokens in a forward of {step.columns}.")
         keys, values = self.layers[layer_idx].update(key_states, value_states, step.layouts)
         return keys, values
 
@@ -87,7 +85,7 @@ class TransformersCache(BatchedCache, CacheBase):
     @property
     def is_sliding(self) -> list[bool]:
         """For each layer, whether the model gives it the mask of a sliding window."""
-        return [getattr(layer, "is_sliding", False) for layer in self.layers]
+        return [] if self._streams is None else [*self._streams.store.are_sliding]
 
     @property
     def is_compileable(self) -> bool:
@@ -144,7 +142,7 @@ class TransformersCache(BatchedCache, CacheBase):
         return (columns, 0) if layer is None else step.mask_sizes(layer.kind_index)
 
     def _states_alone(self) -> list[bool]:
-        return [not hasattr(layer, "kind_index") for layer in self.layers]
+        return [] if self._streams is None else [*self._streams.store.of_states_alone]
 
     def _take_back(self, count: int, asked: str) -> None:
         if self._streams is not None and not self._streams.crop(operator.index(count)):  # some pass a tensor

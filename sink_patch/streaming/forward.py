@@ -60,6 +60,7 @@ class Forward:
         self.reason = ""  # why it is broken
         self.is_fixed = False  # whether its shapes and addresses are those of a graph
         self.outside_the_call = False
+        self.position_ids: torch.Tensor | None = None  # which were made for it
         self._module: weakref.ref[nn.Module] | None = None
         self._thread = 0
 
@@ -116,13 +117,19 @@ class Forward:
                 f"{refused}{self.reason} Call reset() and feed the text again, or use a new SinkCache."
             )
 
-    def includes(self, module: nn.Module, columns: int) -> bool:
-        """Whether a call of `module` with so many columns is a part of this forward, begun where it was called."""
+    def includes(self, module: nn.Module, columns: int, position_ids: torch.Tensor | None = None) -> bool:
+        """Whether a call of `module` with so many columns is a part of this forward, begun where it was called.
+
+        Args:
+            position_ids: which it is given: who has those of this forward is in it, as they were made for it.
+        """
         if self.outside_the_call:
             return True
         if self.step is None or self.step.columns != columns or self._begun_by() in (None, module):
             return False
-        return (self.is_fixed or self.phase is _PLANNED) and self.is_running()
+        if not (self.is_fixed or self.phase is _PLANNED):
+            return False
+        return (position_ids is not None and position_ids is self.position_ids) or self.is_running()
 
     def ends_with(self, module: nn.Module) -> bool:
         """Whether the forward ends when the call of `module` does, as it began there."""
@@ -149,7 +156,7 @@ class Forward:
         return None if self._module is None else self._module()
 
     def _leave(self, phase: Phase) -> None:
-        self.phase, self.step, self._module = phase, None, None
+        self.phase, self.step, self._module, self.position_ids = phase, None, None, None
         self.is_fixed = self.outside_the_call = False
 
 

@@ -65,8 +65,7 @@ def _before_forward(
     # mostly it was begun before the graph runs; in `torch.compile(model)` it is begun in a break of the graph
     if cache is None or (cache._streams is not None and cache._streams.forward.has_begun_before(module)):
         return None
-    began: tuple[tuple[()], dict[str, Any]] | None = _begin_outside_graphs(module, args, kwargs)
-    return began
+    return _begin_outside_graphs(module, args, kwargs)
 
 
 def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -82,7 +81,7 @@ def _begin(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, in_graph: bool = False
 ) -> tuple[tuple[()], dict[str, Any]] | None:
     named = named_arguments(module, args, kwargs)
-    check_given(module, [named.get(name) for name in CACHE_NAMES])
+    check_given(module, named)
     cache = _cache_among(named)
     if cache is None:
         return None
@@ -92,7 +91,7 @@ def _begin(
     streams = streams_of(cache, type(module).__name__)
     if not streams.is_bound_to(module):
         raise UnboundCacheError.elsewhere(repr(cache), type(module).__name__)
-    if streams.forward.includes(module, named[name].shape[1]):
+    if streams.forward.includes(module, named[name].shape[1], named.get("position_ids")):
         streams.coordinates.note(module, named)
         if streams.coordinates.masks.are_due:
             return (), named | _masks(streams, module, named)
@@ -127,6 +126,7 @@ def _begun(
         streams.coordinates, module, named, inputs, _rows_read(streams), streams.call, has_images=has_images
     )
     replaced = streams.begin(module, inputs, named.get("attention_mask"), fixed=fixed)
+    streams.forward.position_ids = replaced.get("position_ids")
     replaced |= for_images | streams.coordinates.placed(streams.forward.step, streams.planner.horizon)
     if streams.coordinates.masks.are_due:
         replaced |= _masks(streams, module, named | replaced)
@@ -174,7 +174,7 @@ def _is_compiled(module: nn.Module) -> bool:
     return hasattr(module.forward, "_torchdynamo_orig_callable")
 
 
-_begin_outside_graphs: Callable[..., Any] = functools.partial(_begin, in_graph=True)
+_begin_outside_graphs: Callable[..., tuple[tuple[()], dict[str, Any]] | None] = functools.partial(_begin, in_graph=True)
 _end_outside_graphs: Callable[..., None] = _end
 _are_kept_out = False
 
@@ -189,7 +189,7 @@ def _keep_out_of_graphs() -> None:
 
 
 def _cache_among(named: dict[str, Any]) -> StreamingCache | None:
-    return _first_cache(named.get(name) for name in CACHE_NAMES)
+    return _first_cache([named.get(name) for name in CACHE_NAMES])
 
 
 def _first_cache(values: Iterable[Any]) -> StreamingCache | None:

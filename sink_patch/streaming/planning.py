@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,19 +66,20 @@ class Planner:
         Raises:
             CacheStateError: more positions than there are, or tokens that this model can only take one by one.
         """
-        plans = self._plans(list(zip(held, new, strict=True)))
-        self._check_positions(plan.first_position + plan.new for plan in plans)
+        plans = self._plans(held, new)
+        self._check_positions(plans)
         if fed and columns > 1:
             # of sliding windows no message leaves, and no image
             seen = [min(plan.seen, self.sizes.window_length) if plan.dropped else plan.past for plan in plans]
             self._check_one_by_one(max(seen), columns)
         return plans
 
-    def _plans(self, rows: Sequence[tuple[Row, int]]) -> list[RowPlan]:
+    def _plans(self, held: Sequence[Row], new: Sequence[int]) -> list[RowPlan]:
         """Rows that are alike share a plan."""
         sizes = self.sizes.window_length, self.sizes.num_sink_tokens, self.horizon
-        if len(rows) == 1:
-            return [plan_row(*rows[0], *sizes)]
+        if len(held) == 1:
+            return [plan_row(held[0], new[0], *sizes)]
+        rows = list(zip(held, new, strict=True))
         made = {row: plan_row(*row, *sizes) for row in set(rows)}
         return [made[row] for row in rows]
 
@@ -100,10 +101,10 @@ class Planner:
                 "a new cache."
             )
 
-    def _check_positions(self, needed: Iterable[int]) -> None:
+    def _check_positions(self, plans: Sequence[RowPlan]) -> None:
         """Only a forward longer than the context can need more positions than the horizon leaves."""
         limit = self.facts.context.limit
-        if limit is not None and (most := max(needed)) > limit:
+        if limit is not None and (most := max([plan.first_position + plan.new for plan in plans])) > limit:
             raise CacheStateError(
                 f"This forward needs {most} positions, and the model may use {limit}, as "
                 f"{self.facts.context.why_limited}. Feed the text in pieces of "

@@ -79,7 +79,7 @@ def test_one_turn_equals_that_of_rows_whatever_was_turned_before(sign):
             found = rotation.cos_sin(delta, torch.device("cpu"))
             wanted = rotation.cos_sin(torch.tensor([delta]), torch.device("cpu"))
         for one, other in zip(found, wanted, strict=True):
-            assert one.shape == other.shape == (1, 1, 1, 3)
+            assert one.shape == other.shape == (1, 1, 1, 6)
             assert torch.equal(one, other)
             assert not one.is_inference()
 

@@ -7,9 +7,14 @@ import weakref
 import pytest
 import torch
 
+from sink_patch.buffers import sinks as sinks_module
+from sink_patch.buffers.layouts import UniformLayout
 from sink_patch.buffers.rings import Ring
 from sink_patch.buffers.rotation import Rotation, Turn
 from sink_patch.buffers.sinks import Sinks
+from sink_patch.rules.kinds import LayerKind
+from sink_patch.rules.plans import plan_row
+from sink_patch.rules.rows import Row
 
 S, SLOTS, HEADS, DIM = 3, 8, 2, 12
 ROTATIONS = {
@@ -67,8 +72,9 @@ def assert_shown(rings, sinks, before, turns):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ROTATIONS)
-def test_each_of_many_layers_shows_its_own_sinks(name, dtype):
+def test_each_of_many_layers_shows_its_own_sinks(name, dtype, monkeypatch):
     # more rings than are put side by side in one tensor, and not a multiple of that
+    monkeypatch.setattr(sinks_module, "_PIECE", 8 * 2 * HEADS * SLOTS * DIM * dtype.itemsize)
     rings = full_rings([ROTATIONS[name]] * 19, dtype=dtype)
     sinks = sinks_of(rings)
     before = copies(rings, sinks)
@@ -87,14 +93,15 @@ def test_layers_that_turn_in_different_ways_or_have_other_shapes():
         assert_shown(rings, sinks, before, turns)
 
 
-def test_sinks_that_come_later_are_shown_too():
-    rings = full_rings([ROTATIONS["partial"]] * 3)
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_sinks_that_come_later_are_shown_too(name):
+    rings = full_rings([ROTATIONS[name]] * 3)
     sinks = sinks_of(rings)
     for turns in ((1, 1), (2, 2), (3, 3)):
         sinks.show(Turn(turns))
-    for ring in rings:  # as a layout writes them: into the pristine sinks and into the buffer
-        late = torch.randn(HEADS, DIM)
-        sinks.pristine_of(ring)[0, :, 2], ring.buffer[0, :, 2] = late, late
+    third = UniformLayout(LayerKind(SLOTS, S), plan_row(Row(seen=2), 1, SLOTS, S, horizon=100), 1)
+    for ring in rings:
+        ring.update(torch.randn(2, HEADS, 1, DIM), third)
     before = copies(rings, sinks)
     sinks.show(Turn((4, 4)))
     assert_shown(rings, sinks, before, (4, 4))
@@ -126,6 +133,7 @@ def test_buffers_that_change_with_each_token_are_not_put_side_by_side():
 
 
 def test_only_some_buffers_are_held_twice_while_they_are_put_side_by_side(monkeypatch):
+    monkeypatch.setattr(sinks_module, "_PIECE", 8 * 2 * HEADS * SLOTS * DIM * torch.float32.itemsize)
     rings = full_rings([ROTATIONS["half"]] * 24)
     sinks, alive, stack = sinks_of(rings), [], torch.stack
     old = [weakref.ref(ring.buffer) for ring in rings]

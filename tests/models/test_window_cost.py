@@ -100,7 +100,7 @@ def test_a_token_more_costs_what_a_longer_window_holds_more(window_length):
     """Where the window is as long as the layers' own, the longer one gives these no sinks: they hold fewer copies."""
     model = built("gemma3_text")
     first, second = (sink_patch.inspect(model, length, S).cost for length in (window_length, window_length + 1))
-    copies = 2 * S * 2 * 16 * (4 + 4)  # layers, sinks, heads, dims, bytes as made and as turned
+    copies = 2 * S * 2 * 16 * (4 + 4 + 4)  # layers, sinks, heads, dims, bytes as made, crossed and turned
     saved = copies if window_length == 7 else 0
     assert second.window_bytes == first.window_bytes + first.token_bytes - saved
     assert first.token_bytes == (3 if window_length == 6 else 1) * 2 * 2 * 16 * 4  # layers, both, heads, dims, bytes

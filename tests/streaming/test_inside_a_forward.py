@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import CompileConfig
 
 from sink_patch import CacheStateError, SinkCache
+from sink_patch.streaming import forward
 from tests.support.oracle import relative_error
 from tests.support.replay import cache_name
 from tests.support.tiny import tiny, tokens
@@ -150,6 +152,40 @@ def test_a_forward_inside_a_forward_raises(entry):
     assert "in the middle of a forward" in found[0]
     assert torch.equal(logits, feed(one, undisturbed, stream[:, 20:22]))
     assert relative_error(feed(one, cache, stream[:, 22:23]), feed(one, undisturbed, stream[:, 22:23])) == 0
+
+
+def test_whether_a_plain_forward_is_under_way_is_known_without_looking_at_the_stack(monkeypatch):
+    """That takes as long as to store some layers, and the decoder is given what was made for the forward."""
+    if importlib.util.find_spec("transformers.masking_utils") is None:
+        pytest.skip("models of this transformers make their masks themselves, and ask the cache for its length")
+    one, stream, looked = model(), tokens(30), []
+    cache, count = SinkCache(W, S, model=one), forward._calls_on_the_stack
+    feed(one, cache, stream[:, :20])
+    monkeypatch.setattr(
+        forward, "_calls_on_the_stack", lambda *args, **named: looked.append(1) or count(*args, **named)
+    )
+    for column in range(20, 30):
+        feed(one, cache, stream[:, column : column + 1])
+    assert not looked
+
+
+@pytest.mark.parametrize("name", ["the first", "a later one"])
+def test_a_layer_that_stores_other_columns_than_the_forward_has_is_refused(name):
+    one, stream = model(), tokens(30)
+    cache = SinkCache(W, S, model=one)
+    if name == "a later one":
+        feed(one, cache, stream[:, :20])
+    store = cache.update
+    cache.update = (
+        lambda key_states, value_states, *rest, **named: store(  # as of a layer that adds a token of its own
+            torch.cat((key_states, key_states[:, :, :1]), dim=2),
+            torch.cat((value_states, value_states[:, :, :1]), dim=2),
+            *rest,
+            **named,
+        )
+    )
+    with pytest.raises(CacheStateError, match="has 2 tokens in a forward of 1"):
+        feed(one, cache, stream[:, 20:21])
 
 
 @pytest.mark.parametrize("name", BETWEEN_FORWARDS)

@@ -92,7 +92,7 @@ def _drop_graph_of_another(model: nn.Module) -> None:
 def decode(model: nn.Module, compiled: Callable[..., Any], /, *args: Any, **inputs: Any) -> Any:
     """A forward of `model` for which transformers would call `compiled`, which is the graph of it."""
     cache, input_ids = inputs.get(cache_argument(model)), inputs.get("input_ids")
-    check_given(model, [cache])
+    check_given(model, inputs)
     if args or not isinstance(cache, SinkCache):
         return compiled(*args, **inputs)
     if input_ids is None or input_ids.shape[1] != 1 or not cache.is_bound_to(model):

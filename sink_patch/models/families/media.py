@@ -144,9 +144,10 @@ MEDIA: dict[str, Media] = dict(
 
 def media_of(config: Any) -> Media | None:
     """How a model with this config takes images and sounds; None: not known, or not in this transformers."""
-    model_type = getattr(config, "model_type", None)
-    media = None if model_type in installed_shim().no_media.split() else MEDIA.get(str(model_type))
-    return None if media is None or media.refusal is not None else media
+    media = MEDIA.get(getattr(config, "model_type", ""))
+    if media is None or media.refusal is not None:
+        return None
+    return None if config.model_type in installed_shim().no_media.split() else media
 
 
 def media_tokens(config: Any, kinds: Iterable[Kind] = KINDS) -> frozenset[int]:

@@ -17,7 +17,7 @@ forward within the call counts as the call's own.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 from torch import nn
 
 from sink_patch.errors import UnsupportedGenerationError
+from sink_patch.models.entries import CACHE_NAMES
 from sink_patch.streaming.streams import StreamingCache
 
 
@@ -61,8 +62,8 @@ def expect_forward(model: nn.Module) -> None:
         call.expects = True
 
 
-def check_given(module: nn.Module, caches: Sequence[Any]) -> None:
-    """A forward of `module` is about to begin with these caches; None where there is none.
+def check_given(module: nn.Module, named: Mapping[str, Any]) -> None:
+    """A forward of `module` is about to begin with these arguments, a cache among them or none.
 
     Raises:
         UnsupportedGenerationError: the call in progress has another one, and the forward is its own.
@@ -70,6 +71,7 @@ def check_given(module: nn.Module, caches: Sequence[Any]) -> None:
     call = _in_progress.get()
     if call is None or not call.cache.is_bound_to(module):
         return
+    caches = [named.get(name) for name in CACHE_NAMES]
     if any(cache is call.cache for cache in caches):
         call.expects = None if call.expects is None else False
     elif call.expects is not False:

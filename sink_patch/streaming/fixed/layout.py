@@ -24,6 +24,7 @@ class FixedLayout(Layout):
         visible: int64 [rows, length], zeros; in it, 1 for slots that hold a token.
     """
 
+    columns = 1
     in_place = True
     brings_sinks = False  # they are in before such a step
 

@@ -40,7 +40,8 @@ def replaced_for_images(
         rows: of the cache; none: it has read nothing.
         call: of `generate`, in which it is.
     """
-    both_ways, types = rows and sees_both_ways(module), dict[str, torch.Tensor | None]()
+    both_ways = rows and sees_both_ways(module)
+    types: dict[str, torch.Tensor | None] = {}
     if both_ways:  # by columns of the stream, of which some have left
         types = dict.fromkeys(name for name in TYPES if named.get(name) is not None)
     if not has_images:

@@ -29,10 +29,14 @@ class Coordinates:
     """
 
     def __init__(self) -> None:
-        self.forget()
+        self._start()
 
     def forget(self) -> None:
         """Another forward begins."""
+        if self.columns is not None or self._of_image is not None:  # else there is nothing to forget
+            self._start()
+
+    def _start(self) -> None:
         self.columns: int | None = None  # of a forward with images
         self._of_image: torch.Tensor | None = None  # [rows, columns]
         self._are_several = False  # whether positions of it have several coordinates
@@ -63,9 +67,9 @@ class Coordinates:
             in_place_of: how many of those noted last they take the place of.
             later: whether it is one of a later turn.
         """
+        self._of_image = of_images(ids, tokens)  # first: what is noted is forgotten where there is this
         self._brought, self._in_place_of, self._later = brought, in_place_of, ids if later else None
         self._tokens = tokens
-        self._of_image = of_images(ids, tokens)
 
     def expect(self, given: Any) -> torch.Tensor | None:
         """Its positions have several coordinates.

@@ -33,6 +33,8 @@ def media_among(module: nn.Module, named: Mapping[str, Any]) -> Sequence[str]:
     declares more than one part (vision, audio: `sub_configs`).
     """
     many = _has_parts(getattr(module, "config", None))
+    if not many and _INPUTS.isdisjoint(named):
+        return []
     return [
         name
         for name, value in named.items()
@@ -183,7 +185,7 @@ def _meant(name: str, value: Any) -> frozenset[str]:
 
 def _has_parts(config: Any) -> bool:
     """Whether a config declares parts beside that of the text."""
-    return any(name != "text_config" for name in getattr(config, "sub_configs", ()))
+    return not {"text_config"}.issuperset(getattr(config, "sub_configs", ()))
 
 
 def _is_given(value: Any) -> bool:
