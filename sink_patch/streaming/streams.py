@@ -71,12 +71,12 @@ class Streams(Rows):
         self.entrances = tuple(weakref.ref(module) for module in entrances)
         self.call: Call | None = None
         self.coordinates = Coordinates()
-        self.offered_to_compiler, self.goes_over = False, cast("Any", None)  # of the call (generation/compiled/)
+        self.offered_to_compiler, self.switch_to_graph = False, cast("Any", None)  # of the call (generation/compiled/)
         self._fixed = FixedSteps(store, planner.facts, entrances[0])
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy takes no part in the call."""
-        return {**vars(self), "call": None, "goes_over": None}
+        return {**vars(self), "call": None, "switch_to_graph": None}
 
     def is_bound_to(self, module: nn.Module) -> bool:
         """Whether this is the model of the cache, or its decoder."""

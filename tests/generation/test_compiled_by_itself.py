@@ -1,4 +1,4 @@
-"""Calls that nobody has asked to compile go over to a graph from when that pays, and their text stays the same."""
+"""Calls that nobody has asked to compile switch to a graph from when that pays, and their text stays the same."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ def as_on_a_gpu(monkeypatch):
 @pytest.fixture
 def compiled_tokens(monkeypatch):
     """Counts the tokens that went through a graph; `take()` returns how many did since it was asked last."""
-    counted, through = [0], by_itself.GoesOver.through
+    counted, through = [0], by_itself.SwitchToGraph.through
 
     def counting(*args):
         counted[0] += 1
         return through(*args)
 
-    monkeypatch.setattr(by_itself.GoesOver, "through", counting)
+    monkeypatch.setattr(by_itself.SwitchToGraph, "through", counting)
 
     def take():
         found, counted[0] = counted[0], 0
@@ -99,7 +99,7 @@ GPTJ = {"n_positions": CONTEXT, "n_ctx": CONTEXT, "attention": "eager", "max_pos
 
 
 @pytest.mark.parametrize(("model_type", "settings"), [("llama", {}), ("gemma3_text", GEMMA)])
-def test_a_long_call_goes_over_soon(model_type, settings, compiled_tokens):
+def test_a_long_call_switch_to_graph_soon(model_type, settings, compiled_tokens):
     model = tiny(model_type, **settings)
     plain = run(model, disable_compile=True)
     assert graphs() == (0, 0)
@@ -309,7 +309,7 @@ def test_a_call_that_asks_is_compiled_at_once_and_its_errors_are_raised(compiled
     assert compiled_tokens() == 0
 
 
-def test_text_without_end_goes_over_to_a_graph():
+def test_text_without_end_switch_to_graph_to_a_graph():
     model, texts = tiny(), []
     for more in ({"disable_compile": True}, {}):
         stream = sink_patch.stream(model, directory.tokenizer(), tokens(6), **SINK, **more)

@@ -88,7 +88,7 @@ def test_a_text_goes_on_past_the_original_context(family, rope):
 @pytest.mark.parametrize("rope", ["default", "longrope"])
 @pytest.mark.parametrize("family", KIN)
 @pytest.mark.parametrize("first", [5, ORIGINAL - 9, ORIGINAL - 8, ORIGINAL - 7])
-def test_a_second_turn_goes_over_the_end_of_the_original_context(family, rope, first):
+def test_a_second_turn_switch_to_graph_the_end_of_the_original_context(family, rope, first):
     model = kin(family, rope)
     out = streamed(model, tokens(6), max_new_tokens=first, **SINK)
     history = torch.cat((out.sequences, tokens(9, seed=9)), dim=1)

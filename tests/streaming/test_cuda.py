@@ -141,7 +141,7 @@ def test_cuda_graphs_are_compiled_once_and_right(kinds, fresh_graphs):
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch._inductor", "ignore:.*TensorFloat32:UserWarning")
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_next"])
-def test_a_long_call_goes_over_to_a_cuda_graph_by_itself(model_type, fresh_graphs, monkeypatch):
+def test_a_long_call_switch_to_graph_to_a_cuda_graph_by_itself(model_type, fresh_graphs, monkeypatch):
     from torch._inductor import cudagraph_trees
 
     monkeypatch.setattr(by_itself, "WORTH", 4 * W)

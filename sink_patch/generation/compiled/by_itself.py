@@ -1,7 +1,7 @@
 """Calls that nobody has asked to compile: plain at first, and through a graph from when that pays.
 
 To compile takes as long as to decode some thousand tokens, and the graph serves all later calls of its sizes. So a call
-goes over at once where there is a graph, soon where it is long, and else once all calls have decoded as many tokens as
+switches at once where there is a graph, soon where it is long, and else once all calls have decoded as many tokens as
 are worth a graph.
 """
 
@@ -27,14 +27,14 @@ from sink_patch.models.probe.calls import is_compiled
 from sink_patch.streaming.streams import streams_of
 
 WORTH = 2048  # tokens; of calls that are long by themselves, and of all calls of one size together
-SOON = 64  # tokens of a long call before it goes over, as many end early
+SOON = 64  # tokens of a long call before it switches, as many end early
 
 _Decoded = dict[tuple[int, int, int], float]  # tokens, by rows, window_length and num_sink_tokens
 _decoded: WeakKeyDictionary[nn.Module, _Decoded] = WeakKeyDictionary()
 
 
-class GoesOver:
-    """When the tokens of one call go over to the graph.
+class SwitchToGraph:
+    """When the tokens of one call switch from plain forwards to the graph.
 
     Args:
         decoded: tokens of the model that were decoded plainly, by sizes; infinitely many: there is a graph. Below zero:
@@ -99,13 +99,13 @@ class GoesOver:
         return [state for layer in layers for state in tensors_in(attributes(layer))]
 
 
-def goes_over(model: nn.Module, cache: SinkCache, generation_config: Any) -> GoesOver | None:
-    """How a call goes over to a graph that it does not ask for; None: it stays plain.
+def switch_to_graph(model: nn.Module, cache: SinkCache, generation_config: Any) -> SwitchToGraph | None:
+    """How a call switches to a graph that it does not ask for; None: it stays plain.
 
-    It does in other threads than the main one, where older versions of torch cannot replay CUDA graphs; where the user
-    has compiled the model, or several processes or devices share it; where beams give the cache other buffers after
-    each token, or what the model returns beside logits is kept, which the next run of a CUDA graph overwrites; and
-    where torch cannot compile here. What nobody has asked for must not fail.
+    It stays plain in other threads than the main one, where older versions of torch cannot replay CUDA graphs; where
+    the user has compiled the model, or several processes or devices share it; where beams give the cache other buffers
+    after each token, or what the model returns beside logits is kept, which the next run of a CUDA graph overwrites;
+    and where torch cannot compile here. What nobody has asked for must not fail.
 
     Args:
         model: of the call.
@@ -120,7 +120,7 @@ def goes_over(model: nn.Module, cache: SinkCache, generation_config: Any) -> Goe
         return None
     call = streams_of(cache).call  # text without end has none
     is_long = config.max_length - (call.columns.given if call else 0) >= WORTH
-    return GoesOver(_decoded.setdefault(model, {}), cache, is_long=is_long)
+    return SwitchToGraph(_decoded.setdefault(model, {}), cache, is_long=is_long)
 
 
 def _is_in_main_thread() -> bool:

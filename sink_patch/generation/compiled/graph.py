@@ -16,7 +16,7 @@ from torch import nn
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.compat import why_not_traced
 from sink_patch.errors import UnsupportedGenerationError
-from sink_patch.generation.compiled.by_itself import GoesOver, goes_over
+from sink_patch.generation.compiled.by_itself import SwitchToGraph, switch_to_graph
 from sink_patch.models.entries import cache_argument
 from sink_patch.streaming.calls.guard import check_given
 from sink_patch.streaming.inputs import accepted
@@ -33,8 +33,8 @@ def may_compile(model: nn.Module, cache: SinkCache, generation_config: Any, crit
         UnsupportedGenerationError: it asks for a graph, and torch cannot trace the model.
     """
     asked = generation_config.compile_config is not None
-    by_itself = None if asked else goes_over(model, cache, generation_config)
-    streams_of(cache).goes_over = by_itself
+    by_itself = None if asked else switch_to_graph(model, cache, generation_config)
+    streams_of(cache).switch_to_graph = by_itself
     if not asked and by_itself is None:
         return False
     with _offered_to_compiler(cache):
@@ -98,7 +98,7 @@ def decode(model: nn.Module, compiled: Callable[..., Any], /, *args: Any, **inpu
     if input_ids is None or input_ids.shape[1] != 1 or not cache.is_bound_to(model):
         return model(**inputs)
     streams = streams_of(cache)
-    by_itself: GoesOver | None = streams.goes_over
+    by_itself: SwitchToGraph | None = streams.switch_to_graph
     if not streams.can_be_fixed_now or not (by_itself is None or by_itself.is_due(input_ids.shape[0])):
         return model(**inputs)
     with streams.begun_outside(model, input_ids, inputs.get("attention_mask")) as replaced:
