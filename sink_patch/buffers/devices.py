@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
 _CPU = torch.device("cpu")
-_SLOTS = 64  # that are made at once, as tokens go into one slot after the other
+_SLOTS, _MOST_BLOCKS = 64, 64  # slots that are made at once, as tokens go into one after the other; how often, held
+Made = TypeVar("Made")
+Place = tuple[torch.device, int, int]  # where something was made (`queue_of`), and its number
 Numbers = Sequence[int] | Sequence[Sequence[int]]
 
 
@@ -25,17 +27,42 @@ def slot_on(device: torch.device | None, slot: int) -> torch.Tensor | None:
     if device is None:
         return None
     number, place = divmod(slot, _SLOTS)
-    made = _slots(device, queue_of(device), number)
-    return None if made is None else made[place]
+    slots = made_once(_blocks, device, number, _slots, _MOST_BLOCKS)
+    return slots[place] if slots else None
 
 
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)  # else they could not be used outside it
-def _slots(device: torch.device, _queue: int, number: int) -> tuple[torch.Tensor, ...] | None:
+_blocks: dict[Place, tuple[torch.Tensor, ...]] = {}  # of slots; nothing ever writes to them
+
+
+def _slots(number: int, device: torch.device) -> tuple[torch.Tensor, ...]:
     if device.type not in ("cpu", "cuda"):
-        return None
+        return ()
     first = number * _SLOTS
     return torch.arange(first, first + _SLOTS, device=device)[:, None].unbind()  # int64 [1] each
+
+
+def made_once(
+    held: dict[Place, Made], device: torch.device, number: int, make: Callable[[int, torch.device], Made], most: int
+) -> Made:
+    """What `make` makes of a number on a device, from `held` if it is there, where the newest `most` are kept.
+
+    Not kept is what is made where tensors do not last: those of a tracer hold no numbers (FakeTensorMode,
+    torch.export), and those of a CUDA graph that is being recorded hold them in its replays alone.
+    """
+    place = (device, queue_of(device), number)
+    found = held.get(place)
+    if found is None:
+        with torch.inference_mode(False):  # else it could not be used outside it
+            found = make(number, device)
+        if _lasts(torch.empty(0, device=device)):
+            held[place] = found
+            for old in list(held)[:-most]:
+                held.pop(old, None)
+    return found
+
+
+def _lasts(made: torch.Tensor) -> bool:
+    return type(made) is torch.Tensor and not (made.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def queue_of(device: torch.device) -> int:

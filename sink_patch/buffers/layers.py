@@ -1,4 +1,4 @@
-"""One layer of a `SinkCache`: rings for its keys and values; and what any layer holds, for people and for more rows."""
+"""One layer of a `SinkCache`: rings for its keys and values; and what any layer of the cache holds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sink_patch.buffers.rotation import Rotation, Turn
 from sink_patch.errors import CacheStateError
 from sink_patch.rules.kinds import LayerKind
 
-_OF_THE_MODEL = frozenset({"kind", "kind_index", "rings", "is_sliding"})  # of our layers; all else is of states
+_FROM_THE_MODEL = frozenset({"kind", "kind_index", "rings", "is_sliding"})  # in our layers
 OF_THE_BATCH = "max_batch_size"  # which some layers of states have, and nothing reads
 Held = dict[str, Any]
 
@@ -117,14 +117,14 @@ class SinkLayer:
             ring.reset()
 
 
-def states_of(layer: Any) -> Held:
-    """The states of a layer by name, without what says which layer it is."""
-    return {name: held for name, held in vars(layer).items() if name not in _OF_THE_MODEL}
+def attributes_of(layer: Any) -> Held:
+    """What a layer holds beside rings and what it has from the model: states."""
+    return {name: held for name, held in vars(layer).items() if name not in _FROM_THE_MODEL}
 
 
 def described(layer: Any) -> Held:
     """How a layer holds what it holds, without rows and slots."""
-    states = {name: _shape_of(held) for name, held in states_of(layer).items() if name != OF_THE_BATCH}
+    states = {name: _shape_of(held) for name, held in attributes_of(layer).items() if name != OF_THE_BATCH}
     if not isinstance(layer, SinkLayer):
         return states
     named = {"keys": layer.keys, "values": layer.values}

@@ -12,18 +12,17 @@ from typing import Literal
 
 import torch
 
-from sink_patch.buffers.devices import moved, on_device, queue_of
+from sink_patch.buffers.devices import Place, made_once, moved, on_device
 
 TURNS = 64  # that are made at once, as the sinks of a stream turn by one position more for each token
 _MOST_BLOCKS = 16
 Pairing = Literal["half", "interleaved"]
 CosSin = tuple[torch.Tensor, torch.Tensor]
 _Block = tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]  # cosines and sines of some turns
-_Place = tuple[torch.device, int, int]  # where a block was made (`queue_of`), and its number
 
 
 def turn_dims(states: torch.Tensor, crossed: torch.Tensor, cos_sin: CosSin, turned: torch.Tensor) -> None:
-    """The rotation itself, of rotary dims [..., rows, heads, tokens, rotary_dim].
+    """The rotation of rotary dims [..., rows, heads, tokens, rotary_dim], of which more is held for it to be quick.
 
     Args:
         states, crossed: the dims, and what `Rotation.crossed` makes of them.
@@ -52,8 +51,8 @@ class Rotation:
     pairing: Pairing = "half"
     start: int = 0
     sign: int = 1
-    _per_device: dict[torch.device, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
-    _blocks: dict[_Place, _Block] = field(default_factory=dict, init=False, repr=False)
+    _frequencies: dict[Place, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+    _blocks: dict[Place, _Block] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def rotary_dim(self) -> int:
@@ -76,28 +75,19 @@ class Rotation:
         """
         if isinstance(delta, int):
             number, turn = divmod(delta, TURNS)
-            cos, sin = self._block(number, device)
+            cos, sin = made_once(self._blocks, device, number, self._made_block, _MOST_BLOCKS)
             return cos[turn], sin[turn]  # [1, 1, 1, rotary_dim] each
         return self._cos_sin(delta.to(device))
 
     def _cos_sin(self, delta: torch.Tensor) -> CosSin:
         """The same for turns [rows] on the device."""
-        inv_freq = self._on(delta.device)  # [1, 1, 1, rotary_dim]
+        inv_freq = made_once(self._frequencies, delta.device, 0, self._on, _MOST_BLOCKS)  # [1, 1, 1, rotary_dim]
         angles = delta.to(inv_freq.dtype)[:, None, None, None] * (self.sign * inv_freq)  # [rows, 1, 1, rotary_dim]
         return angles.cos().float(), angles.sin().float()
 
-    def _block(self, number: int, device: torch.device) -> _Block:
-        """Cosines and sines of the turns from `number * TURNS` on; those of a few streams are held."""
-        place = (device, queue_of(device), number)
-        made = self._blocks.get(place)
-        if made is None:
-            made = self._blocks[place] = self._made_block(number * TURNS, device)
-            for old in list(self._blocks)[:-_MOST_BLOCKS]:
-                self._blocks.pop(old, None)
-        return made
-
-    @torch.inference_mode(False)  # else they could not be used outside it
-    def _made_block(self, first: int, device: torch.device) -> _Block:
+    def _made_block(self, number: int, device: torch.device) -> _Block:
+        """Cosines and sines of the turns from `number * TURNS` on."""
+        first = number * TURNS
         cos, sin = self._cos_sin(torch.arange(first, first + TURNS, device=device))
         return cos[:, None].unbind(), sin[:, None].unbind()  # [1, 1, 1, rotary_dim] each
 
@@ -108,8 +98,12 @@ class Rotation:
             states: shape [..., rows, heads, tokens, head_dim].
             cos_sin: what `cos_sin` returned.
         """
-        turned, dims = states.to(torch.float32, copy=True), self.turning(states)
-        turn_dims(dims, self.crossed(dims), cos_sin, self.turning(turned))
+        turned, (cos, sin) = states.to(torch.float32, copy=True), cos_sin
+        sin, _ = self._pairs(sin)  # [rows, 1, 1, rotary_dim / 2], which both of a pair share
+        first, second = self._pairs(self.turning(states))
+        to_first, to_second = self._pairs(self.turning(turned).mul_(cos))
+        to_first.addcmul_(second.float(), sin, value=-1)
+        to_second.addcmul_(first.float(), sin)
         return turned.to(states.dtype)
 
     def turning(self, states: torch.Tensor) -> torch.Tensor:
@@ -118,18 +112,23 @@ class Rotation:
 
     def crossed(self, dims: torch.Tensor) -> torch.Tensor:
         """Of each pair (a, b) of rotary dims [..., rotary_dim] the pair (-b, a), which turns by the sine."""
+        first, second = self._pairs(dims)
         if self.pairing == "half":
-            first, second = dims.chunk(2, dim=-1)
             return torch.cat((-second, first), dim=-1)
-        return torch.stack((-dims[..., 1::2], dims[..., ::2]), dim=-1).flatten(-2)
+        return torch.stack((-second, first), dim=-1).flatten(-2)
 
-    def _on(self, device: torch.device) -> torch.Tensor:
+    def _pairs(self, dims: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first and the second of each pair of rotary dims, as views [..., rotary_dim / 2]."""
+        if self.pairing == "half":
+            middle = self.rotary_dim // 2
+            return dims[..., :middle], dims[..., middle:]
+        return dims[..., ::2], dims[..., 1::2]
+
+    def _on(self, _number: int, device: torch.device) -> torch.Tensor:
         """`inv_freq` of each dim, [1, 1, 1, rotary_dim] on a device; float32 where it has no float64 (Apple's MPS)."""
-        if device not in self._per_device:
-            half, dtype = self.pairing == "half", torch.float32 if device.type == "mps" else torch.float64
-            of_dims = self.inv_freq.repeat(2) if half else self.inv_freq.repeat_interleave(2)
-            self._per_device[device] = moved(of_dims.to(dtype).view(1, 1, 1, -1), device)
-        return self._per_device[device]
+        half, dtype = self.pairing == "half", torch.float32 if device.type == "mps" else torch.float64
+        of_dims = self.inv_freq.repeat(2) if half else self.inv_freq.repeat_interleave(2)
+        return moved(of_dims.to(dtype).view(1, 1, 1, -1), device)
 
 
 class Turn:

@@ -32,7 +32,7 @@ from sink_patch.buffers.layouts import Layout
 from sink_patch.buffers.rings import Ring
 from sink_patch.buffers.rotation import Rotation, Turn, turn_dims
 
-_PIECE = 2**26  # bytes in one piece of memory, or one ring; while rings are brought there, so much is held twice
+_PIECE = 2**26  # bytes in one piece of memory; while rings are brought there, so much is held twice
 
 
 class Sinks:
@@ -80,8 +80,8 @@ class Sinks:
                 shape = (*states.shape[:2], layout.kind.num_sink_tokens, states.shape[3])
                 pristine = states.new_zeros(shape)
                 ring.pristine = pristine
+        self.buffer_replaced()  # what groups have made of the pristine sinks is that of others then
         layout.write_sinks(pristine, states)
-        self.buffer_replaced()  # as what groups have made of the pristine sinks is that of others now
 
     def buffer_replaced(self) -> None:
         """Hold no buffer any more: some ring has got another one, or none."""
@@ -178,8 +178,10 @@ class _Group:
 
     def bring_side_by_side(self) -> None:
         """Bring the rings' buffers side by side, some at a time."""
+        most = _PIECE // max(ring.buffer.nbytes for ring in self._rings if ring.buffer is not None)
+        if min(most, len(self._rings)) <= 1:
+            return  # there is nothing to lie beside
         self._from, self._to = [], []
-        most = max(1, _PIECE // max(ring.buffer.nbytes for ring in self._rings if ring.buffer is not None))
         for first in range(0, len(self._rings), most):
             some = slice(first, first + most)
             buffers = _stack([ring.buffer for ring in self._rings[some] if ring.buffer is not None])

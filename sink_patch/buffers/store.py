@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sink_patch.buffers.layers import OF_THE_BATCH, Held, SinkLayer, described, states_of
+from sink_patch.buffers.layers import OF_THE_BATCH, Held, SinkLayer, attributes_of, described
 from sink_patch.buffers.rings import Ring, stacked
 from sink_patch.buffers.rotation import Turn
 from sink_patch.buffers.sinks import Sinks
@@ -133,7 +133,7 @@ class LayerStore:
             buffers=[(one, stacked(one.buffer, two.buffer, rows)) for one, two in rings],
             pristine=[(ring, sinks) for ring, sinks in pristine if sinks is not None],
             states=[
-                (one, _joined_states(states_of(one), states_of(two), rows))
+                (one, _joined_states(attributes_of(one), attributes_of(two), rows))
                 for one, two in zip(self.layers, other.layers, strict=True)
             ],
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sink_patch.buffers.layers import SinkLayer
+from sink_patch.buffers.layers import SinkLayer, attributes_of
 from sink_patch.buffers.rings import Ring
 from sink_patch.buffers.sinks import Sinks
 from sink_patch.cache.header import Held, KindRecord, LayerRecord, Packed, RingRecord, TensorName, Value
@@ -38,8 +38,6 @@ OF_A_STATE = {
 UNCHANGED = frozenset({"number_of_states", "record_past", "is_initialized", "keys", "values"})
 """What is written too, and is always as in a fresh layer."""
 
-_FROM_THE_MODEL = frozenset({"kind", "kind_index", "rings", "is_sliding"})  # in our layers
-
 
 def pack_layer(layer: object, name: str, sinks: Sinks, tensors: Tensors) -> LayerRecord:
     """The record of a layer; its tensors go into `tensors`, under names that begin with `name`.
@@ -47,7 +45,7 @@ def pack_layer(layer: object, name: str, sinks: Sinks, tensors: Tensors) -> Laye
     Raises:
         CacheStateError: it holds something of which nothing is known.
     """
-    held = attributes(layer)
+    held = attributes_of(layer)
     packed = Held([(key, _pack(value, f"{name}.{key}", tensors)) for key, value in held.items()])
     for key in held.keys() - OF_A_STATE.keys() - UNCHANGED:
         raise _unknown(f"{name}.{key}", held[key])
@@ -66,11 +64,6 @@ def pack_history(rows: Sequence[RowHistory] | None, tensors: Tensors) -> list[li
         first = row.first if row.marks[-1].tokens else ()
         tensors[f"history.{number}"] = torch.tensor([*first, *row.newest], dtype=torch.long)
     return None if rows is None else [[(count, digest.hex()) for count, digest in row.marks[1:]] for row in rows]
-
-
-def attributes(layer: object) -> dict[str, Any]:
-    """What a layer holds beside rings and what it has from the model."""
-    return {key: held for key, held in vars(layer).items() if key not in _FROM_THE_MODEL}
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:

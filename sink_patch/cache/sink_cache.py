@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from sink_patch.arguments import Sizes
+from sink_patch.buffers.layers import attributes_of
 from sink_patch.cache import files
 from sink_patch.cache.binding import bind, check_holds_nothing, new_streams, tie
-from sink_patch.cache.packing import attributes, tensors_in
+from sink_patch.cache.packing import tensors_in
 from sink_patch.cache.transformers_cache import TransformersCache
 from sink_patch.errors import CacheStateError, SinkArgumentError, UnboundCacheError, UnpicklableCacheError
 from sink_patch.history import windows
@@ -183,7 +184,7 @@ class SinkCache(TransformersCache):
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         # states may hang on the graph of a forward with gradients, and such tensors refuse to be copied as a whole
-        held = [tensor for layer in self.layers for tensor in tensors_in(attributes(layer))]
+        held = [tensor for layer in self.layers for tensor in tensors_in(attributes_of(layer))]
         memo.update((id(tensor), tensor.detach().clone()) for tensor in held)
         vars(twin).update(copy.deepcopy(vars(self), memo))
         return twin

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from msgspec import structs
 
-from sink_patch.buffers.layers import SinkLayer
+from sink_patch.buffers.layers import SinkLayer, attributes_of
 from sink_patch.buffers.rings import Ring
 from sink_patch.buffers.sinks import Sinks
 from sink_patch.cache.header import Held, LayerRecord, Packed, RingRecord, RowRecord, Value
-from sink_patch.cache.packing import OF_A_STATE, RINGS, UNCHANGED, Tensors, attributes, tensors_in
+from sink_patch.cache.packing import OF_A_STATE, RINGS, UNCHANGED, Tensors, tensors_in
 from sink_patch.errors import CacheFileError
 from sink_patch.history.rows import BLOCK, START, Mark, RowHistory
 from sink_patch.rules.kinds import LayerKind
@@ -135,7 +135,7 @@ class Unpacker:
         sinks.put(ring, found)
 
     def _fill_states(self, layer: object, held: Held, name: str, device: torch.device) -> None:
-        fresh = attributes(layer)
+        fresh = attributes_of(layer)
         found = {key: value for key, value in held.entries if key not in _WRITTEN_BEFORE}
         names = sorted(key for key, _ in held.entries if key not in _WRITTEN_BEFORE)
         later = _SET_LATER if "conv_states" in fresh and "device" not in fresh else frozenset()

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sink_patch.arguments import Sizes
-from sink_patch.cache.packing import attributes, tensors_in
+from sink_patch.buffers.layers import attributes_of
+from sink_patch.cache.packing import tensors_in
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.history.rows import RowHistory
 from sink_patch.kept import texts
@@ -118,5 +119,5 @@ def copy_to_go_on(cache: SinkCache, tokens: int, padding: int) -> SinkCache:
 def bytes_of(caches: Iterable[SinkCache]) -> int:
     """Bytes of the tensors of some caches, each counted once; recurrent states are counted in."""
     once = {id(cache): cache for cache in caches}.values()
-    states = itertools.chain(*(tensors_in(attributes(layer)) for cache in once for layer in cache.layers))
+    states = itertools.chain(*(tensors_in(attributes_of(layer)) for cache in once for layer in cache.layers))
     return sum(cache.nbytes for cache in once) + sum(tensor.nbytes for tensor in states)

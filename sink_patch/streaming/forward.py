@@ -60,7 +60,7 @@ class Forward:
         self.reason = ""  # why it is broken
         self.is_fixed = False  # whether its shapes and addresses are those of a graph
         self.outside_the_call = False
-        self.position_ids: torch.Tensor | None = None  # which were made for it
+        self.position_ids: torch.Tensor | None = None  # which were made for it, until its module has handed them on
         self._module: weakref.ref[nn.Module] | None = None
         self._thread = 0
 
@@ -121,7 +121,8 @@ class Forward:
         """Whether a call of `module` with so many columns is a part of this forward, begun where it was called.
 
         Args:
-            position_ids: which it is given: who has those of this forward is in it, as they were made for it.
+            position_ids: which it is given. Those that were made for this forward come to it but once, and no look at
+                the stack is needed then. (Who has kept them, and calls again after an interrupt, is not in it.)
         """
         if self.outside_the_call:
             return True
@@ -129,7 +130,10 @@ class Forward:
             return False
         if not (self.is_fixed or self.phase is _PLANNED):
             return False
-        return (position_ids is not None and position_ids is self.position_ids) or self.is_running()
+        if position_ids is not None and position_ids is self.position_ids:
+            self.position_ids = None
+            return True
+        return self.is_running()
 
     def ends_with(self, module: nn.Module) -> bool:
         """Whether the forward ends when the call of `module` does, as it began there."""

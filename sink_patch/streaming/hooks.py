@@ -126,7 +126,8 @@ def _begun(
         streams.coordinates, module, named, inputs, _rows_read(streams), streams.call, has_images=has_images
     )
     replaced = streams.begin(module, inputs, named.get("attention_mask"), fixed=fixed)
-    streams.forward.position_ids = replaced.get("position_ids")
+    if not streams.forward.is_fixed:  # then they are the same tensor each time
+        streams.forward.position_ids = replaced.get("position_ids")
     replaced |= for_images | streams.coordinates.placed(streams.forward.step, streams.planner.horizon)
     if streams.coordinates.masks.are_due:
         replaced |= _masks(streams, module, named | replaced)

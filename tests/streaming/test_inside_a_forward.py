@@ -169,6 +169,41 @@ def test_whether_a_plain_forward_is_under_way_is_known_without_looking_at_the_st
     assert not looked
 
 
+@pytest.mark.parametrize("given", ["the same", "equal", "none"])
+@pytest.mark.parametrize("fed", [5, 20], ids=["window not full", "window full"])
+@pytest.mark.parametrize("place", ["embed_tokens", "layers.0"])
+@torch.no_grad()
+def test_after_an_interrupt_positions_of_the_forward_do_not_tell_that_it_goes_on(place, fed, given):
+    """Somebody has kept them, and calls the decoder again, which begins a forward of its own."""
+    one, stream, kept = model(), tokens(30), []
+    cache, undisturbed = (SinkCache(W, S, model=one) for _ in range(2))
+    for each in (cache, undisturbed):
+        feed(one, each, stream[:, :fed])
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handles = [
+        one.model.register_forward_pre_hook(
+            lambda _, args, named: kept.append(named["position_ids"]), with_kwargs=True, prepend=True
+        ),
+        one.model.get_submodule(place).register_forward_pre_hook(interrupt),
+    ]
+    with pytest.raises(KeyboardInterrupt):
+        feed(one, cache, stream[:, fed : fed + 1])
+    for handle in handles:
+        handle.remove()
+    positions = {"the same": kept[0], "equal": kept[0].clone(), "none": None}[given]
+    name = cache_name(one.model)
+    found = one.model(stream[:, fed : fed + 1], position_ids=positions, **{name: cache}).last_hidden_state
+    wanted = one.model(stream[:, fed : fed + 1], **{name: undisturbed}).last_hidden_state
+    assert torch.equal(found, wanted)
+    assert cache.get_seq_length() == fed + 1
+    for column in range(fed + 1, 30):
+        logits, other = (feed(one, each, stream[:, column : column + 1]) for each in (cache, undisturbed))
+        assert torch.equal(logits, other)
+
+
 @pytest.mark.parametrize("name", ["the first", "a later one"])
 def test_a_layer_that_stores_other_columns_than_the_forward_has_is_refused(name):
     one, stream = model(), tokens(30)

@@ -19,7 +19,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from sink_patch.cache.packing import attributes, tensors_in
+from sink_patch.buffers.layers import attributes_of
+from sink_patch.cache.packing import tensors_in
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.compat import why_not_traced
 from sink_patch.errors import SinkPatchWarning
@@ -96,7 +97,7 @@ class SwitchToGraph:
         """The recurrent states of the cache."""
         cache = self._cache()
         layers = () if cache is None else cache.layers
-        return [state for layer in layers for state in tensors_in(attributes(layer))]
+        return [state for layer in layers for state in tensors_in(attributes_of(layer))]
 
 
 def switch_to_graph(model: nn.Module, cache: SinkCache, generation_config: Any) -> SwitchToGraph | None:

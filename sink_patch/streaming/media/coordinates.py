@@ -29,14 +29,14 @@ class Coordinates:
     """
 
     def __init__(self) -> None:
-        self._start()
+        self._clear()
 
     def forget(self) -> None:
         """Another forward begins."""
         if self.columns is not None or self._of_image is not None:  # else there is nothing to forget
-            self._start()
+            self._clear()
 
-    def _start(self) -> None:
+    def _clear(self) -> None:
         self.columns: int | None = None  # of a forward with images
         self._of_image: torch.Tensor | None = None  # [rows, columns]
         self._are_several = False  # whether positions of it have several coordinates
