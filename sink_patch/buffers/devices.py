@@ -67,7 +67,7 @@ def _lasts(made: torch.Tensor) -> bool:
 
 def queue_of(device: torch.device) -> int:
     """Which stream of a GPU is asked now: what another one was asked to make may not be there yet. 0 elsewhere."""
-    if device == _CPU:  # as in a cold cache `type`, which makes a text, takes as long as a copy
+    if device == _CPU:  # to ask for its `type` is to make a string, which takes as long as a small copy
         return 0
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
