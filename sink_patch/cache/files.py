@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from sink_patch.arguments import Sizes
 from sink_patch.cache.binding import new_streams
 from sink_patch.cache.fingerprint import differences, fingerprint
 from sink_patch.cache.header import FORMAT, Header, RowRecord, decode, encode
-from sink_patch.cache.packing import Tensors, pack_history, pack_layer
+from sink_patch.cache.packing import Tensors, pack_history, pack_layer, pack_row
 from sink_patch.cache.unpacking import Unpacker
 from sink_patch.errors import CacheFileError, SinkArgumentError
 from sink_patch.models.entries import decoder_of
@@ -95,7 +95,7 @@ def _header(model: nn.Module, streams: Streams, tensors: Tensors) -> Header:
         transformers=transformers.__version__,
         window_length=window_length,
         num_sink_tokens=num_sink_tokens,
-        rows=None if streams.rows is None else [RowRecord(**asdict(row)) for row in streams.rows],
+        rows=None if streams.rows is None else [pack_row(row) for row in streams.rows],
         columns=streams.columns,
         recording=streams.recording,
         layers=[pack_layer(layer, f"layers.{index}", store.sinks, tensors) for index, layer in enumerate(store.layers)],

@@ -15,9 +15,10 @@ import torch
 from sink_patch.buffers.layers import SinkLayer, attributes_of
 from sink_patch.buffers.rings import Ring
 from sink_patch.buffers.sinks import Sinks
-from sink_patch.cache.header import Held, KindRecord, LayerRecord, Packed, RingRecord, TensorName, Value
+from sink_patch.cache.header import Held, KindRecord, LayerRecord, Packed, RingRecord, RowRecord, TensorName, Value
 from sink_patch.errors import CacheStateError
 from sink_patch.history.rows import RowHistory
+from sink_patch.rules.rows import Row
 
 Tensors = dict[str, torch.Tensor]
 
@@ -56,6 +57,12 @@ def pack_layer(layer: object, name: str, sinks: Sinks, tensors: Tensors) -> Laye
         for ring, what in zip(layer.rings, RINGS, strict=True)
     )
     return LayerRecord(packed, KindRecord(**asdict(layer.kind)), keys, values)
+
+
+def pack_row(row: Row) -> RowRecord:
+    """The record of a row."""
+    # msgspec leaves out an empty tuple if it is the very one that is the default, and in Python 3.10 there are others
+    return RowRecord(**{name: held for name, held in vars(row).items() if held != ()})
 
 
 def pack_history(rows: Sequence[RowHistory] | None, tensors: Tensors) -> list[list[tuple[int, str]]] | None:
