@@ -26,7 +26,7 @@ import sink_patch
 from sink_patch.models.entries import cache_argument
 from tests.bench import models, records
 
-SINKS = 4
+SINKS, WARM = 4, 5
 POINTS = (1_000, 10_000, 100_000)
 RATIOS = (
     ("ours", "dynamic", "a DynamicCache at a context of W"),
@@ -36,10 +36,17 @@ RATIOS = (
 
 
 class Bench:
-    """The peers of one model; each is a function that decodes a token."""
+    """The peers of one model; each is a function that decodes a token.
 
-    def __init__(self, model: Any, window: int, *, compiled: bool):
-        self.model, self.window = model, window
+    Those whose caches grow are taken back to where they were behind each block, when its time is told.
+
+    Args:
+        block: tokens of a block.
+    """
+
+    def __init__(self, model: Any, window: int, *, compiled: bool, block: int = 5):
+        self.model, self.window, self.block = model, window, max(block, WARM)
+        self.growing: dict[str, Any] = {}  # caches
         self.name = cache_argument(model)  # with the old name, each forward warns
         self.token = torch.tensor([[7]], device=model.device)
         mode = "reduce-overhead" if model.device.type == "cuda" else None
@@ -60,27 +67,23 @@ class Bench:
 
     def add_others(self) -> None:
         text = self._text(self.window)
-        grown = DynamicCache(config=self.model.config)
-        self.model(text[:, 1:], **{self.name: grown}, logits_to_keep=1)
-
-        def dynamic() -> None:
-            self.model(self.token, **{self.name: grown})
-            grown.crop(-1)
-
-        self.peers["dynamic"] = dynamic
+        grown = self.growing["dynamic"] = DynamicCache(config=self.model.config)
+        before = self.window - self.block // 2  # so that its tokens see a window, on the average
+        self.model(text[:, :before], **{self.name: grown}, logits_to_keep=1)
+        self.peers["dynamic"] = lambda: self.model(self.token, **{self.name: grown})
         self.peers["recomputed"] = lambda: self.model(text, use_cache=False, logits_to_keep=1)
         if self.compiled is not None:
             self._add_static(text)
 
     def _add_static(self, text: torch.Tensor) -> None:
         cache = StaticCache(config=self.model.config, max_cache_len=self.window)
-        self.model(text[:, 1:], **{self.name: cache}, logits_to_keep=1)
+        self.growing["static compiled"] = cache
+        self.model(text[:, : self.window - self.block], **{self.name: cache}, logits_to_keep=1)
         mask = torch.ones(1, self.window, dtype=torch.long, device=self.model.device)
         position_ids = torch.tensor([[self.window - 1]], device=self.model.device)
 
         def static() -> None:
             self._forward(self.token, **{self.name: cache}, attention_mask=mask, position_ids=position_ids)
-            cache.crop(-1)
 
         self.peers["static compiled"] = static
 
@@ -106,7 +109,10 @@ class Bench:
             self.peers[name]()
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
-        return (time.perf_counter() - start) / count
+        took = time.perf_counter() - start
+        if (grown := self.growing.get(name)) is not None:
+            grown.crop(-count)
+        return took / count
 
 
 @torch.no_grad()
@@ -114,7 +120,7 @@ def run(bench: Bench, longest: int, rounds: int, block: int) -> dict[str, Any]:
     bench.add_ours(longest)
     bench.add_others()
     for name in bench.peers:
-        bench.seconds(name, 5)
+        bench.seconds(name, WARM)
     found: dict[str, list[float]] = {name: [] for name in bench.peers}
     for number in range(rounds):
         first = number % len(bench.peers)  # so that each one follows each other one
@@ -145,7 +151,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     about, model = models.load(arguments)
-    bench = Bench(model, arguments.window, compiled=not arguments.no_compile)
+    bench = Bench(model, arguments.window, compiled=not arguments.no_compile, block=arguments.block)
     figures = run(bench, arguments.longest, arguments.rounds, arguments.block)
     print(json.dumps(figures, indent=1))
     records.write(arguments.json, **about, **figures)

@@ -87,7 +87,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     about, model = models.load(arguments)
-    bench, rows = Bench(model, arguments.window, compiled=True), {}
+    bench, rows = Bench(model, arguments.window, compiled=True, block=TOKENS), {}
     with torch.no_grad():
         bench.add_ours(arguments.window)
         bench.add_others()
