@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import sink_patch
-from sink_patch import CacheStateError
+from sink_patch import CacheStateError, SinkCache
 from tests.support import zoo
 from tests.support.oracle import relative_error
 from tests.support.replay import cache_name
@@ -41,3 +42,12 @@ def test_a_second_turn_with_the_whole_history_goes_on(model_type, pieces):
     assert cache.get_seq_length() == history.shape[1] + 2
     for found, expected in zip(second.logits, wanted.logits, strict=True):
         assert relative_error(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_a_cache_says_which_layers_hold_states_alone_as_that_of_transformers_does(model_type):
+    if not hasattr(DynamicCache, "is_linear"):
+        pytest.skip("no cache of this transformers says it")
+    model = zoo.build(model_type)
+    wanted = DynamicCache(config=model.config).is_linear
+    assert SinkCache(40, 3, model=model).is_linear == ([False] * len(wanted) if all(wanted) else wanted)
