@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from sink_patch import SinkCache, UnsupportedGenerationError
+from sink_patch.models.families import media as families_media
 from sink_patch.models.families.media import MEDIA
 from tests.support.known_gaps import skip_if_model_is_newer
 from tests.support.oracle import worst_error
@@ -80,3 +83,13 @@ def test_images_are_refused_by_models_that_are_not_known_to_take_them(monkeypatc
     monkeypatch.delitem(MEDIA, "qwen2_vl")
     with pytest.raises(UnsupportedGenerationError, match="pixel_values with a SinkCache, which streams text alone"):
         model(tokens(6), past_key_values=SinkCache(12, 3, model=model), pixel_values=torch.zeros(4, 96))
+
+
+def test_a_model_may_be_left_out_in_some_versions(monkeypatch):
+    seeing, other = (SimpleNamespace(model_type=name) for name in ("llava", "aya_vision"))
+    assert families_media.media_of(seeing) is not None
+    shim = dataclasses.replace(families_media.installed_shim(), no_media="llava mistral3")
+    monkeypatch.setattr(families_media, "installed_shim", lambda: shim)
+    assert families_media.media_of(seeing) is None
+    assert families_media.media_of(other) is not None
+    assert families_media.media_of(SimpleNamespace()) is None
