@@ -55,7 +55,9 @@ def test_update(monkeypatch):
 
 def test_decode(monkeypatch):
     monkeypatch.setattr(decode, "POINTS", (30,))
-    assert "ours after 30" in decode.run(decode.Bench(small(), 16, compiled=False), 30, 2, 1)["tokens_a_second"]
+    bench = decode.Bench(small(), 16, compiled=False)
+    assert "ours after 30" in decode.run(bench, 30, 2, 1)["tokens_a_second"]
+    assert bench.growing["dynamic"].get_seq_length() == 16 - bench.block // 2  # taken back behind each block
 
 
 def test_by_default():
