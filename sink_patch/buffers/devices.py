@@ -54,14 +54,16 @@ def made_once(
     if found is None:
         with torch.inference_mode(False):  # else it could not be used outside it
             found = make(number, device)
-        if _lasts(torch.empty(0, device=device)):
+        if tensors_last(device):
             held[place] = found
             for old in list(held)[:-most]:
                 held.pop(old, None)
     return found
 
 
-def _lasts(made: torch.Tensor) -> bool:
+def tensors_last(device: torch.device) -> bool:
+    """Whether tensors that are made now may be used later (`made_once` says where not)."""
+    made = torch.empty(0, device=device)
     return type(made) is torch.Tensor and not (made.is_cuda and torch.cuda.is_current_stream_capturing())
 
 

@@ -62,14 +62,15 @@ class UniformLayout(Layout):
     """
 
     def __init__(self, kind: LayerKind, plan: RowPlan, columns: int, device: torch.device | None = None):
-        self.kind, self.columns = kind, columns
+        self.kind, self.columns, count = kind, columns, kind.count(plan)
+        if count >= kind.slots and kind.is_the_buffer(columns):  # which has all slots then
+            slot = kind.slot(count)
+            self._writes, self._reads = [(slot, 0, 1)], []
+            self.brings_sinks, self.reach, self.slot = False, kind.slots, slot_on(device, slot)
+            self.length, self.in_place = kind.slots, True
+            return
         self.length = kind.past(plan) + columns
         self.in_place = kind.is_in_order(plan) or kind.is_the_buffer(columns)
-        count = kind.count(plan)
-        if columns == 1 and self.in_place and self.length == kind.slots <= count:  # buffers have all slots
-            self._writes, self._reads = [(kind.slot(count), 0, 1)], []
-            self.brings_sinks, self.reach, self.slot = False, kind.slots, slot_on(device, kind.slot(count))
-            return
         self._writes = kind.write_runs(plan, columns)
         self._reads = [] if self.in_place else kind.past_runs(plan)
         self.brings_sinks = any(slot < kind.num_sink_tokens for slot, _, _ in self._writes)

@@ -14,7 +14,7 @@ from sink_patch.rules.kinds import LayerKind
 
 
 class SinkOwner(Protocol):
-    """Who keeps the sinks of a ring as the model made them (`Sinks`, sinks.py)."""
+    """Who keeps the sinks of a ring as the model made them (`Sinks`, sinks/owner.py)."""
 
     def take(self, ring: Ring, states: torch.Tensor, layout: Layout) -> None:
         """Keep the sinks among new states [rows, heads, columns, dim]."""

@@ -18,7 +18,6 @@ TURNS = 64  # that are made at once, as the sinks of a stream turn by one positi
 _MOST_BLOCKS = 16
 Pairing = Literal["half", "interleaved"]
 CosSin = tuple[torch.Tensor, torch.Tensor]
-_Block = tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]  # cosines and sines of some turns
 
 
 def turn_dims(states: torch.Tensor, crossed: torch.Tensor, cos_sin: CosSin, turned: torch.Tensor) -> None:
@@ -52,7 +51,7 @@ class Rotation:
     start: int = 0
     sign: int = 1
     _frequencies: dict[Place, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
-    _blocks: dict[Place, _Block] = field(default_factory=dict, init=False, repr=False)
+    _blocks: dict[Place, CosSin] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def rotary_dim(self) -> int:
@@ -74,10 +73,14 @@ class Rotation:
             Two tensors of shape [rows, 1, 1, rotary_dim] on `device`: those of a pair stand at both of its dims.
         """
         if isinstance(delta, int):
-            number, turn = divmod(delta, TURNS)
-            cos, sin = made_once(self._blocks, device, number, self._made_block, _MOST_BLOCKS)
-            return cos[turn], sin[turn]  # [1, 1, 1, rotary_dim] each
+            return self.from_turn(delta, 1, device)
         return self._cos_sin(delta.to(device))
+
+    def from_turn(self, first: int, most: int, device: torch.device) -> CosSin:
+        """The same of `first` and of some of the turns behind it, [turns, 1, 1, rotary_dim] each; `most` at most."""
+        number, turn = divmod(first, TURNS)
+        cos, sin = made_once(self._blocks, device, number, self._made_block, _MOST_BLOCKS)
+        return cos[turn : turn + most], sin[turn : turn + most]
 
     def _cos_sin(self, delta: torch.Tensor) -> CosSin:
         """The same for turns [rows] on the device."""
@@ -85,11 +88,10 @@ class Rotation:
         angles = delta.to(inv_freq.dtype)[:, None, None, None] * (self.sign * inv_freq)  # [rows, 1, 1, rotary_dim]
         return angles.cos().float(), angles.sin().float()
 
-    def _made_block(self, number: int, device: torch.device) -> _Block:
+    def _made_block(self, number: int, device: torch.device) -> CosSin:
         """Cosines and sines of the turns from `number * TURNS` on."""
         first = number * TURNS
-        cos, sin = self._cos_sin(torch.arange(first, first + TURNS, device=device))
-        return cos[:, None].unbind(), sin[:, None].unbind()  # [1, 1, 1, rotary_dim] each
+        return self._cos_sin(torch.arange(first, first + TURNS, device=device))
 
     def apply(self, states: torch.Tensor, cos_sin: CosSin) -> torch.Tensor:
         """`states` turned, in their own dtype.
@@ -136,12 +138,27 @@ class Turn:
 
     def __init__(self, rows: Sequence[int]):
         self.rows = tuple(rows)
+        self._is_one = len(set(self.rows)) == 1
         self._made: dict[tuple[int, torch.device], CosSin] = {}
 
     def cos_sin(self, rotation: Rotation, device: torch.device) -> CosSin:
         """What `Rotation.cos_sin` returns."""
         key = (id(rotation), device)
         if key not in self._made:
-            same = len(set(self.rows)) == 1
-            self._made[key] = rotation.cos_sin(self.rows[0] if same else on_device(self.rows, device), device)
+            by = self.rows[0] if self._is_one else on_device(self.rows, device)
+            self._made[key] = rotation.cos_sin(by, device)
         return self._made[key]
+
+    def following(self, rotation: Rotation, device: torch.device, most: int) -> CosSin:
+        """Those of this turn and of some that turn each row by one position more each, `most` at most.
+
+        Returns:
+            Two tensors of shape [turns, rows or 1, 1, 1, rotary_dim].
+        """
+        if self._is_one:
+            cos, sin = rotation.from_turn(self.rows[0], most, device)  # [turns, 1, 1, rotary_dim]
+            return cos[:, None], sin[:, None]
+        turns = on_device([row + number for number in range(most) for row in self.rows], device)
+        cos, sin = rotation.cos_sin(turns, device)  # [turns * rows, 1, 1, rotary_dim]
+        shape = (most, len(self.rows), *cos.shape[1:])
+        return cos.view(shape), sin.view(shape)

@@ -12,7 +12,7 @@ import torch
 from sink_patch.buffers.layers import OF_THE_BATCH, Held, SinkLayer, attributes_of, described
 from sink_patch.buffers.rings import Ring, stacked
 from sink_patch.buffers.rotation import Turn
-from sink_patch.buffers.sinks import Sinks
+from sink_patch.buffers.sinks.owner import Sinks
 from sink_patch.rules.kinds import LayerKind
 from sink_patch.rules.rows import Row, Slots
 
@@ -47,6 +47,7 @@ class LayerStore:
         self._fresh = tuple(copy.deepcopy(vars(layer)) for layer in self._other_layers)
         self.are_sliding = tuple(getattr(layer, "is_sliding", False) for layer in layers)
         self.of_states_alone = tuple(not isinstance(layer, SinkLayer) for layer in layers)
+        self._attending = tuple(self._find_attending(number) for number in range(len(layers)))
         with_sinks = [layer for layer in self.sink_layers if layer.kind.num_sink_tokens]
         self.sinks = Sinks([ring for layer in with_sinks for ring in layer.rings if ring.rotation is not None])
         self.note_kinds()
@@ -65,6 +66,9 @@ class LayerStore:
 
         Models without full or sliding attention in layer 0 ask for the mask of layer 0 all the same.
         """
+        return self._attending[layer_idx]
+
+    def _find_attending(self, layer_idx: int) -> SinkLayer | None:
         behind = (*self.layers[layer_idx:], *self.layers)
         for layer in behind:  # no `next` with a default, as in hooks.py
             if isinstance(layer, SinkLayer):

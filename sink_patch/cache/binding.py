@@ -16,7 +16,7 @@ from sink_patch.models.facts import ModelFacts
 from sink_patch.models.horizon import horizon
 from sink_patch.models.layers import make_layers
 from sink_patch.streaming.hooks import entrances, install
-from sink_patch.streaming.planning import Planner
+from sink_patch.streaming.steps.planning import Planner
 from sink_patch.streaming.streams import Streams
 
 

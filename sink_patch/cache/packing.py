@@ -14,7 +14,7 @@ import torch
 
 from sink_patch.buffers.layers import SinkLayer, attributes_of
 from sink_patch.buffers.rings import Ring
-from sink_patch.buffers.sinks import Sinks
+from sink_patch.buffers.sinks.owner import Sinks
 from sink_patch.cache.header import Held, KindRecord, LayerRecord, Packed, RingRecord, RowRecord, TensorName, Value
 from sink_patch.errors import CacheStateError
 from sink_patch.history.rows import RowHistory

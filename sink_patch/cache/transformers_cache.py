@@ -11,8 +11,9 @@ from sink_patch.arguments import Sizes
 from sink_patch.compat import installed_shim
 from sink_patch.errors import CacheStateError, UnboundCacheError
 from sink_patch.streaming.batches import BatchedCache
-from sink_patch.streaming.steps import Step
-from sink_patch.streaming.streams import Streams, streams_of
+from sink_patch.streaming.bound import streams_of
+from sink_patch.streaming.steps.step import Step
+from sink_patch.streaming.streams import Streams
 
 if TYPE_CHECKING:
     from sink_patch.compat.bases import CacheBase515 as CacheBase
@@ -51,8 +52,7 @@ class TransformersCache(BatchedCache, CacheBase):
         step = None if streams is None else streams.forward.step_to_store()
         if step is None:
             raise self._not_in_a_forward()
-        keys, values = self.layers[layer_idx].update(key_states, value_states, step.layouts)
-        return keys, values
+        return self.layers[layer_idx].update(key_states, value_states, step.layouts)  # type: ignore[no-any-return]
 
     def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
         """Keys of a learned index, [rows, visible columns, dim]; any will do.

@@ -15,7 +15,7 @@ from msgspec import structs
 
 from sink_patch.buffers.layers import SinkLayer, attributes_of
 from sink_patch.buffers.rings import Ring
-from sink_patch.buffers.sinks import Sinks
+from sink_patch.buffers.sinks.owner import Sinks
 from sink_patch.cache.header import Held, LayerRecord, Packed, RingRecord, RowRecord, Value
 from sink_patch.cache.packing import OF_A_STATE, RINGS, UNCHANGED, Tensors, tensors_in
 from sink_patch.errors import CacheFileError

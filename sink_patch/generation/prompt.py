@@ -18,10 +18,10 @@ from sink_patch.kept.calls import KeptCall
 from sink_patch.models.entries import input_device
 from sink_patch.rules.columns import Columns
 from sink_patch.rules.padding import check_left_padded, is_left_padded
+from sink_patch.streaming.bound import streams_of
 from sink_patch.streaming.inputs import Call
 from sink_patch.streaming.media.cut import Cut
 from sink_patch.streaming.media.given import check_cut, media_among, without_media
-from sink_patch.streaming.streams import streams_of
 
 
 class Prompt:

@@ -19,8 +19,8 @@ from sink_patch.models.claims import read_claim
 from sink_patch.models.entries import cache_argument, unwrapped
 from sink_patch.rules.padding import check_left_padded
 from sink_patch.rules.positions import check_of_call
+from sink_patch.streaming.bound import streams_of
 from sink_patch.streaming.media.given import check_cut, check_media
-from sink_patch.streaming.streams import streams_of
 
 _MODES = ("greedy_search", "sample", "beam_search", "beam_sample", drafts.MODE)
 

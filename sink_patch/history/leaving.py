@@ -47,6 +47,10 @@ class Leaving:
                 "messages begin. Pass input_ids, or use evict='tokens'. (Prompt tuning feeds embeddings too.)"
             )
 
+    def single_tokens_leave(self, rows: Sequence[Row]) -> bool:
+        """Whether neither messages nor images leave these rows, whatever they read next (but images)."""
+        return self._sizes.evict != TURNS and not any(row.spans for row in rows)
+
     def with_room(
         self,
         rows: Sequence[Row],
@@ -68,7 +72,7 @@ class Leaving:
             recalled: how many of the newest tokens must be held when it is over, as they may be taken back.
         """
         by_turns = self._sizes.evict == TURNS
-        if not (by_turns or any(row.spans for row in rows)) or not any(map(self._needs_room, rows, new)):
+        if self.single_tokens_leave(rows) or not any(map(self._needs_room, rows, new)):
             return rows
         ids, changed = inputs.tolist() if by_turns else [], list(rows)
         for number, (row, count) in enumerate(zip(rows, new, strict=True)):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 
 from sink_patch.history.rows import RowHistory
 
+Ids = torch.Tensor | list[list[int]]  # int64 [rows, columns]; one column of rows on the host
 KEPT = 4096  # ids of a row, at least
 _MOST_WAITING = 512  # columns
 _NO_TOKEN = -(2**63)  # in place of padding
@@ -42,10 +44,10 @@ class History:
         self._known = rows is not None
         self._rows = list(rows or ())  # before the tokens that wait
         self._order: torch.Tensor | None = None  # int64 [rows]: which of `_rows` a row was; None: the same
-        self._waiting: list[torch.Tensor] = []  # int64 [rows, columns] each
+        self._waiting: list[Ids] = []
         self._columns = 0  # that wait
         self._unbroken = 0  # of the newest columns that wait, how many hold a token in each row
-        self._fed: torch.Tensor | None = None
+        self._fed: Ids | None = None
         self._new = 0
 
     @property
@@ -74,9 +76,12 @@ class History:
             return
         if self._columns >= _MOST_WAITING:
             self._settle()
+        self._new, columns = min(new), inputs.shape[1]
+        if columns == self._new == 1 and inputs.is_cpu:
+            self._fed = inputs.tolist()  # nobody has to wait for it, and it takes less time than a copy
+            return
         # a copy: what `generate` hands over is a part of all ids, and would keep all of them
-        fed, columns = inputs.clone() if inputs.dtype == torch.long else inputs.to(torch.long), inputs.shape[1]
-        self._new = min(new)
+        fed = inputs.clone() if inputs.dtype == torch.long else inputs.to(torch.long)
         if self._new < columns:
             padding = torch.tensor([columns - count for count in new], device=fed.device)[:, None]  # [rows, 1]
             fed.masked_fill_(torch.arange(columns, device=fed.device)[None, :] < padding, _NO_TOKEN)
@@ -87,7 +92,7 @@ class History:
         if self._fed is None:
             self._start(None)
             return
-        columns = self._fed.shape[1]
+        columns = _columns_of(self._fed)
         whole = self._new == columns
         self._unbroken = self._new + (self._unbroken if whole else 0)
         self._waiting.append(self._fed)
@@ -121,9 +126,9 @@ class History:
         self._columns -= count
         while count:
             newest = self._waiting.pop()
-            if newest.shape[1] > count:
+            if isinstance(newest, torch.Tensor) and newest.shape[1] > count:
                 self._waiting.append(newest[:, :-count])
-            count -= min(count, newest.shape[1])
+            count -= min(count, _columns_of(newest))
 
     def _settle(self) -> None:
         """Hash what waits."""
@@ -141,8 +146,17 @@ class History:
         self._start(None) if None in rows else self._start([row for row in rows if row is not None])
 
 
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+def _columns_of(ids: Ids) -> int:
+    return ids.shape[1] if isinstance(ids, torch.Tensor) else 1
+
+
+def _joined(parts: Sequence[Ids]) -> torch.Tensor:
+    """All of them, [rows, columns]."""
+    tensors = list[torch.Tensor]()
+    for kind, group in groupby(parts, type):
+        some: list[Any] = list(group)
+        tensors += [torch.tensor(some)[:, :, 0].T] if kind is list else some  # of columns of rows of one id
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1)
 
 
 def _tokens(ids: torch.Tensor) -> list[int]:

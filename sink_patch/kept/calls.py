@@ -17,9 +17,9 @@ from sink_patch.kept.sameness import settings_of
 from sink_patch.kept.store import store
 from sink_patch.kept.texts import tokens_ahead
 from sink_patch.models.entries import unwrapped
+from sink_patch.streaming.bound import streams_of
 from sink_patch.streaming.forward import Phase
 from sink_patch.streaming.media.given import sees_both_ways
-from sink_patch.streaming.streams import streams_of
 
 _COUNT = "_keep_streams"  # on the generation config of a call, from when its cache is made until decoding begins
 

@@ -14,8 +14,8 @@ from sink_patch.history.rows import RowHistory
 from sink_patch.kept import texts
 from sink_patch.kept.prompts import TextPrompt
 from sink_patch.kept.sameness import Digest
+from sink_patch.streaming.bound import streams_of
 from sink_patch.streaming.media.images import UNKNOWN
-from sink_patch.streaming.streams import streams_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from sink_patch.rules.plans import RowPlan
 from sink_patch.rules.rows import Row
@@ -26,11 +27,11 @@ class LayerKind:
     ordered: bool = False
     spare: int = 0
 
-    @property
+    @cached_property
     def slots(self) -> int:
         return self.capacity + self.spare
 
-    @property
+    @cached_property
     def ring(self) -> int:
         return self.slots - self.num_sink_tokens
 

@@ -10,7 +10,8 @@ import torch
 from sink_patch.arguments import Sizes
 from sink_patch.errors import CacheStateError, SinkArgumentError, UnboundCacheError
 from sink_patch.rules.turns import seen_by_sliding_windows
-from sink_patch.streaming.streams import StreamingCache, Streams
+from sink_patch.streaming.bound import StreamingCache
+from sink_patch.streaming.streams import Streams
 
 
 class BatchedCache(StreamingCache):

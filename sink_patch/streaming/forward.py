@@ -15,7 +15,7 @@ from torch import nn
 
 from sink_patch.errors import CacheStateError
 from sink_patch.streaming.fixed.step import FixedStep
-from sink_patch.streaming.steps import Step
+from sink_patch.streaming.steps.step import Step
 
 
 class Phase(enum.Enum):

@@ -1,10 +1,9 @@
 """The one place where absolute coordinates become those of the cache: hooks around the model's forward.
 
 Outside, everything is absolute and means what transformers means by it. The model's forward alone receives RoPE
-positions (absolute - base) and a mask over the columns that it sees. The hooks hold no state; they do nothing unless
-their cache is a sink cache. Both the model and its decoder get them, because some callers enter at the decoder
-(PEFT calls the wrapped model's `forward`, past its hooks): the first hooked module that a forward reaches begins the
-forward, and ends it (forward.py has an example).
+positions (absolute - base) and a mask over the columns that it sees. The hooks hold no state; they do nothing without a
+sink cache. Both the model and its decoder get them, as some callers enter at the decoder (PEFT calls the model's
+`forward`, past its hooks): the first hooked module that a forward reaches begins it, and ends it (forward.py).
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from sink_patch.errors import UnboundCacheError
 from sink_patch.models.entries import CACHE_NAMES, decoder_of
 from sink_patch.rules.positions import check_of_forward
 from sink_patch.rules.rows import Row
+from sink_patch.streaming.bound import StreamingCache, streams_of
 from sink_patch.streaming.calls.guard import check_given
 from sink_patch.streaming.inputs import accepted, named_arguments, without_columns
 from sink_patch.streaming.media.beginning import (
@@ -31,7 +31,7 @@ from sink_patch.streaming.media.beginning import (
     with_mask,
 )
 from sink_patch.streaming.media.given import check_media
-from sink_patch.streaming.streams import StreamingCache, Streams, streams_of
+from sink_patch.streaming.streams import Streams
 
 _installing = threading.Lock()
 
@@ -190,7 +190,7 @@ def _keep_out_of_graphs() -> None:
 
 
 def _cache_among(named: dict[str, Any]) -> StreamingCache | None:
-    return _first_cache([named.get(name) for name in CACHE_NAMES])
+    return _first_cache(map(named.get, CACHE_NAMES))
 
 
 def _first_cache(values: Iterable[Any]) -> StreamingCache | None:

@@ -17,7 +17,7 @@ from sink_patch.rules.columns import Columns
 from sink_patch.streaming.media.cut import Cut
 from sink_patch.streaming.media.given import media_among, without_media
 from sink_patch.streaming.media.images import UNKNOWN
-from sink_patch.streaming.steps import Step
+from sink_patch.streaming.steps.step import Step
 
 _OF_THE_STREAM = ("attention_mask", "position_ids")  # which the cache replaces
 

@@ -10,43 +10,18 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from sink_patch.arguments import Sizes
 from sink_patch.buffers.store import LayerStore
-from sink_patch.errors import CacheStateError, UnboundCacheError, UnsupportedGenerationError
+from sink_patch.errors import CacheStateError, UnsupportedGenerationError
 from sink_patch.rules.plans import RowPlan
 from sink_patch.rules.rows import Row
 from sink_patch.streaming.fixed.steps import FixedSteps
 from sink_patch.streaming.forward import Phase
 from sink_patch.streaming.inputs import Call, replaced_inputs
 from sink_patch.streaming.media.coordinates import Coordinates
-from sink_patch.streaming.planning import Planner
 from sink_patch.streaming.rows import Rows
-from sink_patch.streaming.steps import Step
-
-
-class StreamingCache:
-    """What the hooks look for among the arguments of a forward: a cache that has streams, once it is bound."""
-
-    sizes: Sizes
-    _streams: Streams | None = None
-
-    def is_bound_to(self, model: nn.Module) -> bool:
-        """Whether the cache belongs to this model (or to the model that this decoder is a part of)."""
-        return self._streams is not None and self._streams.is_bound_to(model)
-
-
-def streams_of(cache: StreamingCache, caller: str = "model") -> Streams:
-    """The streams of a cache: how our own files reach them.
-
-    Args:
-        caller: what needs them, for people: the class of a model.
-
-    Raises:
-        UnboundCacheError: the cache is bound to no model.
-    """
-    if cache._streams is None:
-        raise UnboundCacheError.never(caller, cache.sizes.window_length, cache.sizes.num_sink_tokens)
-    return cache._streams
+from sink_patch.streaming.steps.ahead import StepAhead, StepsAhead
+from sink_patch.streaming.steps.planning import Planner
+from sink_patch.streaming.steps.step import Step
 
 
 class Streams(Rows):
@@ -73,6 +48,7 @@ class Streams(Rows):
         self.coordinates = Coordinates()
         self.offered_to_compiler, self.switch_to_graph = False, cast("Any", None)  # of the call (generation/compiled/)
         self._fixed = FixedSteps(store, planner.facts, entrances[0])
+        self._ahead = StepsAhead(planner, store, self.leaving)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy takes no part in the call."""
@@ -106,22 +82,34 @@ class Streams(Rows):
         Raises:
             CacheStateError: what `Planner.plan` raises; a forward is in progress; or old tokens were lost.
         """
-        columns, device = inputs.shape[1], inputs.device
         self.check_between_forwards("fed", called=module)
         self.forward.check_whole()
-        plans = self._planned(inputs, None if columns == 1 and self._is_generated() else attention_mask)
+        step: Step | None = None
+        if inputs.shape[1] == 1:
+            attention_mask = None if self._is_generated() else attention_mask
+            plain = attention_mask is None and not (fixed or self.recording)
+            step = self._ahead.taken(self.rows, inputs) if plain else None
+        if step is None:
+            step = self._planned_step(inputs, attention_mask, fixed=fixed)
+        else:
+            self.history.note(inputs, [1] * len(step.plans))
+        self.store.sinks.show(step.sink_turn)
+        self.forward.begin(module, step, outside_the_call=outside_the_call)
+        return step.replaced if isinstance(step, StepAhead) else replaced_inputs(step, self.facts, attention_mask)
+
+    def _planned_step(self, inputs: torch.Tensor, attention_mask: Any, *, fixed: bool) -> Step:
+        """The step of a forward, with room for it."""
+        columns, device = inputs.shape[1], inputs.device
+        plans = self._planned(inputs, attention_mask)
         self.history.note(inputs, [plan.new for plan in plans])
         if self.recording:
             self._have_spare(columns)
         fixed = fixed and all(plan.new == 1 for plan in plans)
-        if any(plan.dropped for plan in plans):  # then the window is not full, and some layers may need that
-            fixed = fixed and self.can_be_fixed_now
-        kinds = self.store.kinds
-        step = self._fixed.prepared(plans, device) if fixed else Step(plans, columns, kinds, device)
+        if fixed and any(plan.dropped for plan in plans):  # then the window is not full, and some layers may need that
+            fixed = self.can_be_fixed_now
+        step = self._fixed.prepared(plans, device) if fixed else Step(plans, columns, self.store.kinds, device)
         self._set_clock(plans)
-        self.store.sinks.show(step.sink_turn)
-        self.forward.begin(module, step, outside_the_call=outside_the_call)
-        return replaced_inputs(step, self.facts, attention_mask)
+        return step
 
     def _planned(self, inputs: torch.Tensor, mask: Any) -> list[RowPlan]:
         """The plans of a forward; whole messages have left for it where they are to."""
@@ -173,16 +161,20 @@ class Streams(Rows):
                 "This forward has stored nothing in the cache that it was given (a model that trains with gradient "
                 "checkpointing does not). Call model.eval() first."
             )
-        held = zip(self.rows or [Row()] * len(step.plans), step.plans, strict=True)
-        rows = [row.after(plan.new, self.store.slots) for row, plan in held]
+        rows = step.rows_after if isinstance(step, StepAhead) else self._rows_after(step)
         try:
-            rows = self.coordinates.told(rows, [plan.new for plan in step.plans], self.sizes, self.planner.horizon)
+            rows = self.coordinates.told(rows, step.plans, self.sizes, self.planner.horizon)
         except UnsupportedGenerationError:
             self._give_up()  # what it has overwritten is lost
             raise
         self.forward.done()
         self.rows, self.columns = rows, self.columns + step.columns
+        self._ahead.left = rows
         self.history.commit()
+
+    def _rows_after(self, step: Step) -> list[Row]:
+        held = zip(self.rows or [Row()] * len(step.plans), step.plans, strict=True)
+        return [row.after(plan.new, self.store.slots) for row, plan in held]
 
     @property
     def counts_positions(self) -> bool:

@@ -21,7 +21,7 @@ import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import sink_patch
-from sink_patch.streaming.streams import streams_of
+from sink_patch.streaming.bound import streams_of
 from tests.bench import records
 
 LAYERS, HEADS, DIM, SINKS = 30, 3, 64, 4

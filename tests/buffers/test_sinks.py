@@ -7,11 +7,11 @@ import weakref
 import pytest
 import torch
 
-from sink_patch.buffers import sinks as sinks_module
 from sink_patch.buffers.layouts import UniformLayout
 from sink_patch.buffers.rings import Ring
 from sink_patch.buffers.rotation import Rotation, Turn
-from sink_patch.buffers.sinks import Sinks
+from sink_patch.buffers.sinks import group as group_module
+from sink_patch.buffers.sinks.owner import Sinks
 from sink_patch.rules.kinds import LayerKind
 from sink_patch.rules.plans import plan_row
 from sink_patch.rules.rows import Row
@@ -74,13 +74,36 @@ def assert_shown(rings, sinks, before, turns):
 @pytest.mark.parametrize("name", ROTATIONS)
 def test_each_of_many_layers_shows_its_own_sinks(name, dtype, monkeypatch):
     # more rings than are put side by side in one tensor, and not a multiple of that
-    monkeypatch.setattr(sinks_module, "_PIECE", 8 * 2 * HEADS * SLOTS * DIM * dtype.itemsize)
+    monkeypatch.setattr(group_module, "_PIECE", 8 * 2 * HEADS * SLOTS * DIM * dtype.itemsize)
     rings = full_rings([ROTATIONS[name]] * 19, dtype=dtype)
     sinks = sinks_of(rings)
     before = copies(rings, sinks)
     for turns in ((5, 5), (6, 6), (7, 9), (7, 9), (0, 0), (1000, 2)):  # they are put side by side at the second
         sinks.show(Turn(turns))
         assert_shown(rings, sinks, before, turns)
+
+
+@pytest.mark.parametrize("lead", [0, 5], ids=["rows alike", "rows that differ"])
+@pytest.mark.parametrize("most", [8, 3, 1])
+@pytest.mark.parametrize("name", ["half", "interleaved"])
+def test_turns_that_follow_each_other_are_made_some_at_once(name, most, lead, monkeypatch):
+    """Across the end of a block of cosines, with a jump, in another queue of the device, and where memory is short."""
+    rings, made, queue = full_rings([ROTATIONS[name]] * 5), [], [0]
+    size = 5 * 2 * HEADS * S * ROTATIONS[name].rotary_dim * 4
+    monkeypatch.setattr(group_module, "_MOST_AHEAD", most * size + 1)
+    monkeypatch.setattr(group_module, "queue_of", lambda _: queue[0])
+    turn_dims = group_module.turn_dims
+    monkeypatch.setattr(group_module, "turn_dims", lambda *args: made.append(len(args[3])) or turn_dims(*args))
+    sinks = sinks_of(rings)
+    before = copies(rings, sinks)
+    for queue[0], turns in ((0, range(50, 75)), (1, range(75, 80)), (0, range(3)), (0, range(1, 4))):
+        for turn in turns:
+            sinks.show(Turn((turn, turn + lead)))
+            assert_shown(rings, sinks, before, (turn, turn + lead))
+    assert max(made) == most
+    assert sinks.turned_nbytes == (most + 1) * size
+    if most == 8 and lead:  # where all turn alike, some end with a block of cosines
+        assert made == [1, *[8] * 3, 8, 1, 8, 1, 8]
 
 
 def test_layers_that_turn_in_different_ways_or_have_other_shapes():
@@ -133,7 +156,7 @@ def test_buffers_that_change_with_each_token_are_not_put_side_by_side():
 
 
 def test_only_some_buffers_are_held_twice_while_they_are_put_side_by_side(monkeypatch):
-    monkeypatch.setattr(sinks_module, "_PIECE", 8 * 2 * HEADS * SLOTS * DIM * torch.float32.itemsize)
+    monkeypatch.setattr(group_module, "_PIECE", 8 * 2 * HEADS * SLOTS * DIM * torch.float32.itemsize)
     rings = full_rings([ROTATIONS["half"]] * 24)
     sinks, alive, stack = sinks_of(rings), [], torch.stack
     old = [weakref.ref(ring.buffer) for ring in rings]

@@ -9,7 +9,7 @@ import torch
 
 from sink_patch import SinkCache
 from sink_patch.buffers import layers
-from sink_patch.streaming.streams import streams_of
+from sink_patch.streaming.bound import streams_of
 from tests.support.replay import cache_name
 from tests.support.tiny import tiny, tokens
 

@@ -63,7 +63,7 @@ def test_a_decode_step_writes_in_place(model):
     cache = SinkCache(W, S, model=model)
     feed(model, cache, tokens(30))
     for token in tokens(2).T:
-        feed(model, cache, token[None])  # from then on the keys stay at one address (sinks.py)
+        feed(model, cache, token[None])  # from then on the keys stay at one address (buffers/sinks)
     address = cache.layers[0].keys.data_ptr()
     for token in tokens(40).T:
         feed(model, cache, token[None])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
 from sink_patch import SinkCache
-from sink_patch.streaming.streams import streams_of
+from sink_patch.streaming.bound import streams_of
 from tests.support import zoo
 from tests.support.chats import TURN_START, chat
 from tests.support.exact import EXACT, forward

@@ -11,7 +11,7 @@ from transformers import LogitsProcessorList
 
 from sink_patch import CacheStateError, SinkArgumentError, SinkCache, UnboundCacheError
 from sink_patch.buffers import store
-from sink_patch.streaming.streams import streams_of
+from sink_patch.streaming.bound import streams_of
 from tests.support.caches import BareCache
 from tests.support.chats import TURN_START
 from tests.support.exact import forward

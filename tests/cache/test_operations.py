@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sink_patch import CacheStateError, SinkCache
-from sink_patch.streaming.streams import streams_of
+from sink_patch.streaming.bound import streams_of
 from tests.support.exact import EXACT, built, forward
 from tests.support.oracle import relative_error
 from tests.support.tiny import tokens

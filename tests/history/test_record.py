@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sink_patch import SinkCache
 from sink_patch.cache import unpacking
 from sink_patch.history import record, rows
-from sink_patch.streaming.streams import streams_of
+from sink_patch.streaming.bound import streams_of
 from tests.support.saved import FORMAT_1, steady_model
 from tests.support.tiny import tiny, tokens
 

@@ -14,8 +14,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from sink_patch import SinkCache, UnsupportedGenerationError, UnsupportedModelError, coverage, kept_streams, stream
 from sink_patch.models.entries import decoder_of
 from sink_patch.models.families.media import MEDIA, media_tokens
+from sink_patch.streaming.bound import streams_of
 from sink_patch.streaming.media.given import check_media
-from sink_patch.streaming.streams import streams_of
 from tests.support import media
 from tests.support.known_gaps import is_newest
 from tests.support.media.oracle import Sight, embedded, fresh

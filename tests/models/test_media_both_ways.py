@@ -13,8 +13,8 @@ from sink_patch import CacheStateError, SinkCache, UnsupportedGenerationError
 from sink_patch.compat.models import CACHE_NAMES, TYPES
 from sink_patch.models.entries import decoder_of
 from sink_patch.models.families.media import ALL, MEDIA, PROMPT
+from sink_patch.streaming.bound import streams_of
 from sink_patch.streaming.media.masks import Masks
-from sink_patch.streaming.streams import streams_of
 from tests.models.test_media import ASKED as ASKED_FIRST
 from tests.models.test_media import BIG, S, streaming, takes_images_later
 from tests.support import media

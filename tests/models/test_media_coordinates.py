@@ -9,7 +9,7 @@ import torch
 
 from sink_patch import SinkCache, UnsupportedGenerationError
 from sink_patch.models.families.media import MEDIA, media_tokens
-from sink_patch.streaming.streams import streams_of
+from sink_patch.streaming.bound import streams_of
 from tests.models.test_media import ASKED, BIG, ROWS, SMALL, S, W, built, schedule, streaming
 from tests.support import media
 from tests.support.media.naive import PlacedCache, Places

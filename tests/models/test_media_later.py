@@ -11,8 +11,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from sink_patch import HistoryMismatchError, SinkCache, UnsupportedGenerationError
 from sink_patch.models.entries import decoder_of
 from sink_patch.models.families.media import MEDIA
+from sink_patch.streaming.bound import streams_of
 from sink_patch.streaming.media.images import images_among
-from sink_patch.streaming.streams import streams_of
 from tests.models.test_media import ASKED as ASKED_FIRST
 from tests.models.test_media import BIG, SMALL, S, built, skip_without_later_images, streaming, takes_images_later
 from tests.support import media

@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from sink_patch import CacheStateError, SinkCache
-from sink_patch.streaming.streams import streams_of
+from sink_patch.streaming.bound import streams_of
 from tests.generation.test_compiled import fresh_graphs as fresh_graphs  # noqa: PLC0414
 from tests.generation.test_compiled import graph_config
 from tests.models.test_media import ASKED, skip_without_later_images, streaming, takes_images_later

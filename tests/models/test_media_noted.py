@@ -7,8 +7,8 @@ import torch
 
 from sink_patch import SinkCache, UnsupportedGenerationError, stream
 from sink_patch.models.entries import decoder_of
+from sink_patch.streaming.bound import streams_of
 from sink_patch.streaming.media.images import UNKNOWN, digests_by_row, images_among
-from sink_patch.streaming.streams import streams_of
 from tests.models.test_media import built, skip_without_later_images
 from tests.support import media
 from tests.support.media import directory

@@ -10,7 +10,7 @@ import torch
 
 from sink_patch import SinkCache, UnsupportedGenerationError
 from sink_patch.models.entries import decoder_of
-from sink_patch.streaming.streams import streams_of
+from sink_patch.streaming.bound import streams_of
 from tests.models.test_media import ASKED as ASKED_FIRST
 from tests.models.test_media import BIG, S, built, streaming, takes_images_later
 from tests.models.test_media_coordinates import COORDINATES, part, places_of, seconds, video

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sink_patch import SinkCache
-from sink_patch.streaming.streams import streams_of
+from sink_patch.streaming.bound import streams_of
 from tests.models.test_media import streaming
 from tests.models.test_media_coordinates import places_of
 from tests.support import media

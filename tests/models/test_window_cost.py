@@ -13,7 +13,7 @@ from sink_patch import SinkCache
 from sink_patch.buffers.rotation import Rotation
 from sink_patch.compat import installed_shim
 from sink_patch.models.cost.window import Cost, in_words
-from sink_patch.streaming.streams import streams_of
+from sink_patch.streaming.bound import streams_of
 from tests.support import zoo
 from tests.support.replay import cache_name
 from tests.support.tiny import tiny, tokens
@@ -100,7 +100,7 @@ def test_a_token_more_costs_what_a_longer_window_holds_more(window_length):
     """Where the window is as long as the layers' own, the longer one gives these no sinks: they hold fewer copies."""
     model = built("gemma3_text")
     first, second = (sink_patch.inspect(model, length, S).cost for length in (window_length, window_length + 1))
-    copies = 2 * S * 2 * 16 * (4 + 4 + 4)  # layers, sinks, heads, dims, bytes as made, crossed and turned
+    copies = 2 * S * 2 * 16 * (4 + 4 + 8 * 4)  # layers, sinks, heads, dims, bytes as made, crossed and turned 8 times
     saved = copies if window_length == 7 else 0
     assert second.window_bytes == first.window_bytes + first.token_bytes - saved
     assert first.token_bytes == (3 if window_length == 6 else 1) * 2 * 2 * 16 * 4  # layers, both, heads, dims, bytes

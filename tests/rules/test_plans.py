@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sink_patch.rules.kinds import LayerKind
 from sink_patch.rules.plans import plan_row
 from sink_patch.rules.rows import Row, Slots
-from sink_patch.streaming.steps import make_layouts
+from sink_patch.streaming.steps.step import make_layouts
 
 W, S = 12, 3
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, StoppingCriteria
 import sink_patch
 from sink_patch import CacheStateError, SinkCache
 from sink_patch.buffers.rings import Ring
-from sink_patch.streaming.streams import streams_of
+from sink_patch.streaming.bound import streams_of
 from tests.support import zoo
 from tests.support.replay import cache_name
 from tests.support.tiny import tiny, tokens

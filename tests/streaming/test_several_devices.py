@@ -15,7 +15,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from transformers import CompileConfig
 
 from sink_patch import SinkCache, inspect
-from sink_patch.streaming.streams import streams_of
+from sink_patch.streaming.bound import streams_of
 from tests.support.oracle import relative_error
 from tests.support.tiny import tiny, tokens
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, cache_utils
 
 from sink_patch import SinkCache
 from sink_patch.compat import installed_shim
-from sink_patch.streaming.streams import streams_of
+from sink_patch.streaming.bound import streams_of
 
 
 def default_cache(model: PreTrainedModel, rows: int = 1, longest: int = 256) -> Any:

@@ -15,8 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from sink_patch import SinkCache
+from sink_patch.streaming.bound import streams_of
 from sink_patch.streaming.rows import Rows
-from sink_patch.streaming.streams import streams_of
 from tests.support.oracle import relative_error
 from tests.support.replay import ReplayCache, cache_name, named_inputs
 

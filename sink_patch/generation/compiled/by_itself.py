@@ -25,7 +25,7 @@ from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.compat import why_not_traced
 from sink_patch.errors import SinkPatchWarning
 from sink_patch.models.probe.calls import is_compiled
-from sink_patch.streaming.streams import streams_of
+from sink_patch.streaming.bound import streams_of
 
 WORTH = 2048  # tokens; of calls that are long by themselves, and of all calls of one size together
 SOON = 64  # tokens of a long call before it switches, as many end early

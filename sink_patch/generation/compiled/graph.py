@@ -18,9 +18,9 @@ from sink_patch.compat import why_not_traced
 from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.generation.compiled.by_itself import SwitchToGraph, switch_to_graph
 from sink_patch.models.entries import cache_argument
+from sink_patch.streaming.bound import streams_of
 from sink_patch.streaming.calls.guard import check_given
 from sink_patch.streaming.inputs import accepted
-from sink_patch.streaming.streams import streams_of
 
 
 def may_compile(model: nn.Module, cache: SinkCache, generation_config: Any, criteria: Callable[[], bool]) -> bool:

@@ -11,7 +11,7 @@ from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.errors import CacheStateError
 from sink_patch.rules.plans import held
 from sink_patch.rules.rows import Row
-from sink_patch.streaming.streams import streams_of
+from sink_patch.streaming.bound import streams_of
 
 _BLIND = {
     *("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper"),

@@ -16,10 +16,11 @@ from sink_patch.models.entries import cache_argument
 from sink_patch.models.families.media import media_tokens
 from sink_patch.rules.columns import Columns
 from sink_patch.rules.rows import Row
+from sink_patch.streaming.bound import streams_of
 from sink_patch.streaming.media.given import check_media, has_coordinates, media_among
 from sink_patch.streaming.media.images import NUMBERS, OF_IMAGES, Images, digests_by_row, images_among, of_kind
 from sink_patch.streaming.media.placing import of_images
-from sink_patch.streaming.streams import Streams, streams_of
+from sink_patch.streaming.streams import Streams
 
 _KNOWN = OF_IMAGES.union(TYPES, {"attention_mask", "position_ids", "cache_position", NUMBERS})
 _ALONE = "Give the new tokens alone, with their images and an attention_mask over the whole stream."

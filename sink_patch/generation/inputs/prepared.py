@@ -11,8 +11,8 @@ from torch import nn
 
 from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.models.entries import cache_argument
+from sink_patch.streaming.bound import streams_of
 from sink_patch.streaming.calls import guard
-from sink_patch.streaming.streams import streams_of
 
 
 def prepare_inputs(

@@ -26,7 +26,7 @@ from torch import nn
 
 from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.models.entries import CACHE_NAMES
-from sink_patch.streaming.streams import StreamingCache
+from sink_patch.streaming.bound import StreamingCache
 
 
 @dataclass(eq=False)

@@ -12,7 +12,7 @@ from sink_patch.buffers.store import LayerStore
 from sink_patch.rules.kinds import LayerKind
 from sink_patch.rules.plans import RowPlan
 from sink_patch.streaming.fixed.layout import FixedLayout, fill, mark_as_staying
-from sink_patch.streaming.steps import Step
+from sink_patch.streaming.steps.step import Step
 
 
 class FixedStep(Step):

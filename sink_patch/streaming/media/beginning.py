@@ -20,6 +20,8 @@ from sink_patch.streaming.media.images import digests_by_row, images_among
 from sink_patch.streaming.media.masks import types_of
 from sink_patch.streaming.media.placing import made_positions
 
+_TYPES = frozenset(TYPES)
+
 
 def replaced_for_images(
     coordinates: Coordinates,
@@ -40,8 +42,10 @@ def replaced_for_images(
         rows: of the cache; none: it has read nothing.
         call: of `generate`, in which it is.
     """
-    both_ways = rows and sees_both_ways(module)
     types: dict[str, torch.Tensor | None] = {}
+    if not has_images and _TYPES.isdisjoint(named):
+        return types
+    both_ways = rows and sees_both_ways(module)
     if both_ways:  # by columns of the stream, of which some have left
         types = dict.fromkeys(name for name in TYPES if named.get(name) is not None)
     if not has_images:

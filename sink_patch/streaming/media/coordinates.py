@@ -10,11 +10,12 @@ from torch import nn
 
 from sink_patch.arguments import Sizes
 from sink_patch.errors import UnsupportedGenerationError
+from sink_patch.rules.plans import RowPlan
 from sink_patch.rules.rows import Row
 from sink_patch.streaming.media.masks import Masks
 from sink_patch.streaming.media.placing import check_in_place, checked_coordinates, of_images
 from sink_patch.streaming.media.told import Digests, noted, placed, with_images
-from sink_patch.streaming.steps import Step
+from sink_patch.streaming.steps.step import Step
 
 
 class Coordinates:
@@ -137,21 +138,22 @@ class Coordinates:
             rows, columns = self._of_image.shape
             self._noted = checked_coordinates(named.get("position_ids"), rows, columns)
 
-    def told(self, rows: Sequence[Row], new: Sequence[int], sizes: Sizes, horizon: int) -> list[Row]:
+    def told(self, rows: list[Row], plans: Sequence[RowPlan], sizes: Sizes, horizon: int) -> list[Row]:
         """The rows when the forward has ended, which know where their images stand.
 
         Args:
             rows: with the tokens of the forward.
-            new: how many these are, row by row.
+            plans: of the forward, row by row.
             sizes, horizon: of the cache.
 
         Raises:
             UnsupportedGenerationError: the decoder was called in a graph, where nobody could look; or a video among
                 the sinks goes so far that text behind it would come to the horizon, however the clock is set.
         """
-        self.masks.check_made()
+        if self.masks.are_due:
+            self.masks.check_made()
         if self._of_image is None:
-            return list(rows)
+            return rows
         if self._brought:
             rows = noted(rows, self._brought, self._in_place_of)
         of_image = self._of_image.cpu()
@@ -162,10 +164,10 @@ class Coordinates:
         self.forget()
         sinks = sizes.num_sink_tokens
         found = [
-            placed(row, positions[:, number, -count:] + row.base, of_image[number, -count:], sinks, ends[number])
-            if count
+            placed(row, positions[:, number, -new:] + row.base, of_image[number, -new:], sinks, ends[number])
+            if (new := plan.new)
             else row
-            for number, (row, count) in enumerate(zip(rows, new, strict=True))
+            for number, (row, plan) in enumerate(zip(rows, plans, strict=True))
         ]
         end = max(row.sink_end for row in found)
         if end + sizes.window_length - sinks > horizon:

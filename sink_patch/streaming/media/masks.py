@@ -23,7 +23,7 @@ from sink_patch.compat.models import SLIDING, TYPES
 from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.models.families.masks import masks_of
 from sink_patch.models.families.media import PROMPT, media_of
-from sink_patch.streaming.steps import Step
+from sink_patch.streaming.steps.step import Step
 
 
 class Masks:

@@ -74,6 +74,11 @@ class Planner:
             self._check_one_by_one(max(seen), columns)
         return plans
 
+    def next_plans(self, held: Sequence[Row]) -> list[RowPlan] | None:
+        """The plans of a forward of one token in each row; None: keys must be turned for it, or positions end."""
+        plans = self._plans(held, [1] * len(held))
+        return None if any(plan.turn or plan.first_position >= self.horizon for plan in plans) else plans
+
     def _plans(self, held: Sequence[Row], new: Sequence[int]) -> list[RowPlan]:
         """Rows that are alike share a plan."""
         sizes = self.sizes.window_length, self.sizes.num_sink_tokens, self.horizon

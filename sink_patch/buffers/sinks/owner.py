@@ -30,9 +30,8 @@ import torch
 
 from sink_patch.buffers.layouts import Layout
 from sink_patch.buffers.rings import Ring
-from sink_patch.buffers.rotation import Rotation, Turn, turn_dims
-
-_PIECE = 2**26  # bytes in one piece of memory; while rings are brought there, so much is held twice
+from sink_patch.buffers.rotation import Turn
+from sink_patch.buffers.sinks.group import Group, stack
 
 
 class Sinks:
@@ -48,7 +47,7 @@ class Sinks:
 
     def __init__(self, rings: Sequence[Ring]):
         self._rings = tuple(rings)
-        self._groups: list[_Group] | None = None  # None: to be made anew
+        self._groups: list[Group] | None = None  # None: to be made anew
         self._shown: tuple[int, ...] | None = None  # how far the sinks in the buffers are turned, row by row
         self._side_by_side = False
         for ring in rings:
@@ -109,11 +108,12 @@ class Sinks:
 
     def show(self, turn: Turn) -> None:
         """Turn the sinks in all buffers to where the next forward sees them."""
-        have_stayed = self._groups is not None  # not so after each token where beams are reordered
-        groups = self._grouped()
-        if self._shown == turn.rows:
+        groups = self._groups
+        if groups is None:
+            groups = self._grouped()
+        elif self._shown == turn.rows:
             return
-        if have_stayed:
+        elif not self._side_by_side:  # not in the first forward: after each token where beams are reordered
             self.bring_side_by_side()
         self._shown = None
         for group in groups:
@@ -130,7 +130,7 @@ class Sinks:
             group.bring_side_by_side()
         self._groups, self._side_by_side = groups, True
 
-    def _grouped(self) -> list[_Group]:
+    def _grouped(self) -> list[Group]:
         """The rings that turn alike, one group each."""
         if self._groups is None:
             alike = defaultdict(list)
@@ -140,61 +140,13 @@ class Sinks:
                     alike[ring.rotation, ring.buffer.device, ring.buffer.dtype, shapes].append(ring)
             groups = []
             for (rotation, *_), rings in alike.items():
-                together = _stack([ring.pristine for ring in rings if ring.pristine is not None])
+                together = stack([ring.pristine for ring in rings if ring.pristine is not None])
                 for ring, pristine in zip(rings, together, strict=True):
                     ring.pristine = pristine
-                groups.append(_Group(rings, rotation, together))
+                groups.append(Group(rings, rotation, together))
             self._groups = groups
         return self._groups
 
     def _held(self) -> list[tuple[Ring, torch.Tensor]]:
         """The rings that have sinks, with these."""
         return [(ring, ring.pristine) for ring in self._rings if ring.pristine is not None]
-
-
-class _Group:
-    """Rings of one shape that turn alike, on one device.
-
-    Args:
-        pristine: the sinks of all of them, [rings, rows, heads, num_sink_tokens, dim].
-    """
-
-    @torch.inference_mode(False)  # as in `Sinks.take`
-    def __init__(self, rings: Sequence[Ring], rotation: Rotation, pristine: torch.Tensor):
-        self._rings, self._rotation, self._pristine = rings, rotation, pristine
-        self._dims = rotation.turning(pristine)  # [rings, rows, heads, num_sink_tokens, rotary_dim]
-        self._crossed = rotation.crossed(self._dims)
-        self._turned = self._dims.new_empty(self._dims.shape, dtype=torch.float32)
-        self._from = list(self._turned)
-        self._to = [self._sinks_of(ring.buffer) for ring in rings if ring.buffer is not None]
-
-    @property
-    def turned_nbytes(self) -> int:
-        return self._turned.nbytes + self._crossed.nbytes
-
-    def show(self, turn: Turn) -> None:
-        turn_dims(self._dims, self._crossed, turn.cos_sin(self._rotation, self._pristine.device), self._turned)
-        torch._foreach_copy_(self._to, self._from)
-
-    def bring_side_by_side(self) -> None:
-        """Bring the rings' buffers side by side, some at a time."""
-        most = _PIECE // max(ring.buffer.nbytes for ring in self._rings if ring.buffer is not None)
-        if min(most, len(self._rings)) <= 1:
-            return  # there is nothing to lie beside
-        self._from, self._to = [], []
-        for first in range(0, len(self._rings), most):
-            some = slice(first, first + most)
-            buffers = _stack([ring.buffer for ring in self._rings[some] if ring.buffer is not None])
-            for ring, buffer in zip(self._rings[some], buffers, strict=True):
-                ring.buffer = buffer.data  # no view: else autograd takes a write to one for a write to all
-            self._from.append(self._turned[some])
-            self._to.append(self._sinks_of(buffers))
-
-    def _sinks_of(self, buffers: torch.Tensor) -> torch.Tensor:
-        """What turns of the sinks in buffers [..., slots, dim], as a view; the rest stays as it is."""
-        return self._rotation.turning(buffers[..., : self._pristine.shape[-2], :])
-
-
-@torch.inference_mode(False)  # as in `Sinks.take`
-def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.stack(list(tensors))
