@@ -10,7 +10,7 @@ import torch
 
 from sink_patch.history.rows import RowHistory
 
-Ids = torch.Tensor | list[list[int]]  # int64 [rows, columns]; one column of rows on the host
+Ids = torch.Tensor | list[int]  # int64 [rows, columns]; one column [rows] on the host
 KEPT = 4096  # ids of a row, at least
 _MOST_WAITING = 512  # columns
 _NO_TOKEN = -(2**63)  # in place of padding
@@ -78,7 +78,7 @@ class History:
             self._settle()
         self._new, columns = min(new), inputs.shape[1]
         if columns == self._new == 1 and inputs.is_cpu:
-            self._fed = inputs.tolist()  # nobody has to wait for it, and it takes less time than a copy
+            self._fed = [row[0] for row in inputs.tolist()]  # this waits for nothing, and takes less than a copy
             return
         # a copy: what `generate` hands over is a part of all ids, and would keep all of them
         fed = inputs.clone() if inputs.dtype == torch.long else inputs.to(torch.long)
@@ -155,7 +155,7 @@ def _joined(parts: Sequence[Ids]) -> torch.Tensor:
     tensors = list[torch.Tensor]()
     for kind, group in groupby(parts, type):
         some: list[Any] = list(group)
-        tensors += [torch.tensor(some)[:, :, 0].T] if kind is list else some  # of columns of rows of one id
+        tensors += [torch.tensor(some).T] if kind is list else some  # [columns, rows] to [rows, columns]
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1)
 
 
