@@ -66,7 +66,7 @@ class LayerStore:
 
         Models without full or sliding attention in layer 0 ask for the mask of layer 0 all the same.
         """
-        return self._attending[layer_idx]
+        return self._attending[layer_idx if layer_idx < len(self._attending) else 0]
 
     def _find_attending(self, layer_idx: int) -> SinkLayer | None:
         behind = (*self.layers[layer_idx:], *self.layers)

@@ -77,7 +77,7 @@ class History:
         if self._columns >= _MOST_WAITING:
             self._settle()
         self._new, columns = min(new), inputs.shape[1]
-        if columns == self._new == 1 and inputs.is_cpu:
+        if columns == self._new == 1 and inputs.is_cpu and type(inputs) is torch.Tensor:
             self._fed = [row[0] for row in inputs.tolist()]  # this waits for nothing, and takes less than a copy
             return
         # a copy: what `generate` hands over is a part of all ids, and would keep all of them
@@ -155,7 +155,7 @@ def _joined(parts: Sequence[Ids]) -> torch.Tensor:
     tensors = list[torch.Tensor]()
     for kind, group in groupby(parts, type):
         some: list[Any] = list(group)
-        tensors += [torch.tensor(some).T] if kind is list else some  # [columns, rows] to [rows, columns]
+        tensors += [torch.tensor(some, device="cpu").T] if kind is list else some  # [columns, rows] to [rows, columns]
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1)
 
 

@@ -181,6 +181,17 @@ def test_a_copy_is_right_if_deep_copies_of_views_are_not_views(model, monkeypatc
         assert torch.equal(feed(model, copied, token[None]), feed(model, cache, token[None]))
 
 
+def test_a_mask_for_a_layer_that_the_cache_does_not_have_is_that_of_the_first_with_attention(model):
+    """Models that share their layers' keys may ask for it."""
+    cache, found = SinkCache(W, S, model=model), []
+    mask_sizes = lambda *_: found.extend(cache._mask_sizes(1, index) for index in (0, 1, 2, 50, -1))  # noqa: E731
+    feed(model, cache, tokens(2 * W))
+    hook = model.model.layers[0].register_forward_hook(mask_sizes)
+    feed(model, cache, tokens(1))
+    hook.remove()
+    assert found == [(W, 0)] * 5
+
+
 def test_is_sliding_describes_the_bound_model():
     cache = SinkCache(W, S, model=tiny("mistral", sliding_window=7))
     assert cache.is_sliding == [True]

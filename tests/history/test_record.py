@@ -183,3 +183,17 @@ def test_no_step_asks_for_a_number_on_the_device():
     with Waits() as waits:  # it does count
         assert torch.ones(()).item() == 1
     assert waits.count == 1
+
+
+@pytest.mark.parametrize("sizes", [{}, {"evict": "turns", "turn_start": [7]}], ids=["tokens", "turns"])
+def test_another_default_device_changes_nothing(sizes):
+    model, text = tiny("llama"), tokens(600)
+    cache = SinkCache(W, S, model=model, **sizes)
+    with torch.no_grad():
+        model(text[:, :30], past_key_values=cache)
+        with torch.device("meta"):  # of neither the model nor the ids
+            for token in text[:, 30:].split(1, dim=1):
+                model(token, past_key_values=cache)
+            (row,) = streams_of(cache).history.rows
+    assert row.difference(text[0].tolist()) is None
+    assert row.seen == 600

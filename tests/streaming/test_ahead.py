@@ -195,6 +195,16 @@ def test_gradients_inference_mode_and_tracers_in_between():
     assert worst_error(model, tokens(60), [1] * 60, W, S, cache=cache) < 1e-5
 
 
+def test_ids_of_a_tracer_are_not_asked_for_their_numbers():
+    """A fake tensor says that it is on the CPU."""
+    model = tiny("llama")
+    cache, fakes = SinkCache(W, S, model=model), FakeTensorMode(allow_non_fake_inputs=True)
+    with fakes, torch.no_grad():
+        for ids in (tokens(20), tokens(1), tokens(1)):
+            model(fakes.from_tensor(ids), **{cache_name(model): cache})
+    assert cache.get_seq_length() == 22
+
+
 def test_each_queue_of_a_device_has_its_own(monkeypatch, made):
     model, queue = tiny("llama"), [0]
     cache = fed(model)

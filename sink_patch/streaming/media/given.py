@@ -185,7 +185,7 @@ def _meant(name: str, value: Any) -> frozenset[str]:
 
 def _has_parts(config: Any) -> bool:
     """Whether a config declares parts beside that of the text."""
-    return not {"text_config"}.issuperset(getattr(type(config), "sub_configs", ()))
+    return not {"text_config"}.issuperset(getattr(config, "sub_configs", ()))
 
 
 def _is_given(value: Any) -> bool:
