@@ -106,6 +106,18 @@ def test_turns_that_follow_each_other_are_made_some_at_once(name, most, lead, mo
         assert made == [1, *[8] * 3, 8, 1, 8, 1, 8]
 
 
+def test_one_turn_at_a_time_is_made_where_tensors_do_not_last(monkeypatch):
+    """As while a CUDA graph is recorded."""
+    monkeypatch.setattr(group_module, "tensors_last", lambda _: False)
+    rings = full_rings([ROTATIONS["half"]] * 3)
+    sinks = sinks_of(rings)
+    before = copies(rings, sinks)
+    for turn in range(4):
+        sinks.show(Turn((turn, turn)))
+        assert_shown(rings, sinks, before, (turn, turn))
+    assert not any(group._ahead for group in sinks._groups)
+
+
 def test_layers_that_turn_in_different_ways_or_have_other_shapes():
     rings = full_rings([*ROTATIONS.values()] * 2) + full_rings([ROTATIONS["half"]] * 2, rows=2)
     rings[-1].buffer = rings[-1].buffer[:, :1].clone()

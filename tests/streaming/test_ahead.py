@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sink_patch import SinkCache
+from sink_patch.errors import CacheStateError
 from sink_patch.streaming.bound import streams_of
 from sink_patch.streaming.steps import ahead
 from sink_patch.streaming.steps.ahead import StepAhead, StepsAhead
@@ -100,7 +101,7 @@ def test_one_forward_of_sixteen_makes_them(made):
     assert len(made) == 3 * ahead._AT_ONCE
 
 
-def test_none_is_made_where_it_would_be_of_no_use(made):
+def test_none_is_made_where_it_would_be_of_no_use(made, monkeypatch):
     model = tiny("llama")
     singles(model, fed(model, seen=2), W - 3)  # the window fills
     cache = fed(model, 2)
@@ -115,7 +116,33 @@ def test_none_is_made_where_it_would_be_of_no_use(made):
     for token in tokens(3).split(1, dim=1):  # a mask of the caller's must be looked at
         mask = torch.ones(1, cache.get_seq_length() + 1, dtype=torch.long)
         feed(model, cache, token, attention_mask=mask)
+    cache, mask = SinkCache(W, S, model=model), torch.ones(2, 2 * W, dtype=torch.long)
+    mask[0, :5] = 0  # rows of different lengths, each step of which takes tensors as long as the window
+    feed(model, cache, tokens(2 * W, 2), attention_mask=mask)
+    singles(model, cache, 3, 2)
+    monkeypatch.setattr(ahead, "tensors_last", lambda _: False)  # as while a CUDA graph is recorded
+    singles(model, fed(model), 3)
     assert not made
+
+
+def test_another_batch_size_is_refused_as_ever():
+    model = tiny("llama")
+    cache = fed(model, 2)
+    singles(model, cache, 3, 2)
+    with pytest.raises(CacheStateError, match="holds 2 rows, but 1 were fed"):
+        singles(model, cache, 1)
+    singles(model, cache, 3, 2)
+
+
+def test_positions_made_in_inference_mode_are_of_no_inference_mode():
+    model, found = tiny("llama"), []
+    cache = fed(model)
+    note = lambda _module, _args, named: found.append(named["position_ids"].is_inference())  # noqa: E731
+    hook = model.model.rotary_emb.register_forward_pre_hook(note, with_kwargs=True)
+    with torch.inference_mode():
+        singles(model, cache, 4)
+    hook.remove()
+    assert found == [False] * 4
 
 
 CHANGES = {

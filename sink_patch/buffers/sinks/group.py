@@ -66,7 +66,7 @@ class Group:
         if min(most, len(self._rings)) <= 1:
             return  # there is nothing to lie beside
         pieces = [slice(first, first + most) for first in range(0, len(self._rings), most)]
-        self._ahead, self._to = {}, []
+        self._to = []
         self._from = [[turned[some] for some in pieces] for turned in self._turned]
         for some in pieces:
             buffers = stack([ring.buffer for ring in self._rings[some] if ring.buffer is not None])
