@@ -16,7 +16,7 @@ copy shows the sinks of so many rings:
 
     pristine   [ring 0 | ring 1 | ... ]            one tensor [rings, rows, heads, num_sink_tokens, dim]
     crossed    [ring 0 | ring 1 | ... ]            its rotary dims once more, as they turn by the sine
-    turned     [ring 0 | ring 1 | ... ]            its rotary dims in float32, made anew in each forward
+    turned     [ring 0 | ring 1 | ... ]            its rotary dims in float32, for the next forwards [turns, rings, ...]
     buffers    [s s r r r | s s r r r | ... ]      one tensor [rings, rows, heads, slots, dim]; s: where the sinks go
 """
 
