@@ -186,9 +186,8 @@ def test_a_mask_for_a_layer_that_the_cache_does_not_have_is_that_of_the_first_wi
     cache, found = SinkCache(W, S, model=model), []
     mask_sizes = lambda *_: found.extend(cache._mask_sizes(1, index) for index in (0, 1, 2, 50, -1))  # noqa: E731
     feed(model, cache, tokens(2 * W))
-    hook = model.model.layers[0].register_forward_hook(mask_sizes)
-    feed(model, cache, tokens(1))
-    hook.remove()
+    with model.model.layers[0].register_forward_hook(mask_sizes):
+        feed(model, cache, tokens(1))
     assert found == [(W, 0)] * 5
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -134,14 +135,20 @@ def test_another_batch_size_is_refused_as_ever():
     singles(model, cache, 3, 2)
 
 
+def given_positions(model: Any, look: Callable[[torch.Tensor], Any]) -> Any:
+    """Look at the positions of each forward, [1, columns], which some versions hand on by name; a hook to remove."""
+
+    def before(_module: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        look(named["position_ids"] if "position_ids" in named else args[1])
+
+    return model.model.rotary_emb.register_forward_pre_hook(before, with_kwargs=True)
+
+
 def test_positions_made_in_inference_mode_are_of_no_inference_mode():
     model, found = tiny("llama"), []
     cache = fed(model)
-    note = lambda _module, _args, named: found.append(named["position_ids"].is_inference())  # noqa: E731
-    hook = model.model.rotary_emb.register_forward_pre_hook(note, with_kwargs=True)
-    with torch.inference_mode():
+    with given_positions(model, lambda ids: found.append(ids.is_inference())), torch.inference_mode():
         singles(model, cache, 4)
-    hook.remove()
     assert found == [False] * 4
 
 
@@ -198,10 +205,8 @@ def test_a_forward_that_fails_uses_up_none():
     cache, twin = fed(model), fed(model)
     for one in (cache, twin):
         singles(model, one, 3)
-    hook = model.model.layers[0].register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with model.model.layers[0].register_forward_pre_hook(lambda *_: 1 / 0), pytest.raises(ZeroDivisionError):
         singles(model, cache, 1)
-    hook.remove()
     assert torch.equal(torch.stack(singles(model, cache, 20)), torch.stack(singles(model, twin, 20)))
 
 
@@ -243,15 +248,16 @@ def test_each_queue_of_a_device_has_its_own(monkeypatch, made):
     assert len(made) == 2 * ahead._AT_ONCE
 
 
-def test_what_a_model_writes_into_its_positions_is_of_this_forward_alone():
+def test_what_is_written_into_the_positions_of_a_forward_is_in_no_other():
     """Each forward is given a tensor of its own."""
-    model = tiny("llama")
+    model, handed = tiny("llama"), []
     cache, twin = fed(model), fed(model)
 
-    def spoil(_module, _args, named, _output):
-        named["position_ids"].fill_(0)
+    def spoil_the_last(position_ids):
+        for old in handed[-1:]:
+            old.fill_(0)
+        handed.append(position_ids)
 
-    hook = model.model.rotary_emb.register_forward_hook(spoil, with_kwargs=True)
-    ours = singles(model, cache, 40)
-    hook.remove()
+    with given_positions(model, spoil_the_last):
+        ours = singles(model, cache, 40)
     assert torch.equal(torch.stack(ours), torch.stack(singles(model, twin, 40)))
