@@ -51,8 +51,8 @@ class Batches:
         plans = [planned.plan for planned in self._next]
         if not any(plan.base for plan in plans):
             return None
-        runs = [torch.arange(plan.first_position, plan.first_position + plan.new, dtype=torch.int32) for plan in plans]
-        return torch.cat(runs)
+        runs = [range(plan.first_position, plan.first_position + plan.new) for plan in plans]
+        return torch.tensor([position for run in runs for position in run], dtype=torch.int32, device="cpu")
 
     def begin(self) -> None:
         """Turn what is to turn, just before the model runs, on the stream of the device on which that does."""

@@ -16,7 +16,7 @@ Numbers = Sequence[int] | Sequence[Sequence[int]]
 
 def on_device(numbers: Numbers, device: torch.device) -> torch.Tensor:
     """An int64 tensor of these numbers."""
-    return moved(torch.tensor(numbers, dtype=torch.long), device)
+    return moved(torch.tensor(numbers, dtype=torch.long, device="cpu"), device)
 
 
 def slot_on(device: torch.device | None, slot: int) -> torch.Tensor | None:

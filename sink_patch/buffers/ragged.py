@@ -41,7 +41,9 @@ class RaggedLayout(Layout):
             for slot, column, length in kind.write_runs(plan, columns)
             for step in range(length)
         ]
-        self._writes = torch.tensor(triples, dtype=torch.long).reshape(-1, 3)  # [tokens, (row, slot, column)]
+        self._writes = torch.tensor(triples, dtype=torch.long, device="cpu").reshape(
+            -1, 3
+        )  # [tokens, (row, slot, column)]
         self.brings_sinks = any(slot < kind.num_sink_tokens for _, slot, _ in triples)
         self.reach = max((slot + 1 for _, slot, _ in triples), default=0)
         self._sources = None if self.in_place else self._source_index(kind, plans, columns)  # [rows, length]
@@ -63,11 +65,11 @@ class RaggedLayout(Layout):
 
     def _source_index(self, kind: LayerKind, plans: Sequence[RowPlan], columns: int) -> torch.Tensor:
         """For each visible column its place in cat(new tokens, buffer); filler, masked, points at the last new one."""
-        index = torch.full((len(plans), self.length), columns - 1, dtype=torch.long)
+        index = torch.full((len(plans), self.length), columns - 1, dtype=torch.long, device="cpu")
         for row, plan in enumerate(plans):
             past = [columns + slot + step for slot, length in kind.past_runs(plan) for step in range(length)]
             new = range(columns - plan.new, columns)
-            visible = torch.tensor([*past, *new], dtype=torch.long)
+            visible = torch.tensor([*past, *new], dtype=torch.long, device="cpu")
             if visible.numel():
                 index[row, -visible.numel() :] = visible
         return index
@@ -105,5 +107,6 @@ def visible_columns(layouts: Iterable[Layout], columns: int) -> torch.Tensor:
                 f"{layout.kind.ring}, to a model with sliding windows: one mask cannot say that. Feed pieces of "
                 f"{layout.kind.ring} columns or fewer."
             )
-    column, count = torch.arange(columns)[None, :], torch.tensor(filled)[:, None]  # [1, columns], [rows, 1]
+    column = torch.arange(columns, device="cpu")[None, :]  # [1, columns]
+    count = torch.tensor(filled, device="cpu")[:, None]  # [rows, 1]
     return column >= columns - count

@@ -108,7 +108,8 @@ def _header(model: nn.Module, streams: Streams, tensors: Tensors) -> Header:
 
 def _read(path: PathLike) -> _Saved:
     try:
-        with safe_open(path, framework="pt") as file:
+        # older safetensors read to the default device
+        with torch.device("cpu"), safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)
             if text is None:
                 raise CacheFileError(f"{path} holds no SinkCache. Load a file that cache.save(path) has written.")

@@ -89,6 +89,6 @@ def _sampled(parameter: Any) -> str:
     named = f"{parameter.dtype} {tuple(parameter.shape)}"
     if parameter.is_meta or not parameter.numel() or type(parameter.data) is not torch.Tensor:
         return named  # of weights that lie on disk, or are packed in ways of their own, nothing more can be said
-    places = (torch.arange(_SAMPLES) * _STEP % parameter.numel()).to(parameter.device)
+    places = (torch.arange(_SAMPLES, device="cpu") * _STEP % parameter.numel()).to(parameter.device)
     bits = parameter.detach().reshape(-1).view(_BITS[parameter.element_size()])
     return f"{named} {bits[places].tolist()}"

@@ -69,7 +69,7 @@ def pack_history(rows: Sequence[RowHistory] | None, tensors: Tensors) -> list[li
     """The marks of all rows; their ids go into `tensors`, those of the first block in front where they are left out."""
     for number, row in enumerate(rows or ()):
         first = row.first if row.marks[-1].tokens else ()
-        tensors[f"history.{number}"] = torch.tensor([*first, *row.newest], dtype=torch.long)
+        tensors[f"history.{number}"] = torch.tensor([*first, *row.newest], dtype=torch.long, device="cpu")
     return None if rows is None else [[(count, digest.hex()) for count, digest in row.marks[1:]] for row in rows]
 
 

@@ -184,7 +184,7 @@ def check_positions(generation_config: Any, model_kwargs: MutableMapping[str, An
     given, mask = model_kwargs["position_ids"], model_kwargs.get("attention_mask")
     if mask is None:
         columns = getattr(generation_config, "_mask_length", None) or given.shape[-1]
-        mask = torch.ones(1, columns, dtype=torch.long)
+        mask = torch.ones(1, columns, dtype=torch.long, device="cpu")
     fed = 0 if cache is None else cache.get_seq_length()
     seen = [row.seen for row in streams_of(cache).rows or ()] if cache is not None and fed else []
     counted = check_of_call(given, mask, seen, fed)

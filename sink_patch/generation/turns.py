@@ -83,7 +83,8 @@ class Turn:
             [
                 tokens_that_stay(row, _name(number, read), of_row, is_real, columns.read, pad)
                 for number, (row, of_row, is_real) in enumerate(zip(read, ids.tolist(), real.tolist(), strict=True))
-            ]
+            ],
+            device="cpu",
         )
         counts = real.cumsum(dim=1)[:, : columns.read]  # [rows, read]: tokens up to each column
         stay = int((counts <= same[:, None]).all(dim=0).sum())  # columns; those that do not fit are the last ones

@@ -70,8 +70,8 @@ def in_text(rows: Sequence[Row], sizes: Sizes, history: History, ids: Any, atten
         SinkArgumentError: they are not of that shape, or of too few tokens.
         HistoryMismatchError: it is another text.
     """
-    text = torch.as_tensor(ids).cpu()  # [rows, columns]
-    mask = torch.ones_like(text) if attention_mask is None else torch.as_tensor(attention_mask).cpu()
+    text = torch.as_tensor(ids, device="cpu")  # [rows, columns]
+    mask = torch.ones_like(text) if attention_mask is None else torch.as_tensor(attention_mask, device="cpu")
     if text.ndim != 2 or text.is_floating_point() or len(text) != len(rows) or mask.shape != text.shape:
         raise SinkArgumentError(
             f"ids of shape {list(text.shape)} were given, with a mask of {list(mask.shape)}, and the SinkCache has "

@@ -114,7 +114,7 @@ def _sampled(tensor: torch.Tensor) -> torch.Tensor | None:
 def _places(size: int, device: torch.device) -> torch.Tensor:
     """int64 [samples]."""
     with torch.inference_mode(False):
-        return (torch.arange(_SAMPLES) * _STEP % size).to(device)
+        return (torch.arange(_SAMPLES, device="cpu") * _STEP % size).to(device)
 
 
 def _digest(parts: Iterable[bytes]) -> Digest:

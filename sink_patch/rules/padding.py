@@ -63,7 +63,7 @@ def tokens_hidden(attention_mask: torch.Tensor, seen: Sequence[int], fed: int) -
     real = attention_mask[:, :fed].cpu() != 0  # [rows, fed]
     counts = real.sum(dim=1)
     behind = real.flip(1).long().cumsum(dim=1).eq(0).sum(dim=1)  # columns behind the last real one of each row
-    taken = torch.tensor(list(seen)) - counts
+    taken = torch.tensor(list(seen), device="cpu") - counts
     return taken.where((taken > 0) & (taken <= behind), 0).tolist()
 
 

@@ -21,9 +21,11 @@ def check_of_forward(position_ids: Any, attention_mask: Any, seen: Sequence[int]
     Raises:
         SinkArgumentError: as it says; or the mask does not fit.
     """
-    new = torch.tensor(new_tokens(attention_mask, seen, fed, columns))[:, None]  # [rows, 1]
-    behind = torch.arange(columns)[None, :] - (columns - new)  # [rows, columns]: how many new tokens come before
-    _check(position_ids, torch.tensor(seen)[:, None] + behind, behind >= 0)
+    new = torch.tensor(new_tokens(attention_mask, seen, fed, columns), device="cpu")[:, None]  # [rows, 1]
+    behind = torch.arange(columns, device="cpu")[None, :] - (
+        columns - new
+    )  # [rows, columns]: how many new tokens come before
+    _check(position_ids, torch.tensor(seen, device="cpu")[:, None] + behind, behind >= 0)
 
 
 def check_of_call(position_ids: Any, mask: torch.Tensor, seen: Sequence[int], fed: int) -> torch.Tensor:
@@ -44,7 +46,7 @@ def check_of_call(position_ids: Any, mask: torch.Tensor, seen: Sequence[int], fe
     real = mask.cpu() != 0
     counted = real.long().cumsum(-1) - 1
     if real.shape[-1] <= fed and len(seen) == real.shape[0]:
-        counted += torch.tensor(seen)[:, None]
+        counted += torch.tensor(seen, device="cpu")[:, None]
     given = position_ids.shape[-1] if isinstance(position_ids, torch.Tensor) and position_ids.ndim else 0
     skipped = max(0, real.shape[-1] - given)
     _check(position_ids, counted[:, skipped:], real[:, skipped:])

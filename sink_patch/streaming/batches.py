@@ -24,7 +24,7 @@ class BatchedCache(StreamingCache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times."""
         if self._streams is not None:
-            rows = torch.arange(len(self._streams.rows or ()))
+            rows = torch.arange(len(self._streams.rows or ()), device="cpu")
             self._streams.select_rows(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:

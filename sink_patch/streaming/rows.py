@@ -25,9 +25,10 @@ _SPARE_AT_ONCE = 16
 class Rows:
     """The streams in the rows of a cache, between forwards.
 
-    `rows` are the streams, None before the first forward; `columns` the columns fed so far, padding counted in;
-    `forward` the forward in progress, which all verbs here look at first; `recording` whether what leaves the window
-    must be able to come back, `recalled` for how many tokens at least; `history` what was read; `leaving` makes room.
+    `rows` are the streams, None before the first forward, and a new list whenever one changes (steps/ahead.py relies on
+    it); `columns` the columns fed so far, padding counted in; `forward` the forward in progress, which all verbs here
+    look at first; `recording` whether what leaves the window must be able to come back, `recalled` for how many tokens
+    at least; `history` what was read; `leaving` makes room.
 
     Args:
         sizes, store, facts: of the cache, its layers, and of its model.
@@ -37,14 +38,14 @@ class Rows:
         self.sizes, self.store, self.facts = sizes, store, facts
         self.forward = Forward()
         self.recording, self.recalled, self.columns = False, 0, 0
-        self.rows: list[Row] | None = None
+        self.rows: Sequence[Row] | None = None
         self.history = History(max(sizes.window_length, store.slots.fewest))
         self.leaving = Leaving(sizes, self.history)
 
     def mask_of_past(self) -> torch.Tensor:
         """An attention mask over all columns fed so far, int64 [rows, columns]: padding counts as the oldest ones."""
-        seen = torch.tensor([row.seen for row in self.rows or ()])[:, None]  # [rows, 1]
-        return (torch.arange(self.columns)[None, :] >= self.columns - seen).long()
+        seen = torch.tensor([row.seen for row in self.rows or ()], device="cpu")[:, None]  # [rows, 1]
+        return (torch.arange(self.columns, device="cpu")[None, :] >= self.columns - seen).long()
 
     def reset(self) -> None:
         """Forget all tokens.

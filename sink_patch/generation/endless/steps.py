@@ -48,7 +48,7 @@ class Steps:
         self._prompt: Prompt | None = prompt
         self._has_begun = self._has_ended = False
         self._ids = given["input_ids"]  # [1, columns]; once the prompt is in, those of the window
-        self._logits = torch.empty(0)  # of the next token, float32 [1, vocabulary]
+        self._logits = torch.empty(0, device="cpu")  # of the next token, float32 [1, vocabulary]
         self._token: torch.Tensor | None = None  # [1, 1], chosen and not read yet
         kwargs = {**without_media(model, given["model_kwargs"]), "attention_mask": None}
         self._inputs = PieceInputs(model, self._ids[:, -1:], 1, kwargs)

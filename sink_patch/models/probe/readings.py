@@ -103,7 +103,7 @@ def error(states: tuple[torch.Tensor, torch.Tensor], rotation: Rotation | None, 
     if rotation is not None:
         if rotation.start + rotation.rotary_dim > before.shape[-1]:
             return float("inf")
-        predicted = rotation.apply(before, rotation.cos_sin(torch.tensor([delta]), before.device))
+        predicted = rotation.apply(before, rotation.cos_sin(torch.tensor([delta], device="cpu"), before.device))
     head = before.square().mean(dim=(1, 2, 3), keepdim=True)  # [rows, 1, 1, 1]
     dims = (before.square() + predicted.square()).mean(dim=1, keepdim=True)  # [rows, 1, 1, dim]
     deviation = (after - predicted).square().mean(dim=1, keepdim=True)  # [rows, 1, 1, dim]

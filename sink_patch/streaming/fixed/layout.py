@@ -43,8 +43,9 @@ class FixedLayout(Layout):
         seen = [self.kind.count(plan) for plan in plans]
         slots = [self.kind.write_runs(plan, columns=1)[0][0] for plan in plans]
         if self._held != seen:
-            filled = torch.tensor([min(count, self.length) for count in seen])[:, None]  # [rows, 1]
-            self.visible.copy_(moved((torch.arange(self.length)[None, :] < filled).long(), self.visible.device))
+            filled = torch.tensor([min(count, self.length) for count in seen], device="cpu")[:, None]  # [rows, 1]
+            number = torch.arange(self.length, device="cpu")[None, :]  # [1, length]
+            self.visible.copy_(moved((number < filled).long(), self.visible.device))
         fill(self.slots, slots)
         if min(seen) < self.length:
             self.visible.scatter_(1, self.slots[:, None], 1)

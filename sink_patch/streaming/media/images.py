@@ -84,7 +84,7 @@ def images_among(model: nn.Module, named: Mapping[str, Any]) -> list[Images] | N
     given = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
     lists = {name: value for name, value in named.items() if name in beside and isinstance(value, list)}
     try:
-        given |= {name: torch.as_tensor(value) for name, value in lists.items()}
+        given |= {name: torch.as_tensor(value, device="cpu") for name, value in lists.items()}
     except (TypeError, ValueError):  # lists of tensors, or of lists of different length
         return None
     found = [_of_kind(model, kind, given) for kind in KINDS if given.keys() & set(kind.inputs)]

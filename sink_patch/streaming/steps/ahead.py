@@ -60,7 +60,7 @@ class StepsAhead:
 
     def __init__(self, planner: Planner, store: LayerStore, leaving: Leaving):
         self._planner, self._store, self._leaving = planner, store, leaving
-        self.left: list[Row] | None = None
+        self.left: Sequence[Row] | None = None
         self._made: list[StepAhead] = []  # the next one last
         self._where: tuple[Any, ...] = ()  # they were made
 
@@ -68,7 +68,7 @@ class StepsAhead:
         """A copy makes its own."""
         return {**vars(self), "left": None, "_made": [], "_where": ()}
 
-    def taken(self, rows: list[Row] | None, inputs: torch.Tensor) -> StepAhead | None:
+    def taken(self, rows: Sequence[Row] | None, inputs: torch.Tensor) -> StepAhead | None:
         """The step of a forward that brings one token to each row; None: it must be planned by itself.
 
         Not before two forwards have followed each other without anything between them.
@@ -85,7 +85,7 @@ class StepsAhead:
             self._made, self._where = self._made_for(rows, *where), where
         return self._made.pop() if self._made else None
 
-    def _made_for(self, rows: list[Row], device: torch.device, has_grad: bool, _queue: int) -> list[StepAhead]:
+    def _made_for(self, rows: Sequence[Row], device: torch.device, has_grad: bool, _queue: int) -> list[StepAhead]:
         """Steps from these rows on, the next one last; none where they are not as the one before it."""
         made, first = list[StepAhead](), rows[0]
         are_full = all(kind.is_the_buffer(1) and kind.count(first) >= kind.slots for kind in self._store.kinds)
