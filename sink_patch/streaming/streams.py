@@ -167,10 +167,12 @@ class Streams(Rows):
         except UnsupportedGenerationError:
             self._give_up()  # what it has overwritten is lost
             raise
-        self.forward.done()
+        # where this is interrupted, rows, keys and history would say different things
+        self.forward.break_off("A forward with this cache was interrupted as it ended.")
         self.rows, self.columns = rows, self.columns + step.columns
         self._ahead.left = rows
         self.history.commit()
+        self.forward.done()
 
     def _rows_after(self, step: Step) -> list[Row]:
         held = zip(self.rows or [Row()] * len(step.plans), step.plans, strict=True)

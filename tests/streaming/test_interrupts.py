@@ -1,0 +1,98 @@
+"""Ctrl-C at any line of ours in a forward: the next one says that the cache is broken, or goes on as it should."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sink_patch
+from sink_patch import CacheStateError, SinkCache
+from sink_patch.streaming.bound import streams_of
+from sink_patch.streaming.steps import ahead
+from tests.support.replay import cache_name
+from tests.support.tiny import tiny, tokens
+
+W, S = 12, 3
+OURS = str(Path(sink_patch.__file__).parent)
+
+
+def feed(model: Any, cache: SinkCache, ids: torch.Tensor) -> torch.Tensor:
+    return model(ids, **{cache_name(model): cache}).logits[:, -1]
+
+
+def is_interrupted(number: int, run: Callable[[], object]) -> bool:
+    """Whether `run` comes to so many lines of ours, the last of which is not begun."""
+    left = number
+
+    def line(frame: Any, event: str, _arg: Any) -> Any:
+        nonlocal left
+        if event == "line":
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return line
+
+    sys.settrace(lambda frame, *_: line if frame.f_code.co_filename.startswith(OURS) else None)
+    try:
+        run()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def text_of(cache: SinkCache) -> list[int]:
+    """What the cache says that it has read."""
+    rows = streams_of(cache).history.rows
+    return [] if not rows else rows[0].newest.tolist()
+
+
+@pytest.mark.parametrize(
+    ("before", "columns"),
+    [
+        pytest.param((), 5, id="a first prompt"),
+        pytest.param((5,), 1, id="a token while the window fills"),
+        pytest.param((30, 1, 1), 1, id="a token that was planned ahead"),
+        pytest.param((30,), 1, id="steps are made ahead"),
+        pytest.param((30,), 4, id="a prompt behind a full window"),
+        pytest.param((39,), 1, id="the clock is set back"),
+    ],
+)
+@torch.no_grad()
+def test_at_any_line_of_a_forward(before, columns, monkeypatch):
+    monkeypatch.setattr(ahead, "_AT_ONCE", 2)
+    model = tiny("llama", layers=1, max_position_embeddings=40)
+    stream, number, ends = tokens(60), 0, {"broken": 0, "goes on": 0}
+    pieces = stream.split([*before, columns, 60 - sum(before) - columns], dim=1)
+    while True:
+        number += 1
+        cache = SinkCache(W, S, model=model)
+        for piece in pieces[: len(before)]:
+            feed(model, cache, piece)
+        if not is_interrupted(number, lambda: feed(model, cache, pieces[len(before)])):  # noqa: B023
+            break
+        following = pieces[-1].split(1, dim=1)[:3]
+        try:
+            found = [feed(model, cache, token) for token in following]
+        except CacheStateError as error:
+            assert "Call reset()" in str(error), number  # noqa: PT017
+            ends["broken"] += 1
+            continue
+        read, (row,) = text_of(cache), streams_of(cache).rows
+        assert row.seen == len(read) == cache.get_seq_length(), number
+        said = len(read) - len(following)
+        assert said in (sum(before), sum(before) + columns), number
+        assert read[:said] == stream[0, :said].tolist(), number
+        twin = SinkCache(W, S, model=model)
+        for piece in pieces[: len(before) + (said > sum(before))]:
+            feed(model, twin, piece)
+        wanted = [feed(model, twin, token) for token in following]
+        assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True)), number
+        ends["goes on"] += 1
+    assert ends["goes on"] > 100, ends
