@@ -12,6 +12,8 @@ from typing import Any, cast
 import torch
 from transformers.cache_utils import Cache
 
+from sink_patch.arguments import whole_number
+
 
 class SinkAnswers:
     """What a sink cache answers, in the words of sink_patch."""
@@ -70,9 +72,11 @@ class CropByCount(SinkAnswers):
         """Forget the newest `-tokens_to_remove` tokens; what had left the window for them comes back.
 
         Raises:
+            SinkArgumentError: no integer.
             CacheStateError: tokens that would have to come back are gone.
         """
-        self._take_back(-tokens_to_remove, f"tokens_to_remove={tokens_to_remove}")
+        count = -whole_number("tokens_to_remove", tokens_to_remove, -2, "of tokens", may_be_negative=True)
+        self._take_back(count, f"tokens_to_remove={tokens_to_remove}")
 
 
 class CropToLength(SinkAnswers):
@@ -82,10 +86,12 @@ class CropToLength(SinkAnswers):
         """Forget all but the first `max_length` columns, or the newest `-max_length`; what left for them comes back.
 
         Raises:
+            SinkArgumentError: no integer.
             CacheStateError: tokens that would have to come back are gone.
         """
+        remains = whole_number("max_length", max_length, -2, "of tokens", may_be_negative=True)
         length: int = cast(Any, self).get_seq_length()
-        count = -max_length if max_length < 0 else max(0, length - max_length)
+        count = -remains if remains < 0 else max(0, length - remains)
         self._take_back(count, f"max_length={max_length}")
 
 

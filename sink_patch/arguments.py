@@ -46,7 +46,7 @@ class Sizes:
 
     def __post_init__(self) -> None:
         for name in ("window_length", "num_sink_tokens"):
-            object.__setattr__(self, name, _number(name, getattr(self, name), getattr(Sizes, name), "of tokens"))
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), getattr(Sizes, name), "of tokens"))
         if self.window_length <= self.num_sink_tokens:
             raise SinkArgumentError(
                 f"window_length={self.window_length} leaves no room beside num_sink_tokens={self.num_sink_tokens}: the "
@@ -95,7 +95,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("turn_start", "system_start"):
             object.__setattr__(self, name, runs_of_ids(name, getattr(self, name)))
-        object.__setattr__(self, "keep_streams", _number("keep_streams", self.keep_streams, 8, "of streams"))
+        object.__setattr__(self, "keep_streams", whole_number("keep_streams", self.keep_streams, 8, "of streams"))
         if isinstance(self.num_sink_tokens, str) and self.num_sink_tokens != SYSTEM:
             raise SinkArgumentError(
                 f"num_sink_tokens={self.num_sink_tokens!r} is not known. Give a number of tokens, or {SYSTEM!r}."
@@ -138,14 +138,23 @@ class Settings:
         return {name: value for name, value in named.items() if name in sizes or value != getattr(Settings, name)}
 
 
-def _number(name: str, value: Any, example: Any, of_what: str) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+def whole_number(name: str, value: Any, example: Any, of_what: str, *, may_be_negative: bool = False) -> int:
+    """An argument that is a number of something; a tensor with one integer will do.
+
+    Raises:
+        SinkArgumentError: no integer, or a negative one.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:  # tensors have `__index__` whatever they hold
+        number = None
+    if number is None:
         raise SinkArgumentError(
             f"{name}={value!r} is a {type(value).__name__}. Give a number {of_what}: an integer such as {example}."
         )
-    if value < 0:
-        raise SinkArgumentError(f"{name}={value} is negative. Give a number {of_what}, 0 or more.")
-    return operator.index(value)
+    if number < 0 and not may_be_negative:
+        raise SinkArgumentError(f"{name}={number} is negative. Give a number {of_what}, 0 or more.")
+    return number
 
 
 def runs_of_ids(name: str, value: Any) -> tuple[Ids, ...]:

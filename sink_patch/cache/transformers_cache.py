@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sink_patch.arguments import Sizes
+from sink_patch.arguments import Sizes, whole_number
 from sink_patch.compat import installed_shim
 from sink_patch.errors import CacheStateError, UnboundCacheError
 from sink_patch.streaming.batches import BatchedCache
@@ -122,9 +121,11 @@ class TransformersCache(BatchedCache, CacheBase):
         a copy of the window. transformers calls this where it decodes with drafts (cache_utils.py).
 
         Raises:
+            SinkArgumentError: no integer, or a negative one.
             CacheStateError: the cache is not bound to a model; it holds recurrent states, which cannot be taken back;
                 or a forward is in progress.
         """
+        tokens = whole_number("tokens", tokens, 8, "of tokens")
         self._recordable().record(tokens)
 
     def deactivate_past_recording(self) -> None:
@@ -145,7 +146,7 @@ class TransformersCache(BatchedCache, CacheBase):
         return [] if self._streams is None else [*self._streams.store.of_states_alone]
 
     def _take_back(self, count: int, asked: str) -> None:
-        if self._streams is not None and not self._streams.crop(operator.index(count)):  # some pass a tensor
+        if self._streams is not None and not self._streams.crop(count):
             raise CacheStateError(
                 f"{self!r} cannot be cropped by {asked}: that takes newest tokens back, at most as many as there are, "
                 "and what has left the window for them is gone. Call activate_past_recording() before they are fed."

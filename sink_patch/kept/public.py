@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from sink_patch.arguments import whole_number
 from sink_patch.errors import SinkArgumentError
 from sink_patch.kept.entry import bytes_of
 from sink_patch.kept.store import Store, store
@@ -77,9 +77,7 @@ class KeptStreams:
         Raises:
             SinkArgumentError: not a number of bytes.
         """
-        if isinstance(limit, bool) or not hasattr(limit, "__index__") or operator.index(limit) < 0:
-            raise SinkArgumentError(f"limit={limit!r} is no number of bytes. Give an integer such as 2**30.")
-        self._held.limit = operator.index(limit)
+        self._held.limit = whole_number("limit", limit, 2**30, "of bytes")
 
     def clear(self, model: Any = None) -> None:
         """Forget the kept streams of a model; of all models if none is given.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from dataclasses import fields
+from typing import Any
 
 import torch
 
-from sink_patch.arguments import Sizes
+from sink_patch.arguments import Sizes, whole_number
 from sink_patch.errors import CacheStateError, SinkArgumentError, UnboundCacheError
 from sink_patch.rules.turns import seen_by_sliding_windows
 from sink_patch.streaming.bound import StreamingCache
@@ -18,11 +19,21 @@ class BatchedCache(StreamingCache):
     """A cache whose rows come and go."""
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row i becomes what row `beam_idx[i]` was."""
+        """Row i becomes what row `beam_idx[i]` was.
+
+        Raises:
+            SinkArgumentError, CacheStateError: as for `batch_select_indices`.
+        """
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
+        """Each row `repeats` times.
+
+        Raises:
+            SinkArgumentError: no integer, or a negative one.
+            CacheStateError: a forward is in progress.
+        """
+        repeats = whole_number("repeats", repeats, 2, "of copies")
         if self._streams is not None:
             rows = torch.arange(len(self._streams.rows or ()), device="cpu")
             self._streams.select_rows(rows.repeat_interleave(repeats))
@@ -33,10 +44,12 @@ class BatchedCache(StreamingCache):
         Where none are kept, the cache is as after `reset()`.
 
         Raises:
+            SinkArgumentError: no numbers of rows that there are, or a mask over another number of rows. (Numbers on
+                another device than the CPU are not looked at, as that would wait for it; there torch raises.)
             CacheStateError: a forward is in progress.
         """
         if self._streams is not None:
-            self._streams.select_rows(indices)
+            self._streams.select_rows(_chosen(indices, len(self._streams.rows or ())))
 
     def join(self, other: BatchedCache) -> None:
         """Put copies of the rows of another cache of the same model and sizes below the rows of this one.
@@ -56,6 +69,42 @@ class BatchedCache(StreamingCache):
                 and sliding windows: a row holds fewer tokens than those see. Neither cache is changed then.
         """
         join(*_checked(self, other))
+
+
+def _chosen(indices: Any, count: int) -> torch.Tensor:
+    """Which of `count` rows are meant, as integers [rows chosen]; count 0: there are no rows, and nothing to choose.
+
+    Raises:
+        SinkArgumentError: as `BatchedCache.batch_select_indices` says.
+    """
+    try:
+        chosen = indices if isinstance(indices, torch.Tensor) else torch.tensor(indices, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _no_rows(indices, count, f"{type(indices).__name__} is no list of numbers") from error
+    if chosen.dim() != 1:
+        raise _no_rows(indices, count, f"it has {chosen.dim()} dimensions and not one")
+    if not len(chosen) or not count:
+        return chosen.new_empty(0, dtype=torch.long)
+    if chosen.dtype == torch.bool:
+        if len(chosen) != count:
+            raise _no_rows(indices, count, f"it is a mask over {len(chosen)} rows")
+        return chosen.nonzero()[:, 0]
+    if chosen.is_floating_point() or chosen.is_complex():
+        raise _no_rows(indices, count, f"it holds numbers of type {chosen.dtype}")
+    chosen = chosen.long()
+    if chosen.device.type == "cpu":
+        try:
+            torch.empty(count, device="cpu").index_select(0, chosen)
+        except IndexError as error:
+            raise _no_rows(indices, count, "not all of them are there") from error
+    return chosen
+
+
+def _no_rows(indices: Any, count: int, matter: str) -> SinkArgumentError:
+    return SinkArgumentError(
+        f"The rows {indices!r} of a SinkCache with {count} rows were asked for, but {matter}. Give the numbers of rows "
+        f"from 0 to {count - 1}, or a boolean mask over all of them."
+    )
 
 
 def join(ours: Streams, theirs: Streams) -> None:

@@ -25,10 +25,9 @@ _SPARE_AT_ONCE = 16
 class Rows:
     """The streams in the rows of a cache, between forwards.
 
-    `rows` are the streams, None before the first forward, and a new list whenever one changes (steps/ahead.py relies on
-    it); `columns` the columns fed so far, padding counted in; `forward` the forward in progress, which all verbs here
-    look at first; `recording` whether what leaves the window must be able to come back, `recalled` for how many tokens
-    at least; `history` what was read; `leaving` makes room.
+    `rows` are the streams, None before the first forward, and a new list whenever one changes (see steps/ahead.py);
+    `columns` those fed so far, padding counted in; `forward` the one in progress, which all verbs look at first;
+    `recording`: what leaves the window must be able to come back, `recalled` tokens at least; `leaving` makes room.
 
     Args:
         sizes, store, facts: of the cache, its layers, and of its model.
@@ -57,21 +56,20 @@ class Rows:
         self._reset()
 
     def select_rows(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices`, in that order; a boolean mask will do too. With none of them, all is forgotten.
+        """Keep the rows `indices`, int64 [rows], in that order. With none of them, all is forgotten.
 
         Raises:
             CacheStateError: a forward is in progress.
         """
         self.check_between_forwards("given other rows")
-        if indices.dtype == torch.bool:
-            indices = indices.nonzero()[:, 0]
         if self.rows is None or not len(indices):
             self._reset()
             return
-        self.store.select_rows(indices)
-        self.history.select_rows(indices)
         alike = all(row == self.rows[0] for row in self.rows)  # then there is no need to ask the device
-        self.rows = [self.rows[0 if alike else row] for row in (range(len(indices)) if alike else indices.tolist())]
+        with self.forward.broken_unless_finished("The rows of this cache could not be selected to the end."):
+            self.store.select_rows(indices)
+            self.history.select_rows(indices)
+            self.rows = [self.rows[0 if alike else row] for row in (range(len(indices)) if alike else indices.tolist())]
 
     def crop(self, count: int) -> bool:
         """Forget the newest `count` tokens of each row; False if tokens that would have to come back are gone.
@@ -98,9 +96,10 @@ class Rows:
             if count and (self.facts.has_states or count < 0 or not row.can_lose(count, self.sizes.num_sink_tokens)):
                 return number
         lost, window_length = zip(self.rows, counts, strict=True), self.sizes.window_length
-        self._move_clock([row.without_newest(count, window_length) for row, count in lost])
-        self.history.crop(counts)
-        self.columns -= columns
+        with self.forward.broken_unless_finished("Tokens could not be taken back from this cache to the end."):
+            self._move_clock([row.without_newest(count, window_length) for row, count in lost])
+            self.history.crop(counts)
+            self.columns -= columns
         return None
 
     def record(self, tokens: int) -> None:
@@ -152,8 +151,8 @@ class Rows:
         if self.rows is None:  # the first one: nothing of it need stay
             self._reset()
             return
-        slots = self.store.slots
-        self.rows = [row.after_failure(plan.new, slots) for row, plan in zip(self.rows, step.plans, strict=True)]
+        held, slots = zip(self.rows, step.plans, strict=True), self.store.slots
+        self.rows = [row.after_failure(plan.new, slots) for row, plan in held]
         evicts = any(kind.evicts(plan) for kind in self.store.kinds for plan in step.plans)
         if (evicts and phase is Phase.STORING) or self.facts.has_states:
             self.forward.break_off("A forward with this cache failed half-way, after it had overwritten old tokens.")
@@ -161,6 +160,7 @@ class Rows:
             self.forward.done()
 
     def _reset(self) -> None:
+        self.forward.break_off("This cache could not be reset to the end.")
         self.store.reset()
         self.rows, self.columns = None, 0
         self.history.reset()

@@ -109,7 +109,7 @@ def test_a_copy_of_a_model_has_nothing_of_it():
 @pytest.mark.parametrize("limit", [-1, True, "8", 1.5, None])
 def test_a_limit_that_is_none(limit):
     before = sink_patch.kept_streams.limit
-    with pytest.raises(sink_patch.SinkArgumentError, match="no number of bytes"):
+    with pytest.raises(sink_patch.SinkArgumentError, match="Give a number of bytes"):
         sink_patch.kept_streams.limit_bytes(limit)
     assert sink_patch.kept_streams.limit == before
 

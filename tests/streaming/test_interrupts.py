@@ -1,4 +1,4 @@
-"""Ctrl-C at any line of ours in a forward: the next one says that the cache is broken, or goes on as it should."""
+"""Ctrl-C at any line of ours in a forward, or between two: the next one says that the cache is broken, or is right."""
 
 from __future__ import annotations
 
@@ -96,3 +96,74 @@ def test_at_any_line_of_a_forward(before, columns, monkeypatch):
         assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True)), number
         ends["goes on"] += 1
     assert ends["goes on"] > 100, ends
+
+
+VERBS: dict[str, Callable[[SinkCache], object]] = {
+    "reorder_cache": lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+    "batch_select_indices": lambda cache: cache.batch_select_indices(torch.tensor([1])),
+    "batch_repeat_interleave": lambda cache: cache.batch_repeat_interleave(2),
+    "no rows": lambda cache: cache.batch_select_indices(torch.tensor([], dtype=torch.long)),
+    "join": lambda cache: cache.join(cache.other),
+    "crop": lambda cache: cache.crop(-2),
+    "activate_past_recording": lambda cache: cache.activate_past_recording(20),
+    "deactivate_past_recording": lambda cache: cache.deactivate_past_recording(),
+    "reset": lambda cache: cache.reset(),
+}
+
+
+def read(cache: SinkCache) -> tuple[Any, ...]:
+    """What its rows have read, as they and the history say."""
+    streams = streams_of(cache)
+    texts = [row.newest.tolist() for row in streams.history.rows or ()]
+    return [row.seen for row in streams.rows or ()], texts, cache.get_seq_length()
+
+
+def goes_on(model: Any, cache: SinkCache) -> list[torch.Tensor]:
+    rows = max(1, cache.batch_size)
+    return [feed(model, cache, token) for token in tokens(3, rows, seed=9).split(1, dim=1)]
+
+
+def are_close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Spare slots change the order of keys, and so the last digits."""
+    return one.shape == other.shape and torch.allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@torch.no_grad()
+def test_at_any_line_of_what_is_done_between_two_forwards(verb):
+    model, number, ends = tiny("llama", layers=2, max_position_embeddings=40), 0, {"broken": 0, "goes on": 0}
+
+    def fed() -> SinkCache:
+        cache = SinkCache(W, S, model=model)
+        feed(model, cache, tokens(8, 2))
+        if verb in ("crop", "deactivate_past_recording"):
+            cache.activate_past_recording(4)
+        feed(model, cache, tokens(34, 2)[:, :3])
+        for token in tokens(28, 2, seed=3).split(1, dim=1):
+            feed(model, cache, token)
+        cache.other = other
+        return cache
+
+    other = SinkCache(W, S, model=model)
+    feed(model, other, tokens(20, seed=5))
+    whole, done = fed(), fed()
+    VERBS[verb](done)
+    twins = [(read(cache), goes_on(model, cache)) for cache in (whole, done)]
+    while True:
+        number += 1
+        cache = fed()
+        if not is_interrupted(number, lambda: VERBS[verb](cache)):  # noqa: B023
+            break
+        try:
+            found = read(cache), goes_on(model, cache)
+        except CacheStateError as error:
+            assert "Call reset()" in str(error), number  # noqa: PT017
+            cache.reset()
+            assert cache.get_seq_length() == 0
+            feed(model, cache, tokens(20, 3))
+            ends["broken"] += 1
+            continue
+        same = [said == found[0] and all(map(are_close, logits, found[1])) for said, logits in twins]
+        assert any(same), number
+        ends["goes on"] += 1
+    assert ends["goes on"] > 5, ends
