@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -83,15 +82,17 @@ class Prompt:
 
     def read(self) -> Any:
         """Feed all of the prompt; returns what the model returned for its last piece."""
-        with self.fed():
+        try:
+            self.feed_ahead()
             unread = self.columns.stream - self._cache.get_seq_length()
             last = self._inputs[:, self._inputs.shape[1] - unread :]
             inputs = self._piece_inputs.of(last, self._cache.get_seq_length())
             return self._model(**inputs, **({"position_ids": self._positions} if self._media else {}))
+        finally:
+            self._streams.call = None
 
-    @contextlib.contextmanager
-    def fed(self, *, drafting: bool = False, kept: KeptCall | None = None) -> Iterator[None]:
-        """Feed all of the prompt but its last piece; inside, the first forward of transformers feeds just that.
+    def feed_ahead(self, *, drafting: bool = False, kept: KeptCall | None = None) -> None:
+        """Feed all of the prompt but its last piece; the first forward of transformers is to feed just that.
 
         transformers splits prompts as well, but most of its versions start again at the first token where the cache is
         not empty, and none splits embeddings.
@@ -105,16 +106,12 @@ class Prompt:
             self._feed_text_before()
         else:
             self._feed_ahead(drafting, kept)
-        try:
-            if kept is not None and ahead:
-                self._feed_images_ahead(ahead)
-                kept.copy_before_answer()
-                self._streams.call = Call(self.columns, drafting, without_images=True)
-            else:
-                self._streams.call = self._call_with_images(self.columns, drafting)
-            yield
-        finally:
-            self._streams.call = None
+        if kept is not None and ahead:
+            self._feed_images_ahead(ahead)
+            kept.copy_before_answer()
+            self._streams.call = Call(self.columns, drafting, without_images=True)
+        else:
+            self._streams.call = self._call_with_images(self.columns, drafting)
 
     def _call_with_images(self, columns: Columns, drafting: bool = False) -> Call:
         cut = Cut(self._piece_size) if self._media and self._piece_size is not None else None

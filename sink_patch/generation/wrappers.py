@@ -96,8 +96,8 @@ def prepare_cache(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], 
         drafts.check_takes_tokens_back(read_claim(unwrapped(instance)))
         drafts.check_assistant(given)
     rows = given["batch_size"] * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-    with guarded(None):  # it may be its own assistant, in the midst of another call
-        facts = examine(unwrapped(instance), rows)
+    # it may be its own assistant, in the midst of another call
+    facts = guarded(None, lambda: examine(unwrapped(instance), rows))
     if is_made_here:
         settings = Settings(**generation_config.cache_config)
         if cache is None:  # else it is a copy of one that was kept
@@ -130,8 +130,7 @@ def _decode(
     cache = model_kwargs.get(cache_argument(instance))
     if not isinstance(cache, SinkCache):
         refusals.check_still_asked_for(given["generation_config"], cache)
-        with guarded(None):
-            return wrapped(*args, **kwargs)
+        return guarded(None, functools.partial(wrapped, *args, **kwargs))
     if drafting:
         drafts.check_assistant(given)
     made = system.with_system(instance, given, model_kwargs, cache)
@@ -148,13 +147,14 @@ def _decode(
     prompt = Prompt(instance, cache, given["input_ids"], given["generation_config"], model_kwargs)
     if drafting:
         drafts.check_history(prompt.columns)
-    with contextlib.ExitStack() as call:
-        if kept is not None:
-            call.enter_context(kept.kept())
-        call.enter_context(guarded(cache))
-        call.enter_context(prompt.fed(drafting=drafting, kept=kept))
-        call.enter_context(drafts.recorded(cache, drafting=drafting))
-        return wrapped(*bound.args, **bound.kwargs)
+
+    def run() -> Any:
+        prompt.feed_ahead(drafting=drafting, kept=kept)
+        with drafts.recorded(cache, drafting=drafting):
+            return wrapped(*bound.args, **bound.kwargs)
+
+    with contextlib.nullcontext() if kept is None else kept.kept():
+        return guarded(cache, run)
 
 
 def may_compile(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -22,10 +22,8 @@ proven, that holds; else the probe runs again.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import weakref
-from collections.abc import Iterator
 from contextvars import ContextVar
 
 from torch import nn
@@ -61,13 +59,18 @@ def examine(model: nn.Module, rows: int = NUM_TOKENS) -> ModelFacts:
         AdapterMismatchError: its cache does not turn as its family says.
     """
     families()  # loads those of other distributions, which may examine this very model as they are imported
-    with _not_within_itself(model):
+    outer = _being_examined.get()
+    _check_not_within_itself(model, outer)
+    try:  # here, and in no context manager: Ctrl-C can fall on the beginning of its exit
+        _being_examined.set((*outer, model))
         claim = read_claim(model)
         with _lock:
             known = _proven.get(model)
         facts = _found(claim, known, rows) if claim.family is None else _proved(claim, claim.family, known, rows)
         with _lock:
             _proven[model] = facts
+    finally:
+        _being_examined.set(outer)
     return facts
 
 
@@ -102,18 +105,11 @@ def _found(claim: Claim, known: ModelFacts | None, rows: int) -> ModelFacts:
     return claim.facts(adapters)
 
 
-@contextlib.contextmanager
-def _not_within_itself(model: nn.Module) -> Iterator[None]:
-    """Inside, this thread (or task) may examine other models, but not this one: it would never come to an end."""
-    outer = _being_examined.get()
+def _check_not_within_itself(model: nn.Module, outer: tuple[nn.Module, ...]) -> None:
+    """While a model is examined, this thread (or task) may examine others, but not it: that would never end."""
     if any(one is model for one in outer):
         raise UnsupportedModelError(
             f"{type(model).__name__} was to be examined while it is being examined: the function of its family, or a "
             "hook that runs in its forward, calls sink_patch.inspect, makes a SinkCache or generates with one, for "
             "this very model. Do that for another model only, or read what is needed from the model itself."
         )
-    token = _being_examined.set((*outer, model))
-    try:
-        yield
-    finally:
-        _being_examined.reset(token)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -140,15 +139,22 @@ class Streams(Rows):
         """Whether the next token is of `generate`, and so real: to look at the mask would wait for the device."""
         return self.rows is not None and self.call is not None and self.call.is_past_prompt(self.columns)
 
-    @contextlib.contextmanager
-    def begun_outside(self, module: nn.Module, inputs: torch.Tensor, attention_mask: Any) -> Iterator[dict[str, Any]]:
-        """Inside, a forward of one token is in progress that no hook begins or ends; yields what the model receives."""
-        replaced, completed = self.begin(module, inputs, attention_mask, fixed=True, outside_the_call=True), False
+    def run_outside(
+        self, module: nn.Module, inputs: torch.Tensor, mask: Any, run: Callable[[dict[str, Any]], Any]
+    ) -> Any:
+        """A forward of one token that no hook begins or ends. `run` is given what the model receives."""
+        completed, other = False, self.forward.step
         try:
-            yield replaced
-            completed = True
-        finally:
-            self._end(completed=completed)
+            try:
+                output = run(self.begin(module, inputs, mask, fixed=True, outside_the_call=True))
+                completed = True
+            finally:
+                if self.forward.step is not other:
+                    self._end(completed=completed)
+        finally:  # again, as Ctrl-C may have fallen on the beginning of the first
+            if self.forward.step is not other:
+                self._give_up()
+        return output
 
     def _end(self, *, completed: bool) -> None:
         step, phase = self.forward.step, self.forward.phase

@@ -296,5 +296,5 @@ def test_a_compiled_forward_is_watched():
     from sink_patch.streaming.calls.guard import guarded
 
     model = tiny("llama", layers=2)
-    with guarded(SinkCache(WINDOW, SINKS, model=model)), pytest.raises(UnsupportedGenerationError):
-        compiled.decode(model, pytest.fail, input_ids=tokens(1))
+    with pytest.raises(UnsupportedGenerationError):
+        guarded(SinkCache(WINDOW, SINKS, model=model), lambda: compiled.decode(model, pytest.fail, input_ids=tokens(1)))

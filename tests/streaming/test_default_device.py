@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from typing import Any
 
 import pytest
@@ -84,8 +85,8 @@ def fixed(model, text, mask, path):
     cache = SinkCache(W, S, model=model)
     found, streams = [feed(model, cache, text[:, :9], attention_mask=mask)], streams_of(cache)
     for token in text.split(1, dim=1):
-        with streams.begun_outside(model, token, None) as given:
-            found.append(feed(model, cache, token, **given))
+        read = functools.partial(feed, model, cache, token)
+        found.append(streams.run_outside(model, token, None, lambda given, read=read: read(**given)))
     return found
 
 

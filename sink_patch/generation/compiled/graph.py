@@ -6,9 +6,8 @@ transformers compiles static caches.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -37,18 +36,16 @@ def may_compile(model: nn.Module, cache: SinkCache, generation_config: Any, crit
     streams_of(cache).switch_to_graph = by_itself
     if not asked and by_itself is None:
         return False
-    with _offered_to_compiler(cache):
-        is_met = criteria()
+    is_met = _asked_of_compiler(cache, criteria)
     return _check_can_be_traced(is_met) if asked else is_met
 
 
-@contextlib.contextmanager
-def _offered_to_compiler(cache: SinkCache) -> Iterator[None]:
-    """Inside, the cache says that it can be compiled; elsewhere transformers would make masks of its own for it."""
+def _asked_of_compiler(cache: SinkCache, criteria: Callable[[], bool]) -> bool:
+    """Meanwhile the cache says that it can be compiled; elsewhere transformers would make masks of its own for it."""
     streams = streams_of(cache)
-    streams.offered_to_compiler = True
     try:
-        yield
+        streams.offered_to_compiler = True
+        return criteria()
     finally:
         streams.offered_to_compiler = False
 
@@ -101,10 +98,13 @@ def decode(model: nn.Module, compiled: Callable[..., Any], /, *args: Any, **inpu
     by_itself: SwitchToGraph | None = streams.switch_to_graph
     if not streams.can_be_fixed_now or not (by_itself is None or by_itself.is_due(input_ids.shape[0])):
         return model(**inputs)
-    with streams.begun_outside(model, input_ids, inputs.get("attention_mask")) as replaced:
+
+    def forward(replaced: dict[str, Any]) -> Any:
         given = inputs | accepted(model, replaced, inputs)
         if not streams.forward.is_fixed:  # a row may bring nothing, which no graph knows
             return model(**given)
         if by_itself is None:
             return compiled(**given)
         return by_itself.through(model, compiled, input_ids.shape[0], given)
+
+    return streams.run_outside(model, input_ids, inputs.get("attention_mask"), forward)

@@ -63,27 +63,32 @@ class Steps:
         Raises:
             CacheStateError: the prompt was not read to its end; the cache has lost tokens, or was fed by somebody else.
         """
-        with guarded(self.cache):
-            if self._prompt is not None:
-                self._read_prompt(self._prompt)
-            elif self.cache.get_seq_length() != self._read:
-                raise CacheStateError(
-                    f"The cache of this stream has read {self.cache.get_seq_length()} columns, and the stream knows of "
-                    f"{self._read}: it was used elsewhere. Begin another stream with past_key_values=cache, or use "
-                    "a clone() elsewhere."
-                )
-            if self._has_ended or self._left == 0:
-                return None
-            if self._token is None:
-                self._token = self._chosen()
-            token = self._token
-            output = self._forward(**self._inputs.of(token, self._read))
+        read = guarded(self.cache, self._read_next)
+        if read is None:
+            return None
+        token, output = read
         self._token = None
         self._note(output)
         self._ids = window.newest(self.cache, torch.cat((self._ids, token), dim=1))
         self._left = None if self._left is None else self._left - 1
         self._has_ended = any(bool(criterion(self._ids, None).any()) for criterion in self._criteria)
         return int(token)
+
+    def _read_next(self) -> tuple[torch.Tensor, Any] | None:
+        """The next token, [1, 1], and what the model returned for it; None: it is the end."""
+        if self._prompt is not None:
+            self._read_prompt(self._prompt)
+        elif self.cache.get_seq_length() != self._read:
+            raise CacheStateError(
+                f"The cache of this stream has read {self.cache.get_seq_length()} columns, and the stream knows of "
+                f"{self._read}: it was used elsewhere. Begin another stream with past_key_values=cache, or use a "
+                "clone() elsewhere."
+            )
+        if self._has_ended or self._left == 0:
+            return None
+        if self._token is None:
+            self._token = self._chosen()
+        return self._token, self._forward(**self._inputs.of(self._token, self._read))
 
     def _read_prompt(self, prompt: Prompt) -> None:
         if self._has_begun:

@@ -16,17 +16,18 @@ forward within the call counts as the call's own.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.models.entries import CACHE_NAMES
 from sink_patch.streaming.bound import StreamingCache
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(eq=False)
@@ -45,14 +46,19 @@ class _CallInProgress:
 _in_progress: ContextVar[_CallInProgress | None] = ContextVar("call_in_progress", default=None)
 
 
-@contextlib.contextmanager
-def guarded(cache: StreamingCache | None) -> Iterator[None]:
-    """Inside, a call of `generate` over this cache is in progress; None: over another one, which is not watched."""
-    token = _in_progress.set(None if cache is None else _CallInProgress(cache))
+def guarded(cache: StreamingCache | None, run: Callable[[], _Result]) -> _Result:
+    """Run a call of `generate` over this cache; None: over another one, which is not watched.
+
+    In the end nothing is left of it, also after Ctrl-C, which could fall on the beginning of a context manager's exit.
+    """
+    outer = _in_progress.get()
     try:
-        yield
+        _in_progress.set(None if cache is None else _CallInProgress(cache))
+        return run()
     finally:
-        _in_progress.reset(token)
+        if cache is not None and cache._streams is not None:
+            cache._streams.call = None
+        _in_progress.set(outer)
 
 
 def expect_forward(model: nn.Module) -> None:
