@@ -157,6 +157,16 @@ def whole_number(name: str, value: Any, example: Any, of_what: str, *, may_be_ne
     return number
 
 
+def check_function(name: str, value: Any, from_what: str) -> None:
+    """Raise where an argument is no function.
+
+    Raises:
+        SinkArgumentError: it is none.
+    """
+    if not callable(value):
+        raise SinkArgumentError(f"{name}={value!r} is a {type(value).__name__}. Give a function from {from_what}.")
+
+
 def runs_of_ids(name: str, value: Any) -> tuple[Ids, ...]:
     """Runs of ids, given as one run or as several."""
     several = [value] if isinstance(value, Sequence) and value and _is_id(value[0]) else value

@@ -8,16 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
+from sink_patch.arguments import whole_number
 from sink_patch.buffers.devices import Place, made_once, moved, on_device
+from sink_patch.errors import SinkArgumentError
 
 TURNS = 64  # that are made at once, as the sinks of a stream turn by one position more for each token
 _MOST_BLOCKS = 16
 Pairing = Literal["half", "interleaved"]
 CosSin = tuple[torch.Tensor, torch.Tensor]
+
+
+def check_rotation(pairing: object, sign: object) -> None:
+    """Raise what `Rotation` would.
+
+    Raises:
+        SinkArgumentError: an unknown pairing or sign.
+    """
+    if pairing not in get_args(Pairing):
+        raise SinkArgumentError(f"pairing={pairing!r} is not known. Use one of {get_args(Pairing)}.")
+    if sign not in (1, -1):
+        raise SinkArgumentError(f"sign={sign!r} is not known. Use 1, or -1 for a model that turns the other way.")
 
 
 def turn_dims(states: torch.Tensor, crossed: torch.Tensor, cos_sin: CosSin, turned: torch.Tensor) -> None:
@@ -43,6 +57,9 @@ class Rotation:
         start: index of the first rotary dim in the head (0: front; head_dim - rotary_dim: tail).
         sign: +1, or -1 for a model that turns the other way.
 
+    Raises:
+        SinkArgumentError: `inv_freq` is no such tensor, or another one is none of these.
+
     `attention_scaling` (yarn, longrope) is already in the cached key and takes no part.
     """
 
@@ -52,6 +69,15 @@ class Rotation:
     sign: int = 1
     _frequencies: dict[Place, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
     _blocks: dict[Place, CosSin] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        inv_freq, start = self.inv_freq, self.start
+        if not isinstance(inv_freq, torch.Tensor) or inv_freq.ndim != 1 or not inv_freq.is_floating_point():
+            raise SinkArgumentError(
+                f"inv_freq={inv_freq!r} was given to a Rotation. Give a tensor of floats, [rotary_dim / 2]."
+            )
+        check_rotation(self.pairing, self.sign)
+        object.__setattr__(self, "start", whole_number("start", start, 0, "of dims"))
 
     @property
     def rotary_dim(self) -> int:

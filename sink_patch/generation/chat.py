@@ -33,6 +33,10 @@ def count_sink_tokens(tokenizer: Any, messages: Sequence[Message], **template: A
         SinkArgumentError: there are no messages, the chat template cannot be applied to them, or it does not write the
             instructions where sinks are, or there are images in them and no processor was given.
     """
+    if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
+        raise SinkArgumentError(
+            f"{messages!r} was given as messages. Pass a list of messages, each a dict with role and content."
+        )
     if not messages:
         raise SinkArgumentError("No messages were given. Pass the chat, with its system message first.")
     leading = list(itertools.takewhile(lambda message: message.get("role") in _INSTRUCTING, messages))

@@ -70,8 +70,8 @@ def in_text(rows: Sequence[Row], sizes: Sizes, history: History, ids: Any, atten
         SinkArgumentError: they are not of that shape, or of too few tokens.
         HistoryMismatchError: it is another text.
     """
-    text = torch.as_tensor(ids, device="cpu")  # [rows, columns]
-    mask = torch.ones_like(text) if attention_mask is None else torch.as_tensor(attention_mask, device="cpu")
+    text = _table("ids", ids)  # [rows, columns]
+    mask = torch.ones_like(text) if attention_mask is None else _table("attention_mask", attention_mask)
     if text.ndim != 2 or text.is_floating_point() or len(text) != len(rows) or mask.shape != text.shape:
         raise SinkArgumentError(
             f"ids of shape {list(text.shape)} were given, with a mask of {list(mask.shape)}, and the SinkCache has "
@@ -91,6 +91,13 @@ def in_text(rows: Sequence[Row], sizes: Sizes, history: History, ids: Any, atten
             )
         found.append(_in_columns(_window(row, sizes), columns[: row.seen], tokens[: row.seen], sizes))
     return found
+
+
+def _table(name: str, value: Any) -> torch.Tensor:
+    try:
+        return torch.as_tensor(value, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SinkArgumentError(f"{name}={value!r} is no table: {error}. Give a tensor [rows, columns].") from error
 
 
 def _window(row: Row, sizes: Sizes) -> Window:

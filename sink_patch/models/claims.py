@@ -44,15 +44,19 @@ class Claim:
         """What a function of the family gives for the model: one adapter for each entry.
 
         Raises:
-            UnsupportedModelError: it gives another number of them.
+            UnsupportedModelError: it gives something else, or another number of them.
         """
-        adapters = factory(self.model)
-        if len(adapters) != len(self.entries):
-            name = None if self.family is None else self.family.name
+        adapters: Any = factory(self.model)
+        name, model = None if self.family is None else self.family.name, type(self.model).__name__
+        if not isinstance(adapters, Sequence) or not all(isinstance(one, Adapter) for one in adapters):
             raise UnsupportedModelError(
-                f"The family {name!r} gave {len(adapters)} adapters for "
-                f"{type(self.model).__name__}, whose cache has {len(self.entries)} layers. Mend the family's function: "
-                "one adapter for each layer."
+                f"The family {name!r} gave {adapters!r} for {model}. Mend the family's function: it gives a list with "
+                "one sink_patch.Adapter for each layer of the cache."
+            )
+        if len(adapters) != len(self.entries):
+            raise UnsupportedModelError(
+                f"The family {name!r} gave {len(adapters)} adapters for {model}, whose cache has {len(self.entries)} "
+                "layers. Mend the family's function: one adapter for each layer."
             )
         return adapters
 

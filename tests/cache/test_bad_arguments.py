@@ -32,6 +32,9 @@ REFUSED: list[tuple[str, Callable[[SinkCache], object], str]] = [
     ("names of rows", lambda cache: cache.batch_select_indices(["first"]), "list is no list of numbers"),
     ("a short mask", lambda cache: cache.batch_select_indices(torch.tensor([True])), "a mask over 1 rows"),
     ("a long mask", lambda cache: cache.batch_select_indices([True, False, True]), "a mask over 3 rows"),
+    ("a window of a text", lambda cache: cache.window("w5 w6"), "ids='w5 w6' is no table"),
+    ("a window with a text as mask", lambda cache: cache.window(tokens(20, rows=2), "11"), "mask='11' is no table"),
+    ("a window of halves", lambda cache: cache.window(torch.rand(2, 20)), "Give the ids of the whole text"),
     ("join a number", lambda cache: cache.join(3), "join a int"),
 ]
 

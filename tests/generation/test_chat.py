@@ -91,6 +91,9 @@ def test_other_arguments_are_passed_to_the_template():
     ("messages", "template", "match"),
     [
         ([], MESSAGE_BY_MESSAGE, "No messages were given"),
+        ("w5 w6", MESSAGE_BY_MESSAGE, "each a dict with role and content"),
+        (["w5 w6"], MESSAGE_BY_MESSAGE, "each a dict with role and content"),
+        (3, MESSAGE_BY_MESSAGE, "each a dict with role and content"),
         (CHAT, None, "cannot be applied"),
         (CHAT, IN_THE_LAST_TURN, "writes the instructions elsewhere than at the start"),
         (CHAT, "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}", "or leaves them out"),

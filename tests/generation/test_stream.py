@@ -384,6 +384,13 @@ def test_what_a_stream_cannot_do_is_refused_before_anything_is_computed(case):
         computes.remove()
 
 
+def test_what_is_no_model_and_what_is_no_tokenizer():
+    with pytest.raises(UnsupportedModelError, match="A str was given to stream"):
+        sink_patch.stream("llama", directory.tokenizer(), TEXT)
+    with pytest.raises(SinkArgumentError, match="A NoneType was given to stream as the tokenizer"):
+        sink_patch.stream(directory.model(), None, TEXT)
+
+
 def test_a_chat_that_the_template_does_not_take():
     tokenizer = directory.tokenizer()
     tokenizer.chat_template = "{{ raise_exception('Roles must alternate.') }}"

@@ -10,7 +10,7 @@ from torch import nn
 
 from sink_patch.arguments import CACHE_IMPLEMENTATION
 from sink_patch.cache.sink_cache import SinkCache
-from sink_patch.errors import SinkArgumentError
+from sink_patch.errors import SinkArgumentError, UnsupportedModelError
 from sink_patch.models.entries import input_device
 from sink_patch.models.families.media import media_tokens
 from sink_patch.streaming.media.given import media_among
@@ -92,11 +92,12 @@ def asked_for(name: str, arguments: Mapping[str, Any], config: Any) -> Any:
     return arguments[name] if name in arguments else getattr(config, name, None)
 
 
-def check(model: Any, arguments: Mapping[str, Any], config: Any, cache: Any) -> None:
+def check(model: Any, tokenizer: Any, arguments: Mapping[str, Any], config: Any, cache: Any) -> None:
     """Refuse what has no meaning in a stream.
 
     Raises:
         SinkArgumentError: as it says.
+        UnsupportedModelError: no model was given.
     """
     if cache is not None and not isinstance(cache, SinkCache):
         raise SinkArgumentError(
@@ -114,6 +115,12 @@ def check(model: Any, arguments: Mapping[str, Any], config: Any, cache: Any) -> 
     asked = asked_for("cache_implementation", arguments, config)
     if asked not in (None, CACHE_IMPLEMENTATION):
         raise SinkArgumentError(f"cache_implementation={asked!r} was given to stream, which needs a sink cache.")
+    if not hasattr(model, "generation_config"):
+        raise UnsupportedModelError(f"A {type(model).__name__} was given to stream. Pass a model of transformers.")
+    if not callable(getattr(tokenizer, "decode", None)):
+        raise SinkArgumentError(
+            f"A {type(tokenizer).__name__} was given to stream as the tokenizer. Pass the model's, or its processor."
+        )
     _check_options(arguments, config, model.generation_config)
 
 

@@ -51,7 +51,7 @@ def stream(
         Else what `generate` raises: the model, or an option, is refused.
     """
     config = copy.deepcopy(arguments.pop("generation_config", None))
-    check(model, arguments, config, past_key_values)
+    check(model, tokenizer, arguments, config, past_key_values)
     read = 0 if past_key_values is None else past_key_values.get_seq_length()
     ids, more = inputs_of(unwrapped(model), tokenizer, messages_or_text, read)
     loop = Loop(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from sink_patch.buffers.rotation import Rotation
+from sink_patch.errors import SinkArgumentError
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,10 +18,20 @@ class Adapter:
     Args:
         keys: rotation of the cached keys.
         values: rotation of the cached "values" (MLA with a latent cache keeps the rotated part there).
+
+    Raises:
+        SinkArgumentError: another thing than a `Rotation`.
     """
 
     keys: Rotation | None = None
     values: Rotation | None = None
+
+    def __post_init__(self) -> None:
+        for name, one in (("keys", self.keys), ("values", self.values)):
+            if not isinstance(one, Rotation | None):
+                raise SinkArgumentError(
+                    f"{name} of an Adapter are a {type(one).__name__}. Give a sink_patch.Rotation, or None."
+                )
 
     @property
     def turns(self) -> bool:

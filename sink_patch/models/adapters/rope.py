@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from sink_patch.buffers.rotation import Pairing, Rotation
+from sink_patch.arguments import check_function, whole_number
+from sink_patch.buffers.rotation import Pairing, Rotation, check_rotation
 from sink_patch.models.adapters.adapter import Adapter, AdapterFactory
 from sink_patch.models.adapters.frequencies import buffer_of_layer, exact, frequency_buffers
 from sink_patch.models.entries import read_entries, text_config
@@ -33,6 +34,13 @@ class Rope:
     start: int | Callable[[Any], int] = 0
     skips: SkipsPositions | None = None
     cached_in: Literal["keys", "values"] = "keys"
+
+    def __post_init__(self) -> None:
+        check_rotation(self.pairing, self.sign)
+        if not callable(self.start):
+            whole_number("start", self.start, 0, "of dims")
+        if self.skips is not None:
+            check_function("skips", self.skips, "(text config, layer index) to whether the layer has no positions")
 
     def __call__(self, model: nn.Module) -> Sequence[Adapter]:
         config, buffers = text_config(model), frequency_buffers(model)
@@ -70,6 +78,9 @@ def rope(
 
     Returns:
         From a model to one `Adapter` for each entry of its cache.
+
+    Raises:
+        SinkArgumentError: an unknown pairing or sign; no dim to start at; `skips` is no function.
     """
     return Rope(pairing, sign, start, skips)
 
@@ -85,6 +96,10 @@ class SinusoidalTable:
 
     dim: Callable[[Any], int]
     pairing: Pairing = "interleaved"
+
+    def __post_init__(self) -> None:
+        check_rotation(self.pairing, 1)
+        check_function("dim", self.dim, "the text config to the rotary dim")
 
     def __call__(self, model: nn.Module) -> Sequence[Adapter]:
         config = text_config(model)
@@ -108,6 +123,9 @@ def sinusoidal_table(dim: Callable[[Any], int], pairing: Pairing = "interleaved"
 
     Returns:
         From a model to one `Adapter` for each entry of its cache.
+
+    Raises:
+        SinkArgumentError: an unknown pairing; `dim` is no function.
     """
     return SinusoidalTable(dim, pairing)
 

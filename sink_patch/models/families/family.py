@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from sink_patch.arguments import check_function
 from sink_patch.errors import SinkArgumentError
 from sink_patch.models.adapters.adapter import AdapterFactory
 
@@ -19,10 +20,16 @@ class PositionLimit:
     Args:
         of: from the text config to their number.
         why: for people, as in "its positions end at 2048: it looks its angles up in a table".
+
+    Raises:
+        SinkArgumentError: `of` is no function.
     """
 
     of: Callable[[Any], int]
     why: str
+
+    def __post_init__(self) -> None:
+        check_function("of", self.of, "the text config to the number of positions")
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,10 @@ class Family:
             keys, not the latent cache). The probe decides which of the two hold.
         whole_prompts: why several tokens cannot follow others in one forward (in transformers itself), as a sentence
             without its end; None: they can. Where the model has sliding windows, it is so beyond them.
+
+    Raises:
+        SinkArgumentError: no names; neither adapters nor a refusal, or both; what should be a function is none; no
+            `PositionLimit`; or an unknown source of positions.
     """
 
     name: str
@@ -72,8 +83,19 @@ class Family:
         return self.position_source(config) if callable(self.position_source) else self.position_source
 
     def __post_init__(self) -> None:
-        types = self.model_types
+        types, limit, source = self.model_types, self.position_limit, self.position_source
+        if not isinstance(self.name, str) or not self.name:
+            raise SinkArgumentError(f"A Family has the name {self.name!r}. Give it one for people, as a text.")
         if not isinstance(types, tuple) or not types or not all(isinstance(one, str) and one for one in types):
             raise SinkArgumentError(f"Family {self.name!r}: model_types must be a tuple of names, got {types!r}.")
         if (self.adapters is None) == (self.refusal is None):
             raise SinkArgumentError(f"Family {self.name!r} needs either adapters or a refusal, and not both.")
+        for name in ("adapters", "formerly"):
+            if getattr(self, name) is not None:
+                check_function(name, getattr(self, name), "a model to one Adapter for each entry of its cache")
+        if not isinstance(limit, PositionLimit | None):
+            raise SinkArgumentError(f"Family {self.name!r}: position_limit={limit!r} is no PositionLimit.")
+        if not callable(source) and source not in get_args(PositionSource):
+            raise SinkArgumentError(
+                f"Family {self.name!r}: position_source={source!r} is not known. Use one of {get_args(PositionSource)}."
+            )

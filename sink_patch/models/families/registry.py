@@ -146,8 +146,15 @@ def register_family(
         position_limit: see `Family`.
 
     Raises:
+        SinkArgumentError: no name, no names of model types, or what is decorated is no function.
         FamilyClashError: a model type is taken by another family.
     """
+    if not isinstance(name, str):
+        raise SinkArgumentError(
+            f"register_family was given {name!r} as the name. Write @register_family('model_type') over a function."
+        )
+    if isinstance(model_types, str):
+        raise SinkArgumentError(f"model_types={model_types!r} is one name. Give a list of them, [{model_types!r}].")
 
     def decorate(adapters: AdapterFactory) -> Family:
         types = (name,) if model_types is None else tuple(model_types)
