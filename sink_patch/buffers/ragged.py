@@ -41,9 +41,8 @@ class RaggedLayout(Layout):
             for slot, column, length in kind.write_runs(plan, columns)
             for step in range(length)
         ]
-        self._writes = torch.tensor(triples, dtype=torch.long, device="cpu").reshape(
-            -1, 3
-        )  # [tokens, (row, slot, column)]
+        writes = torch.tensor(triples, dtype=torch.long, device="cpu")
+        self._writes = writes.reshape(-1, 3)  # [tokens, (row, slot, column)]
         self.brings_sinks = any(slot < kind.num_sink_tokens for _, slot, _ in triples)
         self.reach = max((slot + 1 for _, slot, _ in triples), default=0)
         self._sources = None if self.in_place else self._source_index(kind, plans, columns)  # [rows, length]

@@ -22,9 +22,8 @@ def check_of_forward(position_ids: Any, attention_mask: Any, seen: Sequence[int]
         SinkArgumentError: as it says; or the mask does not fit.
     """
     new = torch.tensor(new_tokens(attention_mask, seen, fed, columns), device="cpu")[:, None]  # [rows, 1]
-    behind = torch.arange(columns, device="cpu")[None, :] - (
-        columns - new
-    )  # [rows, columns]: how many new tokens come before
+    column = torch.arange(columns, device="cpu")[None, :]  # [1, columns]
+    behind = column - (columns - new)  # [rows, columns]: how many new tokens come before
     _check(position_ids, torch.tensor(seen, device="cpu")[:, None] + behind, behind >= 0)
 
 

@@ -67,12 +67,14 @@ class Steps:
         if read is None:
             return None
         token, output = read
-        self._token = None
-        self._note(output)
-        self._ids = window.newest(self.cache, torch.cat((self._ids, token), dim=1))
-        self._left = None if self._left is None else self._left - 1
-        self._has_ended = any(bool(criterion(self._ids, None).any()) for criterion in self._criteria)
-        return int(token)
+        number, columns, logits = int(token), self.cache.get_seq_length(), self._logits_of(output)
+        ids = window.newest(self.cache, torch.cat((self._ids, token), dim=1))
+        has_ended = any(bool(criterion(ids, None).any()) for criterion in self._criteria)
+        left = None if self._left is None else self._left - 1
+        # with no call in between, so that Ctrl-C takes none of it or all; without it `_read` tells the next step
+        self._token, self._logits, self._ids, self._left, self._has_ended = None, logits, ids, left, has_ended
+        self._read = columns
+        return number
 
     def _read_next(self) -> tuple[torch.Tensor, Any] | None:
         """The next token, [1, 1], and what the model returned for it; None: it is the end."""
@@ -81,8 +83,8 @@ class Steps:
         elif self.cache.get_seq_length() != self._read:
             raise CacheStateError(
                 f"The cache of this stream has read {self.cache.get_seq_length()} columns, and the stream knows of "
-                f"{self._read}: it was used elsewhere. Begin another stream with past_key_values=cache, or use a "
-                "clone() elsewhere."
+                f"{self._read}: it was used elsewhere, or a step was broken off. Begin another stream with "
+                "past_key_values=cache, or use a clone() elsewhere."
             )
         if self._has_ended or self._left == 0:
             return None
@@ -96,13 +98,15 @@ class Steps:
                 "The prompt of this stream was not read to its end, as its first step says. Begin another stream."
             )
         self._has_begun = True
-        self._note(prompt.read())
+        self._logits = self._logits_of(prompt.read())
+        self._read = self.cache.get_seq_length()
         self._ids = window.read(self.cache, self._ids, (*self._processors, *self._criteria))
         self._prompt = None
 
-    def _note(self, output: Any) -> None:
-        self._read = self.cache.get_seq_length()
-        self._logits = output.logits[:, -1].to(copy=True, dtype=torch.float32, device=self._ids.device)
+    def _logits_of(self, output: Any) -> torch.Tensor:
+        """Of the next token, float32 [1, vocabulary]."""
+        logits: torch.Tensor = output.logits[:, -1].to(copy=True, dtype=torch.float32, device=self._ids.device)
+        return logits
 
     def _chosen(self) -> torch.Tensor:
         """As in `_sample` of transformers, with the ids of the window in place of those of the text."""

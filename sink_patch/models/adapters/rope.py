@@ -104,9 +104,8 @@ class SinusoidalTable:
     def __call__(self, model: nn.Module) -> Sequence[Adapter]:
         config = text_config(model)
         dim = self.dim(config)
-        exponents = (
-            torch.arange(0, dim, 2, dtype=torch.int64, device="cpu") / dim
-        )  # [dim / 2], float32 as in modeling_gptj
+        first = torch.arange(0, dim, 2, dtype=torch.int64, device="cpu")  # [dim / 2], the first dim of each pair
+        exponents = first / dim  # [dim / 2], float32 as in modeling_gptj
         adapter = Adapter(keys=Rotation(exact(1.0 / (10000**exponents)), self.pairing))
         return [adapter for _ in read_entries(model)]
 
