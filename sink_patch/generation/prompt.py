@@ -26,9 +26,8 @@ from sink_patch.streaming.media.given import check_cut, media_among, without_med
 class Prompt:
     """The prompt of one call, from the arguments of `_sample` and its kin.
 
-    A prompt of 1000 tokens with `prefill_chunk_size=400` goes in like this: `feed` runs the model over 400 and 400
-    columns; transformers, inside `fed`, runs its own first forward over all 1000 or over what it takes for new, and the
-    hooks drop what the cache has read, so that the model sees the last 200.
+    With `prefill_chunk_size=400`, `feed_ahead` runs the model over 400 and 400 of 1000 tokens; transformers then runs
+    its first forward over all or over what it takes for new, and the hooks drop what the cache has read: 200 are left.
 
     Args:
         model: of the call.
@@ -36,9 +35,11 @@ class Prompt:
         input_ids: the whole history, or the new tokens alone, [rows, columns].
         generation_config, model_kwargs: of the call; changed where transformers must be told what is new.
         is_new: whether it is known that all that is given is new, and real, whatever a mask says.
+        is_whole: whether it is known that all of the stream is given.
 
     Raises:
         HistoryMismatchError: the ids do not go on with what the cache has read.
+        SinkArgumentError: what `Columns.of_call` raises.
     """
 
     def __init__(
@@ -50,11 +51,13 @@ class Prompt:
         model_kwargs: MutableMapping[str, Any],
         *,
         is_new: bool = False,
+        is_whole: bool = False,
     ):
         embeds = model_kwargs.get("inputs_embeds")
         self._model, self._cache, self._streams = model, cache, streams_of(cache)
         self._inputs = input_ids if embeds is None else embeds  # [rows, columns] or [rows, columns, hidden]
-        self.columns = self._new_columns(model_kwargs) if is_new else self._told(generation_config, model_kwargs)
+        told = (generation_config, model_kwargs)
+        self.columns = self._new_columns(model_kwargs) if is_new else self._told(*told, is_whole=is_whole)
         self._mask = model_kwargs.get("attention_mask")
         self._piece_inputs = PieceInputs(model, self._inputs, self.columns.stream, model_kwargs)
         self._turn = Turn.of_call(self._streams, self.columns, self._inputs, self._mask, generation_config)
@@ -68,9 +71,10 @@ class Prompt:
             check_cut(model, self._media, self.columns.new)
         generation_config.prefill_chunk_size = None  # else transformers would cut the rest once more
 
-    def _told(self, generation_config: Any, model_kwargs: MutableMapping[str, Any]) -> Columns:
-        told, given = stream_length(generation_config, model_kwargs), self._inputs.shape[1]
-        columns = Columns.of_call(self._cache.get_seq_length(), given, told)
+    def _told(self, generation_config: Any, model_kwargs: MutableMapping[str, Any], *, is_whole: bool) -> Columns:
+        read, given = self._cache.get_seq_length(), self._inputs.shape[1]
+        told = stream_length(generation_config, model_kwargs, is_whole=is_whole or not read)
+        columns = Columns.of_call(read, given, told)
         if columns.stream != (told or given):
             self._mask_whole_stream(columns, model_kwargs)
         return columns

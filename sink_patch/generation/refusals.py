@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from sink_patch.arguments import CACHE_IMPLEMENTATION, SYSTEM, Settings, runs_of_ids
 from sink_patch.cache.sink_cache import SinkCache
-from sink_patch.errors import SinkArgumentError, UnsupportedGenerationError
+from sink_patch.errors import CacheStateError, SinkArgumentError, UnsupportedGenerationError
 from sink_patch.generation import drafts
 from sink_patch.generation.inputs.later import columns_of
 from sink_patch.generation.inputs.system import check_has_ids
@@ -18,8 +18,6 @@ from sink_patch.generation.request import Request
 from sink_patch.models.claims import read_claim
 from sink_patch.models.entries import cache_argument, unwrapped
 from sink_patch.rules.padding import check_left_padded
-from sink_patch.rules.positions import check_of_call
-from sink_patch.streaming.bound import streams_of
 from sink_patch.streaming.media.given import check_cut, check_media
 
 _MODES = ("greedy_search", "sample", "beam_search", "beam_sample", drafts.MODE)
@@ -88,7 +86,16 @@ def _check_options(generation_config: Any) -> None:
 
 
 def check_own_cache(cache: SinkCache, request: Request, model_kwargs: Mapping[str, Any]) -> None:
-    """The user's cache beside arguments that ask for another one, or for other sizes, or that it cannot take."""
+    """The user's cache beside arguments that ask for another one, or for other sizes, or that it cannot take.
+
+    Raises:
+        CacheStateError: another call of `generate` over it has not ended, in another thread or around this one.
+    """
+    if cache._streams is not None and cache._streams.call is not None:
+        raise CacheStateError(
+            f"generate was called with {cache!r} in the middle of another call over it, whose text would go on from "
+            "what this one reads. Wait for its end, or use another SinkCache."
+        )
     _check_embeds(model_kwargs, cache)
     if request.of_call not in (None, CACHE_IMPLEMENTATION):
         raise SinkArgumentError(
@@ -135,6 +142,15 @@ def check_mode(mode: str) -> None:
         )
 
 
+def check_attention(model: Any) -> None:
+    """Attention over pages, which a manager of continuous batching has set, and which reads no other cache."""
+    if "paged" in str(getattr(model.config, "_attn_implementation", None)):
+        raise UnsupportedGenerationError(
+            f"generate was called with a sink cache while {type(model).__name__} serves continuous batching, whose "
+            "attention reads pages alone. Stop its manager first, or ask it instead."
+        )
+
+
 def check_rows(attention_mask: Any) -> None:
     """Rows without a token, and padding to the right of one; shape [rows, columns]."""
     if not isinstance(attention_mask, torch.Tensor):
@@ -159,34 +175,3 @@ def _check_embeds(model_kwargs: Mapping[str, Any], cache: SinkCache) -> None:
             f"inputs_embeds of {columns} columns were given with a SinkCache that has seen {read}. transformers takes "
             "embeddings for the whole history: pass that, or the new tokens as input_ids."
         )
-
-
-_GIVEN_POSITIONS = "_positions_are_given"  # on the generation config of a call, until its cache is there
-
-
-def note_positions(generation_config: Any, model_kwargs: Mapping[str, Any]) -> None:
-    """Remember that position_ids are the caller's own: from some version on transformers makes them if there are none.
-
-    Those of an assistant are transformers' own.
-    """
-    if model_kwargs.get("position_ids") is not None and not getattr(generation_config, "is_assistant", None):
-        setattr(generation_config, _GIVEN_POSITIONS, True)
-
-
-def check_positions(generation_config: Any, model_kwargs: MutableMapping[str, Any], cache: SinkCache | None) -> None:
-    """The caller's own position_ids, which must be those that the cache counts; then they are given for all columns.
-
-    Args:
-        cache: of the caller; None: a new one.
-    """
-    if not vars(generation_config).pop(_GIVEN_POSITIONS, False):
-        return
-    given, mask = model_kwargs["position_ids"], model_kwargs.get("attention_mask")
-    if mask is None:
-        columns = getattr(generation_config, "_mask_length", None) or given.shape[-1]
-        mask = torch.ones(1, columns, dtype=torch.long, device="cpu")
-    fed = 0 if cache is None else cache.get_seq_length()
-    seen = [row.seen for row in streams_of(cache).rows or ()] if cache is not None and fed else []
-    counted = check_of_call(given, mask, seen, fed)
-    if given.shape[-1] < mask.shape[-1] > fed:
-        model_kwargs["position_ids"] = counted.to(given.device)

@@ -24,7 +24,7 @@ from sink_patch.compat.shim import Role
 from sink_patch.generation import drafts, refusals
 from sink_patch.generation.compiled import graph
 from sink_patch.generation.endless.loop import Loop
-from sink_patch.generation.inputs import system
+from sink_patch.generation.inputs import positions, system
 from sink_patch.generation.inputs.kept import callers_cache, leave_out_and_check
 from sink_patch.generation.inputs.prepared import initial_cache_position, keep_cache, prepare_inputs
 from sink_patch.generation.prompt import Prompt
@@ -64,7 +64,7 @@ def prepare_generation_config(
     if generation_config.cache_implementation != CACHE_IMPLEMENTATION and not isinstance(cache, SinkCache):
         refusals.check_no_sizes(request, generation_config.cache_implementation)
         return generation_config, model_kwargs
-    refusals.note_positions(generation_config, model_kwargs)
+    positions.note_positions(generation_config, model_kwargs)
     leave_out_and_check(instance, request, generation_config, model_kwargs)
     if isinstance(cache, SinkCache):
         refusals.check_own_cache(cache, request, model_kwargs)
@@ -89,8 +89,9 @@ def prepare_cache(wrapped: Wrapped, instance: nn.Module, args: tuple[Any, ...], 
         return wrapped(*args, **kwargs)
     mode = installed_shim().generation_mode(given)
     refusals.check_mode(mode)
+    refusals.check_attention(instance)
     refusals.check_rows(model_kwargs.get("attention_mask"))  # perhaps made from padding tokens in the meantime
-    refusals.check_positions(generation_config, model_kwargs, None if is_made_here else cache)
+    positions.check_positions(generation_config, model_kwargs, None if is_made_here else cache)
     if mode == drafts.MODE:
         drafts.check_options(generation_config, instance, model_kwargs)
         drafts.check_takes_tokens_back(read_claim(unwrapped(instance)))
@@ -137,14 +138,14 @@ def _decode(
     if made is not cache:
         cache = made
         drafts.record_for_assistant(given["generation_config"], cache)
-    loop = given.get("streamer")
+    loop, told = given.get("streamer"), (given["input_ids"], given["generation_config"], model_kwargs)
     if isinstance(loop, Loop):
-        told = (given["input_ids"], given["generation_config"], model_kwargs)
         return loop.take_over(instance, cache, Prompt(instance, cache, *told, is_new=loop.is_new), given)
+    positions.leave_out_healed(given["generation_config"], given["input_ids"], model_kwargs)
     kept = KeptCall.of(instance, cache, given["input_ids"], given["generation_config"], model_kwargs)
     if kept is not None:
         cache = model_kwargs[cache_argument(instance)] = kept.cache
-    prompt = Prompt(instance, cache, given["input_ids"], given["generation_config"], model_kwargs)
+    prompt = Prompt(instance, cache, *told, is_whole=kept is not None)
     if drafting:
         drafts.check_history(prompt.columns)
 

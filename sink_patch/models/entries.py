@@ -29,6 +29,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return next((unwrapped(one) for one in inner if isinstance(one, nn.Module)), model)
 
 
+def given_to_hooks(module: nn.Module) -> frozenset[str]:
+    """What hooks of a module were given for one call, by name, as PEFT does ("adapter_names", "alora_offsets")."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return frozenset[str]().union(*(getattr(hook, "keywords", ()) for hook in hooks))
+
+
 def decoder_of(model: Any) -> nn.Module:
     """The part that takes the cache and builds masks: `get_decoder()`, except where that finds an output head."""
     found: nn.Module = transformers_models.decoder_of(model)

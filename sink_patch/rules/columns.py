@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sink_patch.errors import SinkArgumentError
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -35,8 +37,17 @@ class Columns:
         """From what the cache has read, what is given, and what the mask says (None: there is no mask).
 
         Columns that are no more than what the cache has read cannot be the history, so they are new ones.
+
+        Raises:
+            SinkArgumentError: the mask is neither over what is given nor over that behind what the cache has read.
         """
         told = given if told is None else told
+        if told not in (given, read + given):
+            raise SinkArgumentError(
+                f"A mask (or positions) of {told} columns came with {given} columns of tokens, and the cache has read "
+                f"{read}{': it is not known which of them are new' if read else ''}. Give a mask over the tokens that "
+                f"are given{f', or over the whole stream ({read + given} columns)' if read else ''}; or none."
+            )
         is_guessed = told <= read
         return cls(read, given, read + told if is_guessed else told, is_guessed)
 

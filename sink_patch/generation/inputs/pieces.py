@@ -22,7 +22,7 @@ from torch import nn
 
 from sink_patch.compat import models as transformers_models
 from sink_patch.errors import UnsupportedGenerationError
-from sink_patch.models.entries import CACHE_NAMES
+from sink_patch.models.entries import CACHE_NAMES, given_to_hooks
 
 logger = logging.getLogger("sink_patch")
 
@@ -55,8 +55,14 @@ class PieceInputs:
         """Look at what the last column would be given, before any piece goes in.
 
         Raises:
-            UnsupportedGenerationError: an argument has a value for each column, and is handed on whole.
+            UnsupportedGenerationError: an argument has a value for each column, and is handed on whole; or an adapter
+                was told where in the prompt it begins.
         """
+        if any("alora_offsets" in given_to_hooks(module) for module in self._model.modules()):
+            raise UnsupportedGenerationError(
+                "An adapter that begins within a prompt (Activated LoRA) was asked for, and PEFT counts its place from "
+                f"the end of a forward, while this prompt goes into a sink cache in pieces. Instead {_AT_ONCE}"
+            )
         rows = self._inputs.shape[0]
         whole = [
             name
@@ -140,12 +146,17 @@ def split_ahead(new: torch.Tensor, size: int | None, *, drafting: bool) -> Seque
     return torch.split(head, size or head.shape[1], dim=1) if head.shape[1] else ()
 
 
-def stream_length(generation_config: Any, model_kwargs: Mapping[str, Any]) -> int | None:
-    """Columns that a mask or positions tell of, or the length of a mask of ones that transformers has dropped."""
-    for name in ("attention_mask", "position_ids"):
+def stream_length(generation_config: Any, model_kwargs: Mapping[str, Any], *, is_whole: bool) -> int | None:
+    """Columns that a mask or positions tell of, or the length of a mask of ones that transformers has dropped.
+
+    Args:
+        is_whole: whether it is known that all of the stream is given. Then only a mask tells more; the rest may be of
+            the prompt before its tokens were healed.
+    """
+    for name in ("attention_mask",) if is_whole else ("attention_mask", "position_ids"):
         if model_kwargs.get(name) is not None:
             return int(model_kwargs[name].shape[-1])
-    return getattr(generation_config, "_mask_length", None) or None
+    return None if is_whole else getattr(generation_config, "_mask_length", None) or None
 
 
 def _length(value: Any) -> int:
