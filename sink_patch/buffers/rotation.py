@@ -51,14 +51,14 @@ class Rotation:
     """How one cached tensor turns when its tokens move by some positions.
 
     Args:
-        inv_freq: float64 tensor of shape [rotary_dim / 2] on the CPU, radians a position, one for each pair.
+        inv_freq: tensor of floats of shape [rotary_dim / 2] on the CPU, radians a position, one for each pair.
         pairing: which dims of the rotary part form a pair: "half" is (i, i + rotary_dim / 2), "interleaved" is
             (2i, 2i + 1).
         start: index of the first rotary dim in the head (0: front; head_dim - rotary_dim: tail).
         sign: +1, or -1 for a model that turns the other way.
 
     Raises:
-        SinkArgumentError: `inv_freq` is no such tensor, or another one is none of these.
+        SinkArgumentError: `inv_freq` is no such tensor, or `pairing`, `start` or `sign` is not allowed.
 
     `attention_scaling` (yarn, longrope) is already in the cached key and takes no part.
     """

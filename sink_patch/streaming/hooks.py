@@ -60,6 +60,8 @@ def _before_forward(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[()], dict[str, Any]] | None:
     if not torch.compiler.is_dynamo_compiling():  # `is_compiling` is true in other threads as well
+        if _after_forward not in module._forward_hooks.values():  # somebody has cleared them: no forward would end
+            install(module)
         return _begin(module, args, kwargs)
     cache = _first_cache((*args, *kwargs.values()))
     # mostly it was begun before the graph runs; in `torch.compile(model)` it is begun in a break of the graph
@@ -142,10 +144,8 @@ def _rows_read(streams: Streams) -> Sequence[Row]:
 
 def _masks(streams: Streams, module: nn.Module, named: dict[str, Any]) -> dict[str, Any]:
     """The masks that a decoder is given where there are images that see themselves in both directions."""
-    model = streams.entrances[0]()
-    if module is model or model is None:
-        return {}
-    return streams.coordinates.masks.made(model, named, _cache_among(named), streams.forward.step)
+    model, masks, step = streams.entrances[0](), streams.coordinates.masks, streams.forward.step
+    return {} if model is None or model is module else masks.made(model, named, _cache_among(named), step)
 
 
 def _check_positions(streams: Streams, module: nn.Module, named: dict[str, Any], inputs: torch.Tensor) -> None:
