@@ -18,6 +18,7 @@ from sink_patch.models.facts import LayerFacts, ModelFacts
 _SAMPLES = 64  # of each parameter: enough to tell weights apart, and some milliseconds for billions of them
 _STEP = 0x9E3779B1  # a prime: steps of it, modulo any size, go through rows and columns alike
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # for any dtype of so many bytes
+_PACKED = (torch.uint8, torch.int8, torch.int16, torch.int32)
 _SHORT = 40
 
 
@@ -79,8 +80,30 @@ def _part(model: nn.Module) -> str | None:
 
 
 def _digest(model: nn.Module) -> str:
-    """Of dtype, shape and samples of all parameters, whose names and order depend on the version of transformers."""
-    return hashlib.sha256("\n".join(sorted(map(_sampled, model.parameters()))).encode()).hexdigest()
+    """Of dtype, shape and samples of all weights, whose names and order depend on the version of transformers."""
+    sampled = sorted(map(_sampled, [*model.parameters(), *_packed(model)]))
+    return hashlib.sha256("\n".join([*sampled, *_adapters(model)]).encode()).hexdigest()
+
+
+def _packed(model: nn.Module) -> list[torch.Tensor]:
+    """Weights that are buffers, as quantisation packs them (GPTQ, AWQ, BitNet), and all that is saved beside them."""
+    found = list[torch.Tensor]()
+    for module in model.modules():
+        saved = [one for name, one in module.named_buffers(recurse=False) if name in module.state_dict()]
+        if any(one.dtype in _PACKED and one.ndim > 1 for one in saved):
+            found += saved
+    return found
+
+
+def _adapters(model: nn.Module) -> list[str]:
+    """Which adapters are active (PEFT), where these are not simply all that there are."""
+    found = list[str]()
+    for module in model.modules():
+        parts = [getattr(module, name, ()) for name in getattr(module, "adapter_layer_names", ())]
+        held = {name for part in parts for name in part} if parts else set()
+        if held and (module.disable_adapters or set(module.active_adapters) != held):  # type: ignore[arg-type]
+            found.append(f"adapters {[] if module.disable_adapters else list(module.active_adapters)}")  # type: ignore[arg-type]
+    return found
 
 
 def _sampled(parameter: Any) -> str:

@@ -15,18 +15,20 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import numbers
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from sink_patch.models.entries import text_config
+from sink_patch.models.entries import given_to_hooks, text_config
 
 _SAMPLES = 256  # bytes of each tensor
 _STEP = 0x9E3779B1  # a prime: steps of it, modulo any size, go through rows and columns alike
-_PLAIN = frozenset({bool, int, float, str, type(None)})
-_MOST_ITEMS = 16  # of a list or dict that counts as a setting
+_PLAIN = (numbers.Number, str, type(None))  # numbers of numpy, too
+_MOST_ITEMS = 4096  # of a list or dict that counts as a setting
+_OF_ONE_CALL = frozenset({"adapter_names", "alora_offsets"})  # adapters of single rows (PEFT), or behind some token
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _OF_ANY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 _OF_THE_NEWEST_CALL = frozenset({"rope_deltas"})  # where its images stood, for the model's own positions
@@ -53,13 +55,13 @@ def weights_of(model: nn.Module) -> Digest | None:
 
 
 def settings_of(model: nn.Module) -> Digest | None:
-    """A digest of all settings of a model as they are now; None: they are of this call alone (`adapter_names`)."""
+    """A digest of all settings of a model as they are now; None: they are of this call alone."""
     settings: list[Any] = []
     for module in model.modules():
         held = vars(module)
         for hooks in (held[name] for name in _HOOKS if held[name]):
-            if any("adapter_names" in getattr(hook, "keywords", {}) for hook in hooks.values()):
-                return None  # PEFT gives each row an adapter of its own
+            if not _OF_ONE_CALL.isdisjoint(given_to_hooks(module)):
+                return None
             settings.append(list(hooks))  # their numbers in torch, which no other hook will ever have
         settings.append((type(module).__name__, _plain(held)))
     configs = {id(config): config for config in (getattr(model, "config", None), text_config(model))}
@@ -71,17 +73,25 @@ def settings_of(model: nn.Module) -> Digest | None:
 
 def _plain(held: dict[str, Any]) -> list[tuple[str, Any]]:
     """Those attributes that are settings."""
-    others = _OF_ANY_MODULE | _OF_THE_NEWEST_CALL
-    return [(name, value) for name, value in held.items() if name not in others and _is_setting(value)]
+    own = [(name, held[name]) for name in held.keys() - _OF_ANY_MODULE - _OF_THE_NEWEST_CALL]
+    settings = [(name, value) for name, value in own if _is_setting(value)]
+    tensors = [(name, _content(value)) for name, value in own if isinstance(value, torch.Tensor)]
+    return sorted(settings + tensors)
 
 
 def _is_setting(value: Any) -> bool:
-    if type(value) in _PLAIN:
+    if isinstance(value, _PLAIN):
         return True
     if not isinstance(value, (list, tuple, set, dict)) or len(value) > _MOST_ITEMS:
         return False
     items = [*value, *value.values()] if isinstance(value, dict) else value
-    return all(type(item) in _PLAIN for item in items)
+    return all(isinstance(item, _PLAIN) for item in items)
+
+
+def _content(tensor: torch.Tensor) -> Any:
+    """Of a tensor that a module holds as a plain attribute, such as a control vector; some are made anew each time."""
+    sampled = _sampled(tensor) if not tensor.is_meta else None
+    return str(tensor.dtype), tuple(tensor.shape), None if sampled is None else sampled.tolist()
 
 
 def _parts(tensor: Any) -> Iterator[torch.Tensor]:

@@ -458,6 +458,40 @@ def test_one_layer_of_other_weights_is_another_model(saved):
     refuses(path, model, r"same: weights\.")
 
 
+def test_other_weights_in_buffers_are_another_model(tmp_path):
+    """Quantised ones are packed into buffers, with their scales beside them (GPTQ, AWQ, BitNet)."""
+    model = without_hooks(llama())
+    packed = model.model.layers[0].mlp
+    packed.register_buffer("qweight", torch.arange(64, dtype=torch.int32).reshape(8, 8))
+    packed.register_buffer("scales", torch.ones(8))
+    SinkCache(W, S, model=model).save(tmp_path / "cache")
+    assert SinkCache.load(tmp_path / "cache", model=without_hooks(model)).get_seq_length() == 0
+    for buffer in (packed.qweight, packed.scales):
+        buffer[3] += 1
+        refuses(tmp_path / "cache", without_hooks(model), r"same: weights\.")
+        buffer[3] -= 1
+    packed.register_buffer("made_here", torch.ones(2), persistent=False)  # not a weight
+    assert SinkCache.load(tmp_path / "cache", model=without_hooks(model)).get_seq_length() == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")  # of peft
+def test_another_adapter_is_another_model(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["k_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(copy.deepcopy(llama()), config)
+    adapted.add_adapter("other", config)
+    SinkCache(W, S, model=adapted.get_base_model()).save(tmp_path / "cache")
+
+    def model():
+        return without_hooks(adapted.get_base_model())
+
+    assert SinkCache.load(tmp_path / "cache", model=model()).get_seq_length() == 0
+    with adapted.disable_adapter():
+        refuses(tmp_path / "cache", model(), r"same: weights\.")
+    adapted.set_adapter("other")
+    refuses(tmp_path / "cache", model(), r"same: weights\.")
+
+
 def test_other_rotations_are_another_model(saved):
     path, model = saved
     for buffer in (model.model.rotary_emb.inv_freq, model.model.rotary_emb.original_inv_freq):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 import sink_patch
+from sink_patch import UnsupportedGenerationError
 from sink_patch.kept.sameness import settings_of, weights_of
 from tests.kept.talk import SINK, counted, llama
 from tests.support.tiny import tokens
@@ -150,11 +153,26 @@ def with_another_setting(model: PreTrainedModel) -> None:
     model.model.layers[0].self_attn.scaling = 0.3
 
 
+def with_another_control_vector(model: PreTrainedModel) -> None:
+    model.model.layers[0].control = torch.tensor([1.0, 3.0])  # as repeng's ControlModule holds one
+
+
+def with_a_number_of_numpy(model: PreTrainedModel) -> None:
+    model.model.layers[1].self_attn.scaling = numpy.float32(0.3)
+
+
+def with_one_of_many(model: PreTrainedModel) -> None:
+    model.model.layers[0].scalings["40"] = 0.5
+
+
 MODES: dict[str, Callable[[PreTrainedModel], Any]] = {
     "train": lambda model: model.train(),
     "train, a part": lambda model: model.model.layers[1].train(),
     "a hook": with_hook,
     "a setting of a module": with_another_setting,
+    "a number of numpy": with_a_number_of_numpy,
+    "one number of many": with_one_of_many,
+    "a plain tensor": with_another_control_vector,
     "the config": lambda model: setattr(model.config, "_attn_implementation_internal", "sdpa"),
 }
 
@@ -162,6 +180,9 @@ MODES: dict[str, Callable[[PreTrainedModel], Any]] = {
 @pytest.mark.parametrize("mode", MODES)
 def test_streams_of_another_mode_are_not_used(mode):
     model = copy.deepcopy(llama())
+    model.model.layers[0].control = torch.tensor([1.0, 2.0])
+    model.model.layers[1].self_attn.scaling = numpy.float32(0.25)
+    model.model.layers[0].scalings = {str(number): 1.0 for number in range(50)}
     with counted(model) as forwards:
         prompt = torch.cat((model.generate(tokens(40), **ASKED), tokens(5)), dim=1)
         MODES[mode](model)
@@ -231,6 +252,24 @@ def test_each_adapter_has_its_own_streams(adapted):
 def test_rows_with_adapters_of_their_own_are_not_kept(adapted):
     adapted.generate(input_ids=tokens(40), adapter_names=["other"], **ASKED)
     assert len(sink_patch.kept_streams) == 0
+
+
+def test_adapters_that_begin_within_a_prompt_are_not_kept_and_go_in_at_once():
+    """PEFT tells them where they begin from the end of a forward, so in pieces they would begin elsewhere."""
+    peft = pytest.importorskip("peft")
+    if "alora_invocation_tokens" not in inspect.signature(peft.LoraConfig).parameters:
+        pytest.skip("this PEFT has no such adapters")
+    torch.manual_seed(0)
+    asked = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["k_proj", "v_proj"], "init_lora_weights": False}
+    model = peft.get_peft_model(copy.deepcopy(llama()), peft.LoraConfig(**asked, alora_invocation_tokens=[50, 51]))
+    prompt = tokens(40)
+    prompt[prompt == 50] = 52
+    prompt[0, 20:22] = torch.tensor([50, 51])
+    plain = model.eval().generate(input_ids=prompt, do_sample=False, max_new_tokens=6)
+    assert torch.equal(model.generate(input_ids=prompt, **{**ASKED, "window_length": 64}), plain)
+    assert len(sink_patch.kept_streams) == 0
+    with pytest.raises(UnsupportedGenerationError, match="begins within a prompt"):
+        model.generate(input_ids=prompt, prefill_chunk_size=16, **{**ASKED, "keep_streams": 0})
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")  # PEFT computes others
