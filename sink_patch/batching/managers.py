@@ -35,7 +35,7 @@ def serve(manager: Any, service: Service) -> None:
     config.max_blocks_per_request = 0  # the kernels that read block tables know no rings
     config.decode_compile_config = None
     setattr(manager, _NAME, service)
-    transformers_models.stand_before(_Making(service, manager.model), manager, "_create_batch_processor")
+    transformers_models.stand_before(_Making(service, manager), manager, "_create_batch_processor")
 
 
 def service_for(model: Any, passed: Any, arguments: Mapping[str, Any] | None = None) -> Service | None:
@@ -59,16 +59,27 @@ def service_of(manager: Any) -> Service | None:
 class _Making:
     """Stands before a manager, which makes its processor when it begins, and keeps it from one session to the next."""
 
-    def __init__(self, service: Service, model: Any):
-        self._service, self._model = service, weakref.ref(unwrapped(model))
+    def __init__(self, service: Service, manager: Any):
+        self._service, self._manager = service, weakref.ref(manager)
+        self._model = weakref.ref(unwrapped(manager.model))
+        self._attention = manager.model.config._attn_implementation  # which the manager has set
         self._made: Callable[[], Any] = lambda: None  # a weak reference, as its end frees the pages
 
     def _create_batch_processor(self, wrapped: Any) -> Any:
+        self._set_attention()
         processor = wrapped()
         if processor is not self._made():
             _take_over(processor, self._service, self._model)
             self._made = weakref.ref(processor)
         return processor
+
+    def _set_attention(self) -> None:
+        """The end of a session sets back what the model attends by, and transformers begins the next one so."""
+        manager: Any = self._manager()
+        before = manager.model.config._attn_implementation
+        if before != self._attention:
+            manager.model.set_attn_implementation(self._attention)
+            manager._original_attn_impl = before
 
 
 def _take_over(processor: Any, service: Service, model: Callable[[], nn.Module | None]) -> None:

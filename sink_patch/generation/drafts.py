@@ -15,7 +15,9 @@ from sink_patch.cache.sink_cache import SinkCache
 from sink_patch.errors import UnsupportedGenerationError
 from sink_patch.models.claims import Claim, read_claim
 from sink_patch.models.entries import CACHE_NAMES, text_config, unwrapped
+from sink_patch.models.examine import examine
 from sink_patch.rules.columns import Columns
+from sink_patch.streaming.calls.guard import guarded
 from sink_patch.streaming.media.given import media_among
 
 MODE = "assisted_generation"
@@ -46,6 +48,11 @@ def check_options(generation_config: Any, model: nn.Module, model_kwargs: Mappin
                 f"{name} was asked for with drafts and a sink cache, which takes the prompt in before transformers "
                 "looks at its outputs. Leave it out, or decode without drafts."
             )
+    if model_kwargs.get("inputs_embeds") is not None:
+        raise UnsupportedGenerationError(
+            "inputs_embeds was given with drafts (an assistant model, or prompt lookup), which are made from ids. Pass "
+            "input_ids instead, or decode without drafts."
+        )
     if media := media_among(model, model_kwargs):
         raise UnsupportedGenerationError(
             f"{', '.join(media)} was given with drafts (an assistant model, or prompt lookup) and a sink cache, which "
@@ -54,7 +61,9 @@ def check_options(generation_config: Any, model: nn.Module, model_kwargs: Mappin
 
 
 def check_assistant(given: Mapping[str, Any]) -> None:
-    """Refuse an assistant model, if there is one among these arguments, that cannot take tokens back.
+    """Refuse an assistant model, if there is one among these arguments, that cannot take tokens back; examine it.
+
+    transformers changes one with another tokenizer before it runs, and its first call counts from then on.
 
     Raises:
         UnsupportedGenerationError: with the reason.
@@ -63,6 +72,7 @@ def check_assistant(given: Mapping[str, Any]) -> None:
     assistant = given.get("assistant_model")
     if isinstance(assistant, nn.Module):
         check_takes_tokens_back(read_claim(unwrapped(assistant)))
+        guarded(None, lambda: examine(unwrapped(assistant), 1))
 
 
 def check_takes_tokens_back(claim: Claim) -> None:

@@ -14,6 +14,7 @@ from tests.support.modules import no_module_runs
 from tests.support.naive import NaiveCache, decoder_of
 from tests.support.oracle import relative_error
 from tests.support.tiny import tiny, tokens
+from tests.support.tokenizer import SPECIAL, WORDS, tiny_tokenizer
 
 W, S = 24, 4
 CONTEXT = 64  # short, so that the clock is set back
@@ -227,3 +228,36 @@ def test_an_assistant_that_cannot_take_tokens_back_is_refused_before_any_forward
     ):
         run(model, past_key_values=cache, assistant_model=zoo.build("qwen3_next"))
     assert cache.get_seq_length() == 0
+
+
+def test_embeddings_are_refused(model):
+    embeds = model.get_input_embeddings()(PROMPT).detach()
+    for kind in KINDS:
+        with no_module_runs(), pytest.raises(UnsupportedGenerationError, match="inputs_embeds was given with drafts"):
+            model.generate(inputs_embeds=embeds, max_new_tokens=5, **SINK, **NO_END, **drafted_by(kind))
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_an_assistant_with_another_tokenizer(sample):
+    """For sampling, transformers puts an embedding around that of the assistant, and its first call counts."""
+    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *reversed(WORDS), "more"])}
+    target = tiny("llama", layers=2, vocab_size=63, tie_word_embeddings=False)
+
+    def drafted(seed, **settings):
+        assistant = copy.deepcopy(tiny("llama", vocab_size=64, tie_word_embeddings=False, seed=3))
+        # new ones, by which transformers knows the assistant that it has changed
+        tokenizers = {"tokenizer": tiny_tokenizer(), "assistant_tokenizer": tiny_tokenizer(vocabulary=vocabulary)}
+        settings |= {"assistant_model": assistant, **tokenizers}
+        settings |= {"do_sample": sample, "max_new_tokens": 8, "pad_token_id": 2, "eos_token_id": 2}
+        torch.manual_seed(seed)
+        return target.generate(PROMPT % 60 + 3, **settings)
+
+    try:
+        wanted = [drafted(seed) for seed in range(4)]
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        pytest.skip(f"transformers itself cannot do that: {error}")
+    found = [drafted(seed, **{**SINK, "window_length": 64}) for seed in range(4)]
+    if sample:  # random numbers are drawn at other places
+        assert all(one.shape[1] > 6 for one in found)
+    else:
+        assert all(map(torch.equal, found, wanted))

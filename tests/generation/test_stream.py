@@ -358,6 +358,7 @@ REFUSED = {
     "a streamer": ({"streamer": object()}, SinkArgumentError, "streamer was given to stream"),
     "a length": ({"max_length": 40}, SinkArgumentError, "max_new_tokens"),
     "kept streams": ({"keep_streams": 2}, SinkArgumentError, "keep_streams"),
+    "healing": ({"token_healing": True}, SinkArgumentError, "token_healing=True"),
     "beams": ({"num_beams": 2}, SinkArgumentError, "num_beams=2"),
     "several answers": ({"num_return_sequences": 2, "do_sample": True}, SinkArgumentError, "num_return_sequences=2"),
     "lookup": ({"prompt_lookup_num_tokens": 3}, SinkArgumentError, "prompt_lookup_num_tokens=3"),

@@ -13,9 +13,9 @@ WORDS = tuple(f"word{number}" for number in range(60))
 CHAT_TEMPLATE = "{% for message in messages %}word1 {{ message['content'] }} word2 {% endfor %}"
 
 
-def tiny_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
-    """Words of WORDS, and <unk> for all others."""
-    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *WORDS])}
+def tiny_tokenizer(*, vocabulary: dict[str, int] | None = None, **options: Any) -> PreTrainedTokenizerFast:
+    """Words of a vocabulary, by default WORDS, and <unk> for all others."""
+    vocabulary = vocabulary or {word: number for number, word in enumerate([*SPECIAL, *WORDS])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     settings = {

@@ -24,6 +24,7 @@ _OF_THE_CALL = (
     *("output_hidden_states", "custom_generate", "assistant_model", "keep_streams", "synced_gpus"),
 )
 _NO_STREAM = {"num_beams": 1, "num_return_sequences": 1, "prompt_lookup_num_tokens": None, "penalty_alpha": None}
+_NO_STREAM |= {"token_healing": False}  # of a prompt's end, where the text of a stream goes on
 """Options, and the value with which there is one text that grows by a token a step."""
 
 
