@@ -5,8 +5,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sink_patch.arguments import SYSTEM, TOKENS, TURNS, Settings
+from sink_patch.arguments import SYSTEM, TOKENS, TURNS, Settings, Sizes
+from sink_patch.errors import SinkArgumentError
 from sink_patch.evaluate.options import DEFAULT, Commands, add_num_sink_tokens, add_window_length
+
+_DEFAULTS = {
+    "window_length": Sizes.window_length,
+    "num_sink_tokens": Sizes.num_sink_tokens,
+    "keep_system": False,
+    "whole_turns": False,
+    "keep_streams": Settings.keep_streams,
+}
+"""Of all that --remove has no use for."""
 
 
 def add(commands: Commands) -> None:
@@ -41,11 +51,13 @@ def run(arguments: argparse.Namespace) -> None:
     """Run it.
 
     Raises:
+        SinkArgumentError: --remove and a setting.
         SinkPatchError: what `sink_patch.configure` and `unconfigure` raise.
     """
     import sink_patch
 
     if arguments.remove:
+        _check_alone(arguments)
         sink_patch.unconfigure(arguments.directory, dry_run=arguments.dry_run)
     else:
         sink_patch.configure(
@@ -58,3 +70,13 @@ def run(arguments: argparse.Namespace) -> None:
         )
     if arguments.dry_run:
         print("Nothing was written.")
+
+
+def _check_alone(arguments: argparse.Namespace) -> None:
+    """Refuse settings beside --remove, which would have no effect."""
+    given = [name for name, default in _DEFAULTS.items() if getattr(arguments, name) != default]
+    if given:
+        raise SinkArgumentError(
+            f"--remove puts back what was there before, and takes no --{given[0].replace('_', '-')}. Leave one of the "
+            "two out."
+        )

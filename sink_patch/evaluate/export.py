@@ -61,8 +61,8 @@ out = model.generate(
 | `window_length` | 256 | tokens that are kept, sinks counted in |
 | `num_sink_tokens` | 4 | how many of the first tokens are kept for good |
 
-With `return_dict_in_generate=True`, `past_key_values` is a `sink_patch.SinkCache`. Decoder-only models with rotary
-positions are served; others are refused by name.
+With `return_dict_in_generate=True`, `past_key_values` is a `sink_patch.SinkCache`. Most decoder-only models are
+served; others are refused by name.
 """
 
 

@@ -74,8 +74,8 @@ def tokenizer_of(model: str) -> Any:
         return AutoTokenizer.from_pretrained(model_source(model))
     except (OSError, ValueError, ImportError) as failure:
         raise SinkArgumentError(
-            f"The tokenizer of the model {model!r} cannot be loaded: {failure}. Give a directory with config.json, "
-            "weights and tokenizer, or a name on the Hugging Face hub."
+            f"The tokenizer of the model {model!r} cannot be loaded: {_reason(failure)}. Give a directory with "
+            "config.json, weights and tokenizer, or a name on the Hugging Face hub."
         ) from failure
 
 
@@ -139,6 +139,7 @@ def _pip_download(folder: Path) -> Path:
 def _from_pretrained(source: str, dtype: str, **options: Any) -> tuple[Any, Any]:
     """Model and tokenizer from a directory or the hub."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _quiet()
@@ -148,10 +149,20 @@ def _from_pretrained(source: str, dtype: str, **options: Any) -> tuple[Any, Any]
         model: Any = AutoModelForCausalLM.from_pretrained(source, torch_dtype=getattr(torch, dtype), **options)
     except (OSError, ValueError, ImportError) as failure:
         raise SinkArgumentError(
-            f"The model {source!r} cannot be loaded: {failure}. Give a directory with config.json, weights and "
-            "tokenizer, or a name on the Hugging Face hub."
+            f"The model {source!r} cannot be loaded: {_reason(failure)}. Give a directory with config.json, weights "
+            "and tokenizer, or a name on the Hugging Face hub."
+        ) from failure
+    except SafetensorError as failure:
+        raise SinkArgumentError(
+            f"The model {source!r} cannot be loaded: {_reason(failure)}. Its weights are damaged or cut short. "
+            "Download it again."
         ) from failure
     return model.eval(), tokenizer
+
+
+def _reason(failure: Exception) -> str:
+    """What an error says, to be followed by a full stop."""
+    return str(failure).strip().rstrip(".")
 
 
 def _quiet() -> None:

@@ -6,6 +6,7 @@ import argparse
 from typing import TypeAlias
 
 from sink_patch.arguments import Sizes
+from sink_patch.errors import SinkArgumentError
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 DEFAULT = "(default: %(default)s)"  # argparse fills it in
@@ -57,3 +58,15 @@ def add_dtype(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dtype", choices=_DTYPES, default="float32", help=f"precision to load the model in {DEFAULT}"
     )
+
+
+def check_utf8(option: str, text: str) -> None:
+    """Refuse a text of the command line with bytes that are not UTF-8: they are surrogates, which no tokenizer takes.
+
+    Raises:
+        SinkArgumentError: it has some.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as failure:
+        raise SinkArgumentError(f"The text of {option} is not UTF-8. Check the encoding of your terminal.") from failure

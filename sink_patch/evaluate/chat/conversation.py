@@ -82,9 +82,9 @@ class Conversation:
         state, messages = self.state, [*self.state.messages, {"role": "user", "content": words}]
         ids = self.template.ids(messages, answering=True)
         asked = self.template.ids(messages, answering=False)
-        self._go_back(ids)
-        answer = max(len(state.ids), common(ids, asked))  # where it begins, or the prompt for it
         try:
+            self._go_back(ids)
+            answer = max(len(state.ids), common(ids, asked))  # where it begins, or the prompt for it
             state.borders.append(len(state.ids))
             self._read(ids[: min(answer, len(ids) - 1)])  # one token at least is left for the stream
             state.before = state.cache.clone()

@@ -40,7 +40,8 @@ def draw(path: Path, conversation: Conversation) -> None:
         figure.savefig(path.expanduser())
     except (OSError, ValueError) as failure:  # of an ending that it does not know
         raise SinkArgumentError(
-            f"{path} could not be written: {failure}. Give a file that ends with .png, in a directory that is there."
+            f"{path} could not be written: {failure}. Give a file that ends with .png, .svg or .pdf, in a directory "
+            "that is there."
         ) from failure
 
 

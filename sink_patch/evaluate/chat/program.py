@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import signal
 import sys
 import threading
@@ -20,7 +21,7 @@ from sink_patch.evaluate.models import Loaded
 PROMPT = "> "
 HELP = """\
 /window        what the window holds, and what has left it
-/window FILE   the same as a picture: a .png
+/window FILE   the same as a picture: a .png, .svg or .pdf
 /save FILE     keep the chat, to go on with it another time
 /load FILE     go on with a chat that was kept
 /reset         begin anew, with the same system prompt
@@ -47,14 +48,18 @@ def run(loaded: Loaded, template: Template, settings: Settings, out: TextIO | No
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # not on all systems; it edits the line that is typed
             __import__("readline")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # so that a line that is not UTF-8 takes no other lines with it
+        sys.stdin.reconfigure(errors="surrogateescape")
     while program.goes_on:
-        _take_one(program)
+        with contextlib.suppress(KeyboardInterrupt):  # one more, while one is told of
+            _take_one(program)
 
 
 def _take_one(program: Program) -> None:
-    """One line. Ctrl-D ends the chat, and Ctrl-C what is typed."""
+    """One line. Ctrl-D ends the chat, and Ctrl-C what is typed, or the answer."""
     try:
         line = input(PROMPT if sys.stdin.isatty() else "")
+        line.encode()  # bytes that are not UTF-8 are surrogates in it, of which no tokenizer knows
     except EOFError:
         program.tell("")
         program.goes_on = False
@@ -62,8 +67,15 @@ def _take_one(program: Program) -> None:
     except KeyboardInterrupt:
         program.tell("\nCtrl-D or /exit ends the chat.")
         return
+    except UnicodeError:
+        program.tell("sink-patch: That line is not UTF-8 and was left out. Check the encoding of your terminal.")
+        return
+    answers = program.conversation.state.answers
     try:
         program.take(line)
+    except KeyboardInterrupt:
+        is_answered = line.strip().startswith("/") or program.conversation.state.answers > answers
+        program.tell("\nStopped." if is_answered else "\nStopped; that message was not answered.")
     except SinkPatchError as failure:
         program.tell(f"sink-patch: {' '.join(str(failure).split())}")
 
@@ -145,16 +157,17 @@ def _path(file: str, command: str) -> Path:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C is noted, and a second one interrupts; yields whether there was one.
+    """Inside, the first Ctrl-C is noted, and the second one interrupts; yields whether there was one.
 
-    An answer ends between two tokens, since a forward that is broken off may lose what the cache holds.
+    An answer ends between two tokens, since a forward that is broken off may lose what the cache holds. From the third
+    one on they are let pass, as the talk is being put back to what it was.
     """
     pressed: list[bool] = []
 
     def note(number: int, frame: Any) -> None:
-        if pressed:
-            signal.default_int_handler(number, frame)
         pressed.append(True)
+        if len(pressed) == 2:
+            signal.default_int_handler(number, frame)
 
     if threading.current_thread() is not threading.main_thread():  # which alone hears of it
         yield lambda: False

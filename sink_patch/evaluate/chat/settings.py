@@ -7,6 +7,7 @@ from typing import Any
 
 from sink_patch.arguments import Sizes
 from sink_patch.errors import SinkArgumentError
+from sink_patch.evaluate.options import check_utf8
 
 WINDOW, MOST_TOKENS = 1024, 512
 _TEMPERATURE, _TOP_P = 0.7, 0.9
@@ -25,7 +26,7 @@ class Settings:
         seed: each answer is drawn with a seed of its own, made from this one.
 
     Raises:
-        SinkArgumentError: impossible sizes, or sampling that has no meaning.
+        SinkArgumentError: impossible sizes, sampling that has no meaning, or a system prompt that is not UTF-8.
     """
 
     window_length: int = WINDOW
@@ -38,6 +39,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         Sizes(self.window_length, min(Sizes.num_sink_tokens, max(self.window_length, 1) - 1))
+        check_utf8("--system", self.system or "")
         if self.max_new_tokens < 1:
             raise SinkArgumentError(f"--max-new-tokens {self.max_new_tokens}: give a number of tokens, 1 or more.")
         if self.temperature is not None and not 0 < self.temperature < float("inf"):

@@ -15,6 +15,7 @@ from sink_patch.evaluate.demo.defaults import PROMPT, TOKENS, WINDOW
 from sink_patch.evaluate.demo.progress import Measurement, Meter, RecentRepetitionPenalty
 from sink_patch.evaluate.demo.screens import Screen
 from sink_patch.evaluate.models import Loaded
+from sink_patch.evaluate.options import check_utf8
 
 _SEED = 7
 _SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "no_repeat_ngram_size": 6}
@@ -32,7 +33,7 @@ class Settings:
         prompt: what to ask the model for.
 
     Raises:
-        SinkArgumentError: `max_new_tokens` is below 1, or the sizes are impossible.
+        SinkArgumentError: `max_new_tokens` is below 1, the sizes are impossible, or the prompt is not UTF-8.
     """
 
     window_length: int = WINDOW
@@ -44,6 +45,7 @@ class Settings:
         if self.max_new_tokens < 1:
             raise SinkArgumentError(f"max_new_tokens={self.max_new_tokens}: give a number of tokens, 1 or more.")
         Sizes(self.window_length, self.sinks(self.window_length))
+        check_utf8("--prompt", self.prompt)
 
     def sinks(self, prompt_tokens: int) -> int:
         """How many sinks there are with a prompt of this length."""
@@ -74,7 +76,7 @@ def tell(loaded: Loaded, settings: Settings, screen: Screen) -> None:
         suppress_tokens=loaded.tokenizer.all_special_ids,  # the story does not end, and no other message begins
         **_SAMPLING,
     )
-    meter = Meter(stream.cache, settings.window_length)
+    meter, is_whole = Meter(stream.cache, settings.window_length), False
     try:
         with screen:
             for piece in stream:
@@ -82,11 +84,14 @@ def tell(loaded: Loaded, settings: Settings, screen: Screen) -> None:
                 measurement, is_window = meter.piece()
                 if measurement is not None:
                     screen.figures(measurement.line(settings.window_length), is_window=is_window)
+        is_whole = True
     finally:
-        screen.line("\n" + summary(settings, ids.shape[1], meter.tokens, meter.windows))
+        screen.line("\n" + summary(settings, ids.shape[1], meter.tokens, meter.windows, is_whole=is_whole))
 
 
-def summary(settings: Settings, prompt_tokens: int, tokens: int, measurements: list[Measurement]) -> str:
+def summary(
+    settings: Settings, prompt_tokens: int, tokens: int, measurements: list[Measurement], *, is_whole: bool
+) -> str:
     """What happened, in a few sentences.
 
     Args:
@@ -94,6 +99,7 @@ def summary(settings: Settings, prompt_tokens: int, tokens: int, measurements: l
         prompt_tokens: length of the prompt.
         tokens: of the whole stream.
         measurements: one a window.
+        is_whole: whether the story was not stopped.
     """
     sinks = settings.sinks(prompt_tokens)
     lines = [f"{tokens} tokens, prompt counted in: {tokens / settings.window_length:.1f} windows."]
@@ -107,7 +113,8 @@ def summary(settings: Settings, prompt_tokens: int, tokens: int, measurements: l
             sizes = f"{first.process_megabytes:.0f} MB at first, {last.process_megabytes:.0f} MB at the end"
             lines.append(f"Memory of the process: {sizes}.")
     if tokens <= settings.window_length:
-        return "\n".join([*lines, "Nothing has left the window yet: ask for more with --max-new-tokens."])
+        more = "Nothing has left the window yet: ask for more with --max-new-tokens."
+        return "\n".join([*lines, more if is_whole else "Stopped before anything left the window."])
     seen = f"The model sees the first {sinks} tokens and the newest {settings.window_length - sinks}."
     if sinks >= prompt_tokens:
         lines.append(f"{seen} The first are the prompt, so it keeps to its subject. What lies between is forgotten.")

@@ -27,13 +27,15 @@ def add(measures: Commands) -> None:
         "in the same panels, several measures side by side. Needs matplotlib.",
     )
     plot.add_argument("records", type=Path, nargs="+", metavar="FILE.json", help="what a measure has written")
-    plot.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the picture to write")
+    plot.add_argument(
+        "--out", type=Path, required=True, metavar="FILE.png", help="the picture to write: a .png, .svg or .pdf"
+    )
     plot.set_defaults(run=_plot)
 
 
 def add_plot(measure: argparse.ArgumentParser) -> None:
     """Add --plot to a measure. Its run begins with `plots.check`, and ends with `draw`."""
-    measure.add_argument("--plot", type=Path, metavar="FILE", help="also draw the figures into this PNG file")
+    measure.add_argument("--plot", type=Path, metavar="FILE", help="also draw the figures: a .png, .svg or .pdf")
 
 
 def draw(found: Sequence[Record], path: Path) -> None:

@@ -62,7 +62,9 @@ def check(path: Path | None) -> None:
     if path is None:
         return
     if path.suffix.lower() not in _KINDS:
-        raise SinkArgumentError(f"{path.name} is no picture that can be drawn. Give a name that ends in .png or .svg.")
+        raise SinkArgumentError(
+            f"{path.name} is no picture that can be drawn. Give a name that ends in .png, .svg or .pdf."
+        )
     check_writable(path)
     if find_spec("matplotlib") is None:
         raise SinkPatchError(

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Record: TypeAlias = "dict[str, Any]"
 _NUMBERS = re.compile(r"\[\n\s*([^\[\]{}\"]*?)\s*\]")  # a list of them, which json writes one a line
 
+_WRITTEN_BY = {"streameval": ("streameval", "questions")}  # of a command that writes several measures
+
 
 def about(loaded: Loaded) -> Record:
     """The model and what it was measured with: name, kind, weights (a digest), precision, threads, versions."""
@@ -65,12 +67,15 @@ def read_text(path: Path) -> str:
     """A text in UTF-8.
 
     Raises:
-        SinkArgumentError: it cannot be read, or is none.
+        SinkArgumentError: it cannot be read, or is none, or is empty.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as failure:
         raise SinkArgumentError(f"The text {path} cannot be read: {failure}. Give a UTF-8 file.") from failure
+    if not text:
+        raise SinkArgumentError(f"The text {path} is empty. Give a UTF-8 file with a text in it.")
+    return text
 
 
 def about_text(path: Path, text: str) -> Record:
@@ -88,6 +93,29 @@ def check_writable(path: Path | None) -> None:
         raise SinkArgumentError(f"There is no directory {path.parent} for {path.name}. Make it first.")
     if path is not None and path.is_dir():
         raise SinkArgumentError(f"{path} is a directory. Give the path of a file.")
+
+
+def check_own(path: Path | None, command: str) -> None:
+    """What a measure has written may be written again, and no other file. Also before the long work.
+
+    Args:
+        path: where the record is to go; None: nowhere.
+        command: of `sink-patch eval`.
+
+    Raises:
+        SinkArgumentError: another file is there.
+    """
+    if path is None or not path.exists():
+        return
+    try:
+        is_own = path.is_file() and read(path)["measure"] in _WRITTEN_BY.get(command, (command,))
+    except SinkArgumentError:
+        is_own = False
+    if not is_own:
+        raise SinkArgumentError(
+            f"{path} is there already and was not written by `sink-patch eval {command}`. Give another name, or delete "
+            "it."
+        )
 
 
 def write(path: Path, record: Record) -> None:

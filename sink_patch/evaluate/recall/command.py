@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sink_patch.evaluate.measures import picture
+from sink_patch.errors import SinkArgumentError
+from sink_patch.evaluate.measures import picture, records
 from sink_patch.evaluate.options import DEFAULT, Commands, add_dtype, add_model, add_window
 
 _WAYS = ("sinks", "dense")
@@ -140,6 +141,7 @@ def _streameval(arguments: argparse.Namespace) -> None:
 
     ways = arguments.ways or (_WAYS_OF_QUESTIONS if arguments.questions else _WAYS)
     common = run.Common.of(arguments, ways, arguments.dense_lines)
+    records.check_own(arguments.json, "streameval")
     if arguments.questions:
         run.questions_of_a_file(common, arguments.questions)
     else:
@@ -150,7 +152,10 @@ def _recall(arguments: argparse.Namespace) -> None:
     from sink_patch.evaluate.recall import run
 
     dense = arguments.dense_messages
+    if dense < 0:
+        raise SinkArgumentError(f"dense_messages={dense} is negative. Give 0 (none) or more.")
     common = run.Common.of(arguments, ("sinks", "system", "dense") if dense else ("sinks", "system"), dense // 2 + 1)
+    records.check_own(arguments.json, "recall")
     run.recall(common, arguments.messages, arguments.distance, arguments.every)
 
 

@@ -40,6 +40,7 @@ def _cost(arguments: argparse.Namespace) -> None:
 
     plan = Plan(arguments.window_length, arguments.num_sink_tokens, _numbers(arguments.windows))
     records.check_writable(arguments.json)
+    records.check_own(arguments.json, "cost")
     plots.check(arguments.plot)
     loaded = models.load(arguments.model, arguments.dtype)
     record = run.measure(loaded, plan)

@@ -85,6 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
     path: Path = arguments.text
     text = records.read_text(path)
     records.check_writable(arguments.json)
+    records.check_own(arguments.json, "sinks")
     plots.check(arguments.plot)
     loaded = models.load(arguments.model, arguments.dtype)
     ids = torch.tensor(loaded.tokenizer(text)["input_ids"])  # [tokens of the text]
