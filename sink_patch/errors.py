@@ -81,7 +81,7 @@ class HistoryMismatchError(SinkPatchError, ValueError):
                 f"begin as the {read} that this SinkCache has read, and differ from token {common} on: a history from "
                 "which turns were trimmed, it seems"
             )
-        return cls(f"The {given} tokens of {name} {what}. {_GO_ON} (New tokens they are with a mask of {stream}.)")
+        return cls(f"The {given} tokens of {name} {what}. {_GO_ON} {_NEW.format(stream)}")
 
     @classmethod
     def trimmed(cls, name: str, given: int, read: int, stream: int) -> HistoryMismatchError:
@@ -89,7 +89,7 @@ class HistoryMismatchError(SinkPatchError, ValueError):
         return cls(
             f"The {given} tokens of {name} hold the newest ones of the {read} that this SinkCache has read, and differ "
             "from token 0 on: a history from which the oldest turns were trimmed, it seems. "
-            f"{_GO_ON} (New tokens they are with a mask of {stream}.)"
+            f"{_GO_ON} {_NEW.format(stream)}"
         )
 
     @classmethod
@@ -107,6 +107,7 @@ _GO_ON = (
     "Pass the ids that generate returned with new ones behind them, or the new ones alone with an attention_mask over "
     "the whole stream; or leave past_key_values out, and the text is read anew."
 )
+_NEW = "(If they are new tokens, pass an attention_mask of {} columns.)"
 
 
 def _sentence(words: str) -> str:

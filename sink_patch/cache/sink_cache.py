@@ -79,7 +79,7 @@ class SinkCache(TransformersCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values (not of recurrent states, which are transformers' own)."""
+        """Bytes of all keys and values, without copies of the sinks that are turned, and without recurrent states."""
         return 0 if self._streams is None else self._streams.store.nbytes
 
     def window(self, ids: Any = None, attention_mask: Any = None) -> list[windows.Window]:
@@ -160,6 +160,7 @@ class SinkCache(TransformersCache):
 
         Raises:
             CacheFileError: the file holds no whole cache, or one of another model.
+            FileNotFoundError: there is no such file.
             UnsupportedModelError: the model cannot stream.
         """
         model = unwrapped(model)

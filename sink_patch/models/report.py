@@ -55,7 +55,7 @@ class Report:
             f"{self.model_class} ({self.model_type}) can stream with attention sinks.",
             f"  family   {self.family}",
             f"  window   {self.window_length} tokens, the first {self.num_sink_tokens} of them for good",
-            f"  clock    positions stay below {self.horizon} (trained on {self.context_length})",
+            f"  horizon  positions stay below {self.horizon} (trained on {self.context_length})",
             f"  memory   {self.cost}",
             f"  compiled {self._compiled}",
         ]

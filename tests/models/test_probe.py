@@ -194,7 +194,7 @@ def test_a_report_is_read_by_people_and_programs():
         "Gemma3ForCausalLM (gemma3_text) can stream with attention sinks.",
         "  family   gemma3_text",
         "  window   64 tokens, the first 4 of them for good",
-        "  clock    positions stay below 192 (trained on 192)",
+        "  horizon  positions stay below 192 (trained on 192)",
         "  memory   a window of 64: 29.7 kB a row in float32; each token more 256 bytes",
         "  compiled one graph for all tokens, with compile_config",
         "  layers 0 to 1    sliding_attention: keys: half-split rotation of 16 dims; "
