@@ -52,7 +52,8 @@ class Ring:
         stored = states.detach() if states.requires_grad else states
         buffer = self.buffer
         if buffer is not None and stored.dtype != buffer.dtype:
-            buffer = self.widen(buffer, stored.dtype)
+            wider = torch.promote_types(buffer.dtype, stored.dtype)
+            buffer = buffer if wider == buffer.dtype else self.widen(buffer, wider)
         slots = 0 if buffer is None else buffer.shape[2]
         if buffer is None or slots < layout.reach:
             buffer = self.grow(stored, layout.kind, layout.reach)
@@ -79,15 +80,10 @@ class Ring:
 
     @torch.inference_mode(False)  # as in `grow`
     def widen(self, buffer: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The buffer, in a dtype that holds the numbers of both, as a model attends that computes in the wider one.
-
-        What was begun under autocast, say, goes on without it.
-        """
-        wider = torch.promote_types(buffer.dtype, dtype)
-        if wider != buffer.dtype:
-            buffer = buffer.to(wider)
-            self.replace(buffer)
-        return buffer
+        """The buffer in a wider dtype: what was begun under autocast, say, goes on without it."""
+        widened = buffer.to(dtype)
+        self.replace(widened)
+        return widened
 
     def take_all_slots(self, kind: LayerKind) -> None:
         """Grow to the end at once."""

@@ -89,7 +89,8 @@ def _packed(model: nn.Module) -> list[torch.Tensor]:
     """Weights that are buffers, as quantisation packs them (GPTQ, AWQ, BitNet), and all that is saved beside them."""
     found = list[torch.Tensor]()
     for module in model.modules():
-        saved = [one for name, one in module.named_buffers(recurse=False) if name in module.state_dict()]
+        made_here = module._non_persistent_buffers_set
+        saved = [one for name, one in module.named_buffers(recurse=False) if name not in made_here]
         if any(one.dtype in _PACKED and one.ndim > 1 for one in saved):
             found += saved
     return found

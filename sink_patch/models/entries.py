@@ -32,7 +32,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def given_to_hooks(module: nn.Module) -> frozenset[str]:
     """What hooks of a module were given for one call, by name, as PEFT does ("adapter_names", "alora_offsets")."""
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    return frozenset[str]().union(*(getattr(hook, "keywords", ()) for hook in hooks))
+    return frozenset[str]().union(*(hook.keywords for hook in hooks if isinstance(hook, functools.partial)))
 
 
 def decoder_of(model: Any) -> nn.Module:

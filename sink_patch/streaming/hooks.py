@@ -38,16 +38,19 @@ _installing = threading.Lock()
 
 def install(model: nn.Module) -> tuple[nn.Module, ...]:
     """Put the hooks on a model and its decoder, once; returns the hooked modules."""
-    modules = entrances(model)
+    for module in (modules := entrances(model)):
+        _install(module)
+    return modules
+
+
+def _install(module: nn.Module) -> None:
     with _installing:
         _keep_out_of_graphs()
-        for module in modules:
-            if _before_forward not in module._forward_pre_hooks.values():
-                module.register_forward_pre_hook(_before_forward, with_kwargs=True)
-            # may be missing alone: torch numbers hooks by process, so a new one may replace one that was unpickled
-            if _after_forward not in module._forward_hooks.values():
-                module.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
-    return modules
+        if _before_forward not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_before_forward, with_kwargs=True)
+        # may be missing alone: torch numbers hooks by process, so a new one may replace one that was unpickled
+        if _after_forward not in module._forward_hooks.values():
+            module.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
 
 
 def entrances(model: nn.Module) -> tuple[nn.Module, ...]:
@@ -61,7 +64,7 @@ def _before_forward(
 ) -> tuple[tuple[()], dict[str, Any]] | None:
     if not torch.compiler.is_dynamo_compiling():  # `is_compiling` is true in other threads as well
         if _after_forward not in module._forward_hooks.values():  # somebody has cleared them: no forward would end
-            install(module)
+            _install(module)
         return _begin(module, args, kwargs)
     cache = _first_cache((*args, *kwargs.values()))
     # mostly it was begun before the graph runs; in `torch.compile(model)` it is begun in a break of the graph
@@ -123,7 +126,9 @@ def _begun(
     streams: Streams, module: nn.Module, named: dict[str, Any], inputs: torch.Tensor, has_images: bool, in_graph: bool
 ) -> dict[str, Any]:
     """What the model receives in the forward that begins here; `inputs` are its new columns, [rows, columns, ...]."""
-    fixed = (in_graph or _is_compiled(module)) and inputs.shape[1] == 1 and streams.can_be_fixed_now
+    # `model.forward = torch.compile(model.forward)`: then what is in the graph begins below us
+    is_compiled = hasattr(module.forward, "_torchdynamo_orig_callable")
+    fixed = (in_graph or is_compiled) and inputs.shape[1] == 1 and streams.can_be_fixed_now
     for_images = replaced_for_images(
         streams.coordinates, module, named, inputs, _rows_read(streams), streams.call, has_images=has_images
     )
@@ -168,11 +173,6 @@ def _end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outpu
     cache = _cache_among(named_arguments(module, args, kwargs))
     if cache is not None and cache._streams is not None:
         cache._streams.end(module, completed=output is not None)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether `model.forward = torch.compile(model.forward)` was said: then what is in the graph begins below us."""
-    return hasattr(module.forward, "_torchdynamo_orig_callable")
 
 
 _begin_outside_graphs: Callable[..., tuple[tuple[()], dict[str, Any]] | None] = functools.partial(_begin, in_graph=True)
