@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import sink_patch
 from sink_patch.errors import SinkPatchError
@@ -13,6 +16,7 @@ from sink_patch.evaluate.chat import command as chat
 from sink_patch.evaluate.demo import command as demo
 from sink_patch.evaluate.measures import command as measures
 
+_CANNOT_WRITE = (errno.ENOSPC, errno.EPIPE)  # a full disk, a closed pipe
 _COMMANDS = (demo, chat, inspect, configure, measures, export)
 
 
@@ -20,11 +24,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command, or print the help where none is named.
 
     Returns:
-        The exit status: 0, 2 after a `SinkPatchError`, 130 after an interrupt.
+        The exit status: 0, 1 where the output cannot be written, 2 after a `SinkPatchError`, 130 after an interrupt.
     """
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
+        sys.stdout.flush()
+    except OSError as failure:
+        if failure.errno not in _CANNOT_WRITE:
+            raise
+        with Path(os.devnull).open("w") as nowhere:  # else Python would try once more at its end, with a traceback
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        print(f"sink-patch: Not all could be written: {failure.strerror}. Write to another place.", file=sys.stderr)
+        return 1
     except SinkPatchError as failure:
         print(f"sink-patch: {' '.join(str(failure).split())}", file=sys.stderr)
         return 2

@@ -172,14 +172,15 @@ def test_a_text_that_is_not_utf8(asked: list[str], capsys: pytest.CaptureFixture
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="of Linux")
-def test_a_full_disk(model_dir: str) -> None:
-    command: list[Any] = [sys.executable, "-m", "sink_patch.cli", "inspect", model_dir]
+@pytest.mark.parametrize("asked", [["inspect"], ["eval", "cost", "--windows", "1", "--window-length", "16"]])
+def test_a_full_disk(model_dir: str, asked: list[str]) -> None:
+    command: list[Any] = [sys.executable, "-m", "sink_patch.cli", *asked, model_dir]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment([ROOT]), check=False
         )
     assert done.returncode == 1
-    said = "sink-patch: The report could not be written: No space left on device. Write it to another place.\n"
+    said = "sink-patch: Not all could be written: No space left on device. Write to another place.\n"
     assert done.stderr.endswith(said)
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr

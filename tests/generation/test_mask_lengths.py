@@ -75,3 +75,16 @@ def test_healed_tokens_are_fewer_than_the_mask_says(kept):
         assert torch.equal(model.generate(ids, **asked, **SINK, **kept), wanted)
         assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), **asked, **SINK, **kept), wanted)
         text = f"<s> {tokenizer.decode(wanted[0])}{more}"
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_healed_tokens_of_a_later_turn(is_masked):
+    model, tokenizer = tiny("llama", layers=2, vocab_size=63), tiny_tokenizer()
+    asked = {**ASKED, "token_healing": True, "tokenizer": tokenizer}
+    ids = tokenizer("<s> word7 word9 word11", return_tensors="pt")["input_ids"]
+    out = model.generate(ids, **asked, **SINK)
+    text = f"<s> {tokenizer.decode(out.sequences[0])} <s> word12 word13"
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    mask = torch.ones_like(ids) if is_masked else None
+    found = model.generate(ids, attention_mask=mask, past_key_values=out.past_key_values, **asked)
+    assert torch.equal(found.sequences, model.generate(ids, **asked).sequences)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import threading
@@ -13,7 +14,14 @@ from tokenizers import Tokenizer, decoders, models, processors
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, StoppingCriteria
 
 import sink_patch
-from sink_patch import CacheStateError, HistoryMismatchError, SinkArgumentError, SinkCache, UnsupportedModelError
+from sink_patch import (
+    CacheStateError,
+    HistoryMismatchError,
+    SinkArgumentError,
+    SinkCache,
+    UnsupportedGenerationError,
+    UnsupportedModelError,
+)
 from tests.support import directory
 from tests.support.chats import Window
 from tests.support.tiny import tiny, tokens
@@ -358,6 +366,7 @@ REFUSED = {
     "a streamer": ({"streamer": object()}, SinkArgumentError, "streamer was given to stream"),
     "a length": ({"max_length": 40}, SinkArgumentError, "max_new_tokens"),
     "kept streams": ({"keep_streams": 2}, SinkArgumentError, "keep_streams"),
+    "an adapter": ({"adapter_names": ["one"]}, SinkArgumentError, "adapter_names"),
     "healing": ({"token_healing": True}, SinkArgumentError, "token_healing=True"),
     "beams": ({"num_beams": 2}, SinkArgumentError, "num_beams=2"),
     "several answers": ({"num_return_sequences": 2, "do_sample": True}, SinkArgumentError, "num_return_sequences=2"),
@@ -383,6 +392,26 @@ def test_what_a_stream_cannot_do_is_refused_before_anything_is_computed(case):
             stream(asked.get("given", IDS), **{name: value for name, value in asked.items() if name != "given"})
     finally:
         computes.remove()
+
+
+ADAPTERS = {
+    "prompt tuning": lambda peft: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "prefix tuning": lambda peft: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "activated": lambda peft: peft.LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")  # of peft
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_that_peft_brings_in_calls_of_generate_alone(kind):
+    peft = pytest.importorskip("peft")
+    try:
+        adapter = ADAPTERS[kind](peft)
+    except TypeError:
+        pytest.skip("this PEFT has no such adapters")
+    model = peft.get_peft_model(copy.deepcopy(directory.model()), adapter)
+    with pytest.raises(UnsupportedGenerationError, match="in calls of generate alone"):
+        stream(model=model, **GREEDY)
 
 
 def test_what_is_no_model_and_what_is_no_tokenizer():

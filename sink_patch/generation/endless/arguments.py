@@ -10,7 +10,7 @@ from torch import nn
 
 from sink_patch.arguments import CACHE_IMPLEMENTATION
 from sink_patch.cache.sink_cache import SinkCache
-from sink_patch.errors import SinkArgumentError, UnsupportedModelError
+from sink_patch.errors import SinkArgumentError, UnsupportedGenerationError, UnsupportedModelError
 from sink_patch.models.entries import input_device
 from sink_patch.models.families.media import media_tokens
 from sink_patch.streaming.media.given import media_among
@@ -21,7 +21,7 @@ Messages = Sequence[Mapping[str, Any]]
 _OF_THE_TEXT = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids")
 _OF_THE_CALL = (
     *("streamer", "max_length", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions"),
-    *("output_hidden_states", "custom_generate", "assistant_model", "keep_streams", "synced_gpus"),
+    *("output_hidden_states", "custom_generate", "assistant_model", "keep_streams", "synced_gpus", "adapter_names"),
 )
 _NO_STREAM = {"num_beams": 1, "num_return_sequences": 1, "prompt_lookup_num_tokens": None, "penalty_alpha": None}
 _NO_STREAM |= {"token_healing": False}  # of a prompt's end, where the text of a stream goes on
@@ -98,6 +98,7 @@ def check(model: Any, tokenizer: Any, arguments: Mapping[str, Any], config: Any,
 
     Raises:
         SinkArgumentError: as it says.
+        UnsupportedGenerationError: with this adapter.
         UnsupportedModelError: no model was given.
     """
     if cache is not None and not isinstance(cache, SinkCache):
@@ -122,7 +123,22 @@ def check(model: Any, tokenizer: Any, arguments: Mapping[str, Any], config: Any,
         raise SinkArgumentError(
             f"A {type(tokenizer).__name__} was given to stream as the tokenizer. Pass the model's, or its processor."
         )
+    _check_adapter(model)
     _check_options(arguments, config, model.generation_config)
+
+
+def _check_adapter(model: Any) -> None:
+    """Refuse adapters that PEFT brings in a method of its own around `generate`, behind which a stream goes on.
+
+    Raises:
+        UnsupportedGenerationError: prompt tuning and its kin, or one that begins within a prompt (Activated LoRA).
+    """
+    config = getattr(model, "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False) or getattr(config, "alora_invocation_tokens", None):
+        raise UnsupportedGenerationError(
+            f"A {type(model).__name__} with {type(config).__name__} was given to stream, and PEFT adds what it learned "
+            "in calls of generate alone. Use model.generate, or another adapter."
+        )
 
 
 def _check_options(arguments: Mapping[str, Any], config: Any, own: Any) -> None:

@@ -43,11 +43,17 @@ def check_positions(generation_config: Any, model_kwargs: MutableMapping[str, An
 
 
 def leave_out_healed(generation_config: Any, input_ids: torch.Tensor, model_kwargs: MutableMapping[str, Any]) -> None:
-    """Let a mask of ones be as long as ids [rows, columns] that are fewer since transformers has healed them.
+    """Let what tells of ids [rows, columns] be as long as they are, where they are fewer since they were healed.
 
-    It makes a mask before that, from some version on none.
+    transformers makes a mask and positions before that, or notes the length of a mask of ones, by its version.
     """
     mask, columns = model_kwargs.get("attention_mask"), input_ids.shape[1]
-    is_healed = getattr(generation_config, "token_healing", None) and model_kwargs.get("inputs_embeds") is None
-    if is_healed and mask is not None and mask.shape[-1] > columns and bool((mask != 0).all()):
-        model_kwargs["attention_mask"] = mask[..., :columns]
+    if not getattr(generation_config, "token_healing", None) or model_kwargs.get("inputs_embeds") is not None:
+        return
+    if mask is not None and not bool((mask != 0).all()):
+        return  # of padding nobody knows where it is now
+    for name in ("attention_mask", "position_ids"):
+        if model_kwargs.get(name) is not None:
+            model_kwargs[name] = model_kwargs[name][..., :columns]
+    if (getattr(generation_config, "_mask_length", None) or 0) > columns:
+        generation_config._mask_length = columns
